@@ -1,0 +1,49 @@
+# make train: set up and train on the embedded digits.   make test: set up and run the test suite.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup train test check format lint types contracts bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train   train a gated network on handwritten digits (about a minute after set-up)"
+	@echo "make test    run the whole default test suite"
+	@echo "make check   format, lint, types, import contracts, tests"
+	@echo "make bench   the CPU benchmarks of benchmarks/README.md"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $(STAMP)
+
+train: $(STAMP)
+	$(BIN)/accelerate launch --quiet --config_file launch/cpu.yaml greenprune/train.py --config configs/digits.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: format-check lint types contracts test
+
+.PHONY: format-check
+format-check: $(STAMP)
+	$(BIN)/ruff format --check .
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+contracts: $(STAMP)
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,148 @@
+"""Energy: what training takes, in joules by device, source and phase, and in grams of CO2.
+
+Nothing here imports torch, and importing this package touches no hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from greenprune.energy.carbon import CarbonIntensity, carbon_intensity, co2_g
+from greenprune.energy.estimate import open_cpu_estimate, open_ram_estimate
+from greenprune.energy.meter import Measurement, Meter, Reading, Window
+from greenprune.energy.nvml import gpu_uuids as all_gpu_uuids
+from greenprune.energy.nvml import open_gpu, visible_gpu_uuids
+from greenprune.energy.rapl import open_rapl
+from greenprune.energy.source import MeterUnavailable, Quality, Source, UnreadableSource
+
+__all__ = [
+    "CarbonIntensity",
+    "Measurement",
+    "Meter",
+    "MeterUnavailable",
+    "Quality",
+    "Reading",
+    "SourceRow",
+    "Window",
+    "carbon_intensity",
+    "co2_g",
+    "describe_sources",
+    "open_meter",
+    "visible_gpu_uuids",
+]
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """What can be read of one device on this machine."""
+
+    device: str
+    """The device's name: a GPU's UUID, ``cpu:package-0``, ``dram``; ``gpu`` where no GPU can be asked."""
+    source: str | None
+    """How its energy is read; None if it cannot be."""
+    quality: Quality | None
+    """How much the figure is worth; None if there is none."""
+    why_not: str | None
+    """Why there is no source, or no better one; None for a counter."""
+    advice: str | None
+    """What would help; None for a counter."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The best source of a device, and why it is not a better one."""
+
+    source: Source
+    why_not: MeterUnavailable | None = None
+
+    @property
+    def row(self) -> SourceRow:
+        name = None if self.source.quality is None else self.source.name
+        reason = None if self.why_not is None else self.why_not.reason
+        advice = None if self.why_not is None else self.why_not.advice
+        return SourceRow(self.source.device, name, self.source.quality, reason, advice)
+
+    @property
+    def note(self) -> str | None:
+        row = self.row
+        if row.why_not is None:
+            return None
+        what = "not measured" if row.source is None else f"{row.quality} by {row.source}"
+        return f"{row.device}: {what}, because {row.why_not}; {row.advice}"
+
+
+def open_meter(
+    *,
+    gpu_uuids: Sequence[str],
+    host: bool,
+    interval_s: float = 1.0,
+    synchronize: Callable[[], None] | None = None,
+) -> Meter:
+    """Open a meter with the best source for each device; one that has none is metered as unknown.
+
+    Args:
+        gpu_uuids: Physical GPUs to read, each once however often it is named; see :func:`visible_gpu_uuids`.
+            Across processes of a node the caller gives each GPU to one of them.
+        host: Whether to read the CPU and memory of this machine; true in one process of a node.
+        interval_s: Seconds between two samples of sources that have no counter.
+        synchronize: Waits for the work queued on the device; called at the edges of windows.
+    """
+    choices = [_choose_gpu(uuid) for uuid in dict.fromkeys(gpu_uuids)]
+    if host:
+        choices += _choose_host()
+    notes = [choice.note for choice in choices if choice.note is not None]
+    sources = [choice.source for choice in choices]
+    return Meter(sources, interval_s=interval_s, synchronize=synchronize, notes=notes)
+
+
+def describe_sources() -> list[SourceRow]:
+    """What can be read on this machine: each GPU that NVML lists, the CPU and the memory."""
+    choices: list[_Choice] = []
+    try:
+        choices += [_choose_gpu(uuid) for uuid in all_gpu_uuids()]
+    except MeterUnavailable as error:
+        choices.append(_Choice(UnreadableSource("gpu", error), error))
+    choices += _choose_host()
+    for choice in choices:
+        choice.source.close()
+    return [choice.row for choice in choices]
+
+
+def _choose_gpu(uuid: str) -> _Choice:
+    try:
+        source = open_gpu(uuid)
+    except MeterUnavailable as error:
+        return _Choice(UnreadableSource(uuid, error), error)
+    if source.quality == "counter":
+        return _Choice(source)
+    advice = "GPUs from the Volta generation on have a counter"
+    return _Choice(source, MeterUnavailable("the GPU has no energy counter", advice))
+
+
+def _choose_host() -> list[_Choice]:
+    """RAPL where it can be read, CodeCarbon's estimate for what RAPL does not tell."""
+    try:
+        counters = open_rapl()
+    except MeterUnavailable as error:
+        return [
+            _choose_estimate("cpu", open_cpu_estimate, error),
+            _choose_estimate("dram", open_ram_estimate, error),
+        ]
+    choices = [_Choice(source) for source in counters]
+    if not any(source.device.startswith("dram") for source in counters):
+        missing = MeterUnavailable(
+            "RAPL of this CPU does not tell the memory's energy", "mostly server CPUs tell it"
+        )
+        choices.append(_choose_estimate("dram", open_ram_estimate, missing))
+    return choices
+
+
+def _choose_estimate(device: str, open_estimate: Callable[[], Source], why_not: MeterUnavailable) -> _Choice:
+    try:
+        return _Choice(open_estimate(), why_not)
+    except MeterUnavailable as error:
+        both = MeterUnavailable(
+            f"{why_not.reason}, and {error.reason}", f"{why_not.advice}, or {error.advice}"
+        )
+        return _Choice(UnreadableSource(device, both), both)

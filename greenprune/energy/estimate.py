@@ -1,0 +1,118 @@
+"""CodeCarbon's estimates of the power of CPU and memory, for machines whose counters cannot be read.
+
+Only CodeCarbon's model of the hardware is used, not its tracker: no file, no lock, no network, no thread of
+its own.
+Reference: https://docs.codecarbon.io/latest/explanation/methodology/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from greenprune.energy.source import MeterUnavailable, PowerSource, Source
+
+# The kernel counts CPU time in ticks of 10 ms; below ten of them the load of two cores is mostly chance.
+_MIN_SPAN_S = 0.1
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep CodeCarbon's log lines off the screen: what they say is in the source's name and in the notes."""
+    logger = logging.getLogger("codecarbon")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def open_cpu_estimate() -> Source:
+    """The CPU power of the whole machine by CodeCarbon's load model, as device ``cpu``.
+
+    Full power times (0.1 + 0.9 load^3), where the load is that of all processes on the machine since the
+    previous sample. Full power is the CPU's thermal design power in CodeCarbon's table, once for each socket;
+    for a CPU that the table does not have it is 4 W for each hardware thread.
+
+    Raises:
+        MeterUnavailable: CodeCarbon cannot tell what the machine has.
+    """
+    with _quiet():
+        from codecarbon.core.util import count_physical_cpus, detect_cpu_model
+        from codecarbon.external.hardware import CPU, MODE_CPU_LOAD
+
+        # CodeCarbon's own detection takes a second (py-cpuinfo); it is for machines without /proc.
+        model = _linux_cpu_model() or str(detect_cpu_model() or "CPU of unknown model")
+        full_w = tabulated_power_w(model)
+        if full_w is not None:
+            full_w *= count_physical_cpus()
+            name = f"CodeCarbon: load of {full_w:g} W ({model})"
+        else:
+            full_w = _default_power_w()
+            name = f"CodeCarbon: load of {full_w:g} W (guessed: {model} is not in its table)"
+        try:
+            cpu = CPU(output_dir="", mode=MODE_CPU_LOAD, model=model, tdp=full_w, tracking_mode="machine")
+        except OSError as error:
+            # Within a Slurm job CodeCarbon runs scontrol, which a container may lack.
+            raise MeterUnavailable(f"CodeCarbon: {error}", "make scontrol available in the job") from error
+        cpu.start()
+    return PowerSource(
+        "cpu", name, "estimate", lambda: float(cpu.total_power().W), mean=True, min_span_s=_MIN_SPAN_S
+    )
+
+
+def open_ram_estimate() -> Source:
+    """The power of the machine's memory by CodeCarbon's count of modules, a constant, as device ``dram``.
+
+    Within a Slurm job CodeCarbon counts the memory of the job.
+
+    Raises:
+        MeterUnavailable: CodeCarbon cannot tell how much memory there is.
+    """
+    with _quiet():
+        from codecarbon.external.ram import RAM
+
+        power_w = float(RAM(tracking_mode="machine").total_power().W)
+    if power_w <= 0:  # CodeCarbon logs its own failures and goes on with 0 W.
+        raise MeterUnavailable(
+            "CodeCarbon cannot tell the size of the memory", "make scontrol available in the job"
+        )
+    name = f"CodeCarbon: constant {power_w:g} W"
+    return PowerSource("dram", name, "estimate", lambda: power_w, mean=True, min_span_s=_MIN_SPAN_S)
+
+
+def tabulated_power_w(model: str) -> float | None:
+    """The thermal design power of one CPU in CodeCarbon's table, in watts; None if it is not there."""
+    from codecarbon.core.cpu import TDP
+    from codecarbon.input import DataSource
+
+    with Path(DataSource().cpu_power_path).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    # The matching alone, on an object that was not set up: TDP() would detect the model again and load
+    # pandas.
+    match = TDP._get_matching_cpu(TDP.__new__(TDP), model, {"Name": [row["Name"] for row in rows]})
+    tdp = next((row["TDP"] for row in rows if row["Name"] == match), "")
+    try:
+        return float(tdp)
+    except ValueError:  # Not in the table, or one of the few cells in it that hold no number.
+        return None
+
+
+def _default_power_w() -> float:
+    from codecarbon.core.cpu import DEFAULT_POWER_PER_CORE
+
+    # All threads of the machine, for its load is what the estimate scales with.
+    return float(DEFAULT_POWER_PER_CORE * (psutil.cpu_count() or 1))
+
+
+def _linux_cpu_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

@@ -1,0 +1,221 @@
+"""Where joules come from: counters that are read, powers that are integrated, devices that cannot be read.
+
+A :class:`Source` belongs to one device and gives the joules it took since the source was opened, as a number
+that never falls. Vendors (:mod:`.nvml`, :mod:`.rapl`, :mod:`.estimate`) only supply the function that reads a
+value.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal
+
+Quality = Literal["counter", "integrated power", "estimate"]
+
+BEST_FIRST: tuple[Quality, ...] = ("counter", "integrated power", "estimate")
+
+
+class MeterUnavailable(Exception):  # noqa: N818 - says what is the case, and is not always an error
+    """A device's energy cannot be read.
+
+    Attributes:
+        reason: Why, in one line.
+        advice: What would help, in one line.
+    """
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"{reason}; {advice}")
+        self.reason = reason
+        self.advice = advice
+
+
+class Source(ABC):
+    """The energy of one device.
+
+    Attributes:
+        device: The device's name: a GPU's UUID, ``cpu:package-0``, ``dram``.
+        name: How it is read, for people.
+        quality: How much the figure is worth; None for a device that cannot be read.
+        polled: Whether :meth:`poll` must be called at regular intervals.
+        gaps: How often joules were lost since opening, so that later figures are lower bounds.
+        last_gap: Why they were lost the last time.
+    """
+
+    polled = False
+
+    def __init__(self, device: str, name: str, quality: Quality | None) -> None:
+        self.device = device
+        self.name = name
+        self.quality = quality
+        self.gaps = 0
+        self.last_gap: str | None = None
+        # The sampling thread and the one that trains both read.
+        self._lock = threading.Lock()
+
+    def read_j(self) -> float:
+        """Joules since the source was opened; never less than at the previous read.
+
+        Raises:
+            MeterUnavailable: The device cannot be read now; it may be readable later.
+        """
+        with self._lock:
+            return self._advance(fresh=False)
+
+    def poll(self) -> None:
+        """Take a sample now; a failure shows up as a gap, or at the next read."""
+        with self._lock:
+            try:
+                self._advance(fresh=True)
+            except MeterUnavailable:
+                return
+
+    def close(self) -> None:  # noqa: B027 - most sources hold nothing
+        """Release what the source holds; it is not read again."""
+
+    @abstractmethod
+    def _advance(self, fresh: bool) -> float:
+        """Account for the time up to now and return the joules since opening."""
+
+    def _lose(self, reason: str) -> None:
+        self.gaps += 1
+        self.last_gap = reason
+
+
+class CounterSource(Source):
+    """A counter of joules kept by the hardware.
+
+    A counter that steps back has wrapped, where ``wraps_at_j`` tells at what value, or was restarted: then it
+    counts from zero, and what was used between the last read and the restart is lost.
+
+    Args:
+        device: The device's name.
+        name: How it is read.
+        read: Gives the counter in joules; raises :class:`MeterUnavailable`.
+        wraps_at_j: Value at which the counter starts again from zero; None if it does not wrap. A counter
+            that wraps is polled, so that no two wraps fall between two reads.
+        release: Called once when the source is closed.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        name: str,
+        read: Callable[[], float],
+        *,
+        wraps_at_j: float | None = None,
+        release: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(device, name, "counter")
+        self.polled = wraps_at_j is not None
+        self._read = read
+        self._wraps_at_j = wraps_at_j
+        self._release = release
+        self._joules = 0.0
+        self._last_j = read()
+
+    def close(self) -> None:
+        """Release the counter."""
+        if self._release is not None:
+            self._release()
+
+    def _advance(self, fresh: bool) -> float:
+        value_j = self._read()
+        delta_j = value_j - self._last_j
+        if delta_j < 0 and self._wraps_at_j is not None:
+            delta_j += self._wraps_at_j
+        elif delta_j < 0:
+            delta_j = value_j
+            self._lose("the energy counter was restarted, and what it held since the last read is lost")
+        self._last_j = value_j
+        self._joules += delta_j
+        return self._joules
+
+
+class PowerSource(Source):
+    """Power samples, integrated over time up to the moment of the read.
+
+    Joules that were reported are never taken back: the span since the last read or sample is added at each of
+    them.
+
+    Args:
+        device: The device's name.
+        name: How it is read.
+        quality: How much a sample is worth.
+        sample: Gives watts; raises :class:`MeterUnavailable`.
+        mean: Whether a sample is the mean since the previous one; otherwise it is the power of the moment,
+            and trapezoids are added up.
+        min_span_s: Seconds within which a read goes on with the last sample, because a new one would cost
+            more than it tells.
+        release: Called once when the source is closed.
+        clock: Gives seconds.
+    """
+
+    polled = True
+
+    def __init__(
+        self,
+        device: str,
+        name: str,
+        quality: Quality,
+        sample: Callable[[], float],
+        *,
+        mean: bool,
+        min_span_s: float,
+        release: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        super().__init__(device, name, quality)
+        self._sample = sample
+        self._mean = mean
+        self._min_span_s = min_span_s
+        self._release = release
+        self._clock = clock
+        self._joules = 0.0
+        self._power_w: float | None = sample()
+        self._sampled_at_s = self._counted_to_s = clock()
+
+    def close(self) -> None:
+        """Release what the samples come from."""
+        if self._release is not None:
+            self._release()
+
+    def _advance(self, fresh: bool) -> float:
+        now_s = self._clock()
+        span_s = now_s - self._counted_to_s
+        power_w = self._power_w
+        if fresh or power_w is None or now_s - self._sampled_at_s >= self._min_span_s:
+            new_w = self._take(now_s)
+            # After an outage nothing is known about the span up to now: it stays out, and the gap is on
+            # record.
+            mean_w = 0.0 if power_w is None else new_w if self._mean else (new_w + power_w) / 2
+        else:
+            mean_w = power_w
+        self._joules += mean_w * span_s
+        self._counted_to_s = now_s
+        return self._joules
+
+    def _take(self, now_s: float) -> float:
+        try:
+            power_w = self._sample()
+        except MeterUnavailable as error:
+            if self._power_w is not None:
+                self._lose(error.reason)
+            self._power_w = None
+            raise
+        self._power_w = power_w
+        self._sampled_at_s = now_s
+        return power_w
+
+
+class UnreadableSource(Source):
+    """A device that is there and cannot be read: its joules are unknown, not zero."""
+
+    def __init__(self, device: str, unavailable: MeterUnavailable) -> None:
+        super().__init__(device, "none", None)
+        self.unavailable = unavailable
+
+    def _advance(self, fresh: bool) -> float:
+        raise MeterUnavailable(self.unavailable.reason, self.unavailable.advice)

@@ -1,0 +1,221 @@
+"""The engine: processes, devices, precision and data parallelism, behind a few verbs.
+
+The only module that knows Accelerate. Everything above it works on one network, one optimizer and plain tensors.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from greenprune.config import Config, ConfigError, UserError
+
+
+class RankMismatch(RuntimeError):
+    """Ranks that should agree do not; the message names them."""
+
+
+class Engine:
+    """One process's part of a data-parallel run.
+
+    Launched by ``accelerate launch`` (or torchrun) it takes its rank and the number of processes from the launcher;
+    precision, batch and clipping come from the run's config alone.
+
+    Args:
+        config: The run.
+
+    Raises:
+        ConfigError: The precision is not to be had on this device.
+        UserError: The launcher announced processes that did not come together.
+    """
+
+    def __init__(self, config: Config) -> None:
+        on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+        if config.precision == "fp16" and on_cpu:
+            raise ConfigError("precision: 'fp16' is not valid on a CPU; expected no or bf16")
+        # BatchNorm's running statistics are local to a rank in training and taken from rank 0 where they matter
+        # (sync_buffers), so they need not travel on every step.
+        handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+        announced = int(os.environ.get("WORLD_SIZE", "1"))
+        if on_cpu and announced > 1:
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        self._accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=config.precision,
+            kwargs_handlers=handlers,
+            step_scheduler_with_optimizer=False,
+        )
+        if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise UserError("the launcher asks for DeepSpeed, which is not supported yet; use launch/ddp.yaml")
+        if announced != self._accelerator.num_processes:
+            raise UserError(
+                f"the launcher announced {announced} processes but {self._accelerator.num_processes} came together; "
+                "use one of the files in launch/"
+            )
+        self._clip_norm = config.optim.clip_norm
+        self.rank: int = self._accelerator.process_index
+        self.world_size: int = self._accelerator.num_processes
+        self.device: torch.device = self._accelerator.device
+        self.model: nn.Module
+        self.module: nn.Module
+        self.optimizer: Optimizer
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks and writes for the run."""
+        return self.rank == 0
+
+    @property
+    def gpu_uuid(self) -> str | None:
+        """NVML's identifier of the GPU that this process trains on, or None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Take over a network and its optimizer: move, wrap for data parallelism, set up mixed precision.
+
+        Afterwards ``model`` is what to call, ``module`` the unwrapped network and ``optimizer`` the raw optimizer.
+        """
+        self.module = model
+        self.optimizer = optimizer
+        self.model, self._prepared_optimizer = self._accelerator.prepare(model, optimizer)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the loss, averaged over the ranks."""
+        self._accelerator.backward(loss)
+
+    def step(self) -> None:
+        """One optimizer step with the gradients at hand, which are then gone."""
+        if self._clip_norm is not None:
+            self._accelerator.clip_grad_norm_(self.module.parameters(), self._clip_norm)
+        self._prepared_optimizer.step()
+        self._prepared_optimizer.zero_grad()
+
+    def rebuild(self, operate: Callable[[nn.Module, Optimizer], None]) -> None:
+        """Change the structure: unwrap, operate on the raw network and optimizer, wrap what is left.
+
+        The old wrapper with its gradient buckets is gone afterwards; the optimizer stays the same object.
+
+        Args:
+            operate: Changes the unwrapped network and its optimizer in place, alike on every rank.
+        """
+        accelerator = self._accelerator
+        self.optimizer.zero_grad(set_to_none=True)
+        # Both wrappers of mixed precision are taken off, or autocast would nest one level deeper each time.
+        inner = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+        # Accelerate keeps every model it ever prepared.
+        accelerator._models[:] = [m for m in accelerator._models if accelerator.unwrap_model(m) is not inner]
+        del self.model
+        operate(inner, self.optimizer)
+        # Left by the first prepare; with it on, preparing again would do nothing on one process.
+        inner.__dict__.pop("_is_accelerate_prepared", None)
+        self.module = inner
+        self.model = accelerator.prepare_model(inner)
+        gc.collect()  # the old reducer's buckets are held in a cycle
+
+    def sync_buffers(self) -> None:
+        """Give every rank the buffers (BatchNorm's running statistics) of rank 0, which the checkpoint holds."""
+        if self.world_size > 1:
+            for buffer in self.module.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of a tensor over all ranks; the tensor itself on one process."""
+        return self.sum(values).div_(self.world_size) if self.world_size > 1 else values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, as a new tensor; the tensor itself on one process."""
+        if self.world_size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def gather_objects(self, item: object) -> list[Any]:
+        """One picklable object from each rank, in rank order, on every rank."""
+        return list(gather_object([item])) if self.world_size > 1 else [item]
+
+    def from_main(self, item: object) -> Any:
+        """Rank 0's object, on every rank."""
+        holder = [item]
+        if self.world_size > 1:
+            broadcast_object_list(holder)
+        return holder[0]
+
+    def check_agreement(self, what: str, value: str) -> None:
+        """Check that every rank has the same value.
+
+        Raises:
+            RankMismatch: They differ; the message names the ranks and their hosts.
+        """
+        values = self.gather_objects((value, socket.gethostname()))
+        odd = [f"rank {rank} ({host})" for rank, (other, host) in enumerate(values) if other != values[0][0]]
+        if odd:
+            raise RankMismatch(f"{what} differs from rank 0 on {', '.join(odd)}; the run cannot go on")
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def wait(self) -> None:
+        """Wait for all ranks."""
+        self._accelerator.wait_for_everyone()
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """State of the loss scaler, if the precision has one."""
+        scaler = self._accelerator.scaler
+        return None if scaler is None else scaler.state_dict()
+
+    def load_scaler_state(self, state: dict[str, Any] | None) -> None:
+        """Take up a state of :meth:`scaler_state`."""
+        if state is not None and self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(state)
+
+    def start_trackers(
+        self, names: Sequence[str], project: str, config: dict[str, Any], options: dict[str, dict[str, Any]]
+    ) -> None:
+        """Start Accelerate's trackers; they speak on rank 0 only.
+
+        Args:
+            names: Trackers, as in ``tracking.trackers``.
+            project: Name of the project.
+            config: Nested plain values that describe the run.
+            options: Arguments of each tracker's start, by its name.
+        """
+        self._accelerator.log_with = filter_trackers(list(names))
+        self._accelerator.init_trackers(project, config=config, init_kwargs=options)
+
+    def tracker(self, name: str) -> Any:
+        """The raw run of a started tracker."""
+        return self._accelerator.get_tracker(name, unwrap=True)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Send flat numbers to all trackers."""
+        self._accelerator.log(values, step=step)
+
+    def finish(self) -> None:
+        """Let go of everything in an order that ends the process cleanly."""
+        if hasattr(self, "model"):
+            del self.model, self.module, self.optimizer, self._prepared_optimizer
+        self._accelerator.free_memory()
+        gc.collect()
+        self._accelerator.end_training()

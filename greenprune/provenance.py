@@ -1,0 +1,85 @@
+"""Where a result comes from: versions, revision and hardware."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+_PACKAGES = (
+    "greenprune",
+    "torch",
+    "torchvision",
+    "accelerate",
+    "deepspeed",
+    "codecarbon",
+    "wandb",
+    "nvidia-ml-py",
+)
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed versions of the packages that matter to a result; None for one that is not installed."""
+    versions: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def git_revision() -> dict[str, Any] | None:
+    """Revision of the checkout that the package runs from, and whether it has changes; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(folder), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"revision": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def cpu_name() -> str:
+    """Model of the processor as the system names it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def collect_provenance(world_size: int, device: torch.device) -> dict[str, Any]:
+    """Everything about this attempt that a reader of its figures may ask for.
+
+    Args:
+        world_size: Number of processes.
+        device: Device of this process.
+    """
+    return {
+        "command": sys.argv,
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "versions": package_versions(),
+        "host": socket.gethostname(),
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "device": str(device),
+        "processes": world_size,
+    }

@@ -1,0 +1,203 @@
+"""What a run leaves behind: its folder, its events and its ledger."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+from greenprune.config import Config, UserError, dump_config
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run.
+
+    Attributes:
+        path: The folder ``output_dir/run_name``.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        """Versions, revision and hardware of every attempt, one JSON object a line."""
+        return self.path / "provenance.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """Everything that happened, in order."""
+        return self.path / "events.jsonl"
+
+    @property
+    def structure(self) -> Path:
+        """Removals and freezes so far."""
+        return self.path / "structure.json"
+
+    @property
+    def summary(self) -> Path:
+        """The result, written at the end."""
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder holds anything."""
+        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+
+    def create(self, config: Config) -> None:
+        """Make the folder and write the resolved config into it.
+
+        Raises:
+            UserError: The folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config, dump_config(config))
+        except OSError as error:
+            raise UserError(
+                f"output_dir: cannot write {str(self.path)!r} ({error.strerror}); expected a folder you can write to"
+            ) from None
+
+
+def default_run_name(config: Config) -> str:
+    """A name that says what the run is: data, model, budget and seed."""
+    budget = f"{'-'.join(config.gate.units)}-{config.budget.target:g}" if config.gate.enabled else "dense"
+    return f"{config.data.name}-{config.model.name}-{budget}-seed{config.seed}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that it is whole or the old one, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, values: object) -> None:
+    """Write plain values as JSON, atomically; not-a-number and infinity become null."""
+    write_atomically(path, json.dumps(_plain(values), indent=2, allow_nan=False) + "\n")
+
+
+def _plain(value: object) -> object:
+    """JSON has no NaN: what is not a finite number is unknown, null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class EventLog:
+    """Append-only log of a run, one JSON object a line, and its mirrors.
+
+    Args:
+        path: The file events.jsonl, or None on processes that only take part.
+        mirrors: Called with each event after it is on disk.
+    """
+
+    def __init__(self, path: Path | None, mirrors: list[Callable[[Event], None]]) -> None:
+        self.mirrors = mirrors
+        self._file: TextIOWrapper | None = None
+        if path is not None:
+            _end_last_line(path)
+            self._file = path.open("a", buffering=1)
+
+    def record(self, kind: str, step: int, **values: object) -> None:
+        """Append one event with the present time (seconds since the epoch, UTC)."""
+        if self._file is None:
+            return
+        event: Event = {"time": time.time(), "step": step, "kind": kind}
+        event.update({key.replace("__", "/"): _plain(value) for key, value in values.items()})
+        self._file.write(json.dumps(event) + "\n")
+        for mirror in self.mirrors:
+            mirror(event)
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _end_last_line(path: Path) -> None:
+    """Cut off a line that a killed process left half-written, so that every line stays one JSON object."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def read_events(path: Path) -> list[Event]:
+    """All whole events of a log, in order."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+@dataclass
+class Ledger:
+    """Running totals of a run, kept across restarts.
+
+    Attributes:
+        flops_train: FLOPs of the training steps executed, on all ranks (multiply-add = 2).
+        flops_train_dense: What the dense twin would have executed for the same samples.
+        samples: Training samples seen, on all ranks.
+        time_s: Wall-clock seconds of all attempts.
+        energy_by_phase_j: Joules by phase on all ranks; None for a phase with nothing that could be read.
+        energy_by_device_j: Joules by device, with the source in the name.
+        attempts: Times the run was started.
+        energy_lost_j: Joules of attempts spent after their last checkpoint: the work was done again.
+    """
+
+    flops_train: int = 0
+    flops_train_dense: int = 0
+    samples: int = 0
+    time_s: float = 0.0
+    energy_by_phase_j: dict[str, float | None] = field(default_factory=dict)
+    energy_by_device_j: dict[str, float | None] = field(default_factory=dict)
+    attempts: int = 0
+    energy_lost_j: float = 0.0
+
+    @property
+    def energy_j(self) -> float | None:
+        """Joules of all attempts and ranks, those of lost work included; None if nothing could be read."""
+        known = [joules for joules in self.energy_by_phase_j.values() if joules is not None]
+        return sum(known) + self.energy_lost_j if known else None
+
+    def add_step(self, samples: int, flops: int, flops_dense: int) -> None:
+        """Add one training step.
+
+        Args:
+            samples: Size of the global batch.
+            flops: FLOPs of one sample now, forward and backward.
+            flops_dense: The same for the dense network.
+        """
+        self.samples += samples
+        self.flops_train += samples * flops
+        self.flops_train_dense += samples * flops_dense
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return asdict(self)

@@ -1,0 +1,13 @@
+"""Entry point of a training process: ``accelerate launch greenprune/train.py --config configs/digits.yaml``."""
+
+import os
+import sys
+
+if __name__ == "__main__" and os.path.basename(sys.path[0]) == "greenprune":
+    # Launched as a file, this folder comes first on the path; its modules are to be found in the package only.
+    del sys.path[0]
+
+from greenprune.run import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command(sys.argv[1:], os.environ, prog="train.py"))

@@ -1,0 +1,556 @@
+"""One-pass gated training: train, find the sub-network, remove the rest, and account for all of it."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from greenprune.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
+from greenprune.config import Config
+from greenprune.data import ImageData
+from greenprune.energy import CarbonIntensity, Meter, co2_g
+from greenprune.engine import Engine
+from greenprune.evaluation import Evaluation, evaluate
+from greenprune.flops import Cost, module_flops, network_cost
+from greenprune.gating import GatePolicy, UnitCosts, Verdict, attach_gates, gated_units
+from greenprune.interrupt import Interrupted, InterruptRequest
+from greenprune.models import build_model, residual_blocks
+from greenprune.optimization import build_optimizer, build_schedule
+from greenprune.surgery import Operation, Structure, drop_optimizer_state, freeze_unit, remove_unit, replay
+from greenprune.timing import IntervalClock, StepTimes
+from greenprune.tracking import Event, EventLog, Ledger, RunFolder, read_events, write_json
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is not a number any more; the message names the last good checkpoint."""
+
+
+class Trainer:
+    """Trains one network and removes what it does not need while it trains.
+
+    Args:
+        config: The run.
+        data: The data set, on the device.
+        engine: The engine, not yet prepared.
+        folder: The run's folder, created.
+        meter: Meter of this process's share of the devices.
+        carbon: What a joule costs in CO2, if the country is known.
+        mirrors: Called with every event on rank 0.
+        resume: Checkpoint to go on from, and its path.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: ImageData,
+        engine: Engine,
+        folder: RunFolder,
+        meter: Meter,
+        carbon: CarbonIntensity | None,
+        mirrors: list[Callable[[Event], None]],
+        resume: tuple[Path, Checkpoint] | None,
+    ) -> None:
+        self.config = config
+        self.data = data
+        self.engine = engine
+        self.folder = folder
+        self.meter = meter
+        self.carbon = carbon
+        self.total_steps = config.optim.epochs * data.steps_per_epoch
+        self.step = 0
+        self.structure = Structure()
+        self.ledger = Ledger()
+        self.step_times = StepTimes()
+        self.last_evaluation: Evaluation | None = None
+        self.interrupt = InterruptRequest()
+        self._totals = torch.zeros(2, dtype=torch.float64, device=engine.device)  # loss and hits of this epoch
+        self._build(resume[1] if resume else None)
+        previous = read_events(folder.events) if resume else []
+        self.events = EventLog(folder.events if engine.is_main else None, mirrors)
+        self._started = time.monotonic()
+        self._account_lost_work(previous)
+        self.ledger.attempts += 1
+        self._record_start(resume[0] if resume else None)
+
+    # Setting up.
+
+    def _build(self, checkpoint: Checkpoint | None) -> None:
+        """Build the dense network, gate it, replay a checkpoint's structure, then load its tensors and prepare."""
+        config, shape = self.config, (self.data.channels, self.data.image_size, self.data.image_size)
+        torch.manual_seed(config.seed)
+        model = build_network(config, self.data)
+        self.image_shape = shape
+        self.dense_cost = network_cost(model, shape)
+        self.costs = unit_costs(model, config, shape, self.dense_cost)
+        if config.gate.enabled:
+            attach_gates(model, config.gate)
+        if checkpoint is not None:
+            self.structure = Structure.from_dict(checkpoint.state["structure"])
+            replay(self.structure, model)
+            model.load_state_dict(checkpoint.model)
+        if config.model.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = build_optimizer(config, model, self.total_steps)
+        self.engine.prepare(model, optimizer)
+        self.schedule = build_schedule(config, self.engine.optimizer, self.total_steps)
+        self.policy = self._new_policy() if config.gate.enabled else None
+        if checkpoint is not None:
+            self._load(checkpoint)
+        self._recount()
+
+    def _new_policy(self) -> GatePolicy:
+        removed = {operation.unit for operation in self.structure.removed()}
+        return GatePolicy(
+            self.config,
+            self.engine.module,
+            self.costs,
+            set(self.costs.units) - removed,
+            total_steps=self.total_steps,
+            window=self.config.removal.window or self.data.steps_per_epoch,
+            device=self.engine.device,
+        )
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Take up everything but the network's tensors from a checkpoint."""
+        training, state = checkpoint.training, checkpoint.state
+        self.engine.optimizer.load_state_dict(training["optimizer"])
+        self.engine.load_scaler_state(training["scaler"])
+        self.schedule.load_state_dict(training["schedule"])
+        if self.policy is not None:
+            self.policy.load_state_dict(training["policy"])
+        self._totals.copy_(training["totals"])
+        self.step = state["step"]
+        self.ledger = Ledger(**state["ledger"])
+        self.step_times = StepTimes(**state["step_times"])
+        if state["evaluation"] is not None:
+            self.last_evaluation = Evaluation(**state["evaluation"])
+        torch.set_rng_state(training["random"][min(self.engine.rank, len(training["random"]) - 1)])
+
+    def _account_lost_work(self, previous: list[Event]) -> None:
+        """Add what the last attempt spent after the checkpoint this one goes on from."""
+        spent = next((event for event in reversed(previous) if "energy/total_j" in event), None)
+        if spent is None:
+            return
+        if spent["energy/total_j"] is not None and self.ledger.energy_j is not None:
+            self.ledger.energy_lost_j += max(0.0, spent["energy/total_j"] - self.ledger.energy_j)
+        self.ledger.time_s = max(self.ledger.time_s, spent["time_s"])
+
+    def _record_start(self, resumed_from: Path | None) -> None:
+        config = self.config
+        sources = self.engine.gather_objects([(r.device, r.source, r.quality) for r in self.meter.total().readings])
+        self.events.record(
+            "start",
+            self.step,
+            run=self.folder.path.name,
+            attempt=self.ledger.attempts,
+            resumed_from=str(resumed_from) if resumed_from else None,
+            model=config.model.name,
+            data=config.data.name,
+            gated=config.gate.enabled,
+            budget_target=config.budget.target if config.gate.enabled else None,
+            budget_unit=config.budget.unit,
+            precision=config.precision,
+            device=str(self.engine.device),
+            world_size=self.engine.world_size,
+            batch_size=config.data.batch_size,
+            train_samples=self.data.train_samples,
+            eval_samples=self.data.eval_samples,
+            accuracy_kind=self.data.accuracy_kind,
+            epochs=config.optim.epochs,
+            steps_per_epoch=self.data.steps_per_epoch,
+            units=list(self.costs.units),
+            energy_sources=[list(source) for rank in sources for source in rank],
+            notes=list(self.meter.notes),
+            **self._structure_numbers(),
+            flops__forward_dense=self.dense_cost.flops_forward,
+            structure__params_dense=self.dense_cost.params,
+        )
+
+    # The run.
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end, or until asked to stop, and return the summary.
+
+        ::
+
+            for each epoch
+                for each batch: loss = task + gate penalty; backward; step; count FLOPs
+                                at a removal boundary: decide, operate, rebuild the engine, recount, record
+                evaluate; record; checkpoint
+
+        Raises:
+            Interrupted: A signal asked to stop; a checkpoint is written.
+            TrainingDiverged: The loss is not finite.
+        """
+        with self.interrupt:
+            for epoch in range(self.step // self.data.steps_per_epoch, self.config.optim.epochs):
+                with self.meter.window("train"):
+                    self._train_epoch(epoch)
+                with self.meter.window("eval"):
+                    self.last_evaluation = evaluate(self.engine, self.data)
+                self._record_epoch(epoch)
+                last = epoch + 1 == self.config.optim.epochs
+                if last or (epoch + 1) % self.config.checkpoint.every == 0:
+                    self._checkpoint()
+                if not last and self._stop_agreed():
+                    self._stop()
+        return self._finish()
+
+    def _train_epoch(self, epoch: int) -> None:
+        """All batches of an epoch, or those that a resumed run still has to do."""
+        first = self.step % self.data.steps_per_epoch
+        batches = self.data.train_batches(epoch, first, rank=self.engine.rank, world_size=self.engine.world_size)
+        self.engine.model.train()
+        clock = IntervalClock()
+        for images, labels in batches:
+            self._train_step(images, labels)
+            clock.steps += 1
+            in_epoch = self.step % self.data.steps_per_epoch
+            at_boundary = self.policy is not None and self.policy.at_boundary(self.step)
+            stop = self.interrupt.signal if self.engine.world_size == 1 else 0
+            if stop or in_epoch == 0 or self.step % self.config.tracking.log_every == 0:
+                stop = self._record_train(clock)
+            if at_boundary:
+                self._at_boundary()
+                clock = IntervalClock()
+            if stop and in_epoch != 0:
+                self._stop()
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        """Forward, backward and one optimizer step on this rank's slice of a global batch."""
+        logits = self.engine.model(images)
+        task = functional.cross_entropy(logits, labels, label_smoothing=self.config.optim.label_smoothing)
+        loss = task
+        if self.policy is not None and self.policy.active:
+            penalty = self.policy.penalty(self.step, self.config.data.batch_size, self.engine.mean)
+            loss = task if penalty is None else task + penalty
+        self.engine.backward(loss)
+        self.engine.step()
+        self.schedule.step()
+        self._totals += torch.stack([task.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+        self.step += 1
+        self.ledger.add_step(self.config.data.batch_size, self.cost.flops_train, self.dense_cost.flops_train)
+
+    # Changing the structure.
+
+    def _at_boundary(self) -> None:
+        """End a window: record what the gates did, and carry out what follows from it."""
+        assert self.policy is not None
+        window, verdicts = self.policy.close_window(self.step)
+        self.events.record(
+            "window",
+            self.step,
+            gate__price=self.policy.controller.price.item(),
+            gate__target=self.policy.controller.target_at(self.step),
+            structure__kept_cost=self.policy.kept_cost,
+            units={name: {"rate": unit.rate, "openness": unit.openness} for name, unit in window.items()},
+        )
+        if verdicts:
+            with self.meter.window("surgery"):
+                self._operate(verdicts)
+
+    def _operate(self, verdicts: list[Verdict]) -> None:
+        """Carry verdicts out on the network, the optimizer and the engine, alike on every rank."""
+        assert self.policy is not None
+        started = time.monotonic()
+        epoch = self.step / self.data.steps_per_epoch
+        operations = [Operation(v.action, v.unit, self.step, epoch, v.reason) for v in verdicts]
+        self.structure.operations += operations
+        self.engine.check_agreement("the structure", self.structure.checksum())
+
+        def operate(model: nn.Module, optimizer: Optimizer) -> None:
+            for verdict in verdicts:
+                (remove_unit if verdict.action == "remove" else freeze_unit)(model, verdict.unit)
+            drop_optimizer_state(optimizer, model)
+
+        self.engine.rebuild(operate)
+        self.policy.carried_out(self.engine.module, verdicts)
+        self._recount()
+        if any(verdict.action == "remove" for verdict in verdicts):
+            self.step_times.cut()
+        if self.engine.is_main:
+            write_json(self.folder.structure, self.structure.to_dict())
+        for operation in operations:
+            kind = "removal" if operation.action == "remove" else "freeze"
+            self.events.record(
+                kind,
+                self.step,
+                epoch=epoch,
+                unit=operation.unit,
+                reason=operation.reason,
+                **self._structure_numbers(),
+            )
+        self.events.record("surgery", self.step, pause_s=time.monotonic() - started)
+
+    def _recount(self) -> None:
+        """Count what the present structure costs."""
+        self.cost = network_cost(self.engine.module, self.image_shape)
+
+    # Recording.
+
+    def _structure_numbers(self) -> dict[str, object]:
+        return {
+            "structure__blocks": len(residual_blocks(self.engine.module)),
+            "structure__gates": len(gated_units(self.engine.module)),
+            "structure__params": self.cost.params,
+            "structure__kept_cost": self.policy.kept_cost if self.policy is not None else 1.0,
+            "flops__forward": self.cost.flops_forward,
+        }
+
+    def _spending_numbers(self, energy_j: float | None, power_w: float | None) -> dict[str, object]:
+        return {
+            "flops__train": self.ledger.flops_train,
+            "flops__train_dense": self.ledger.flops_train_dense,
+            "energy__total_j": energy_j,
+            "energy__power_w": power_w,
+            "energy__co2_g": co2_g(energy_j, self.carbon),
+            "time_s": self.ledger.time_s + time.monotonic() - self._started,
+        }
+
+    def _record_train(self, clock: IntervalClock) -> int:
+        """Read the device, record progress since the epoch began, and agree on whether to stop.
+
+        Returns:
+            The signal that asked any rank to stop, or 0.
+        """
+        loss, hits, energy_j, power_w, stop = self._read()
+        step_s = clock.seconds_per_step()
+        self.step_times.add(step_s)
+        clock.restart()
+        samples = self._samples_in_epoch()
+        if not math.isfinite(loss):
+            self._diverged(loss / samples)
+        self.events.record(
+            "train",
+            self.step,
+            epoch=self.step / self.data.steps_per_epoch,
+            train__loss=loss / samples,
+            train__accuracy=hits / samples,
+            train__lr=self.schedule.get_last_lr()[0],
+            train__samples_per_s=self.config.data.batch_size / step_s,
+            train__step_time_s=step_s,
+            gate__price=self.policy.controller.price.item() if self.policy is not None else None,
+            **self._structure_numbers(),
+            **self._spending_numbers(energy_j, power_w),
+        )
+        return int(stop)
+
+    def _samples_in_epoch(self) -> int:
+        in_epoch = self.step % self.data.steps_per_epoch or self.data.steps_per_epoch
+        return in_epoch * self.config.data.batch_size
+
+    def _read(self) -> tuple[float, float, float | None, float | None, float]:
+        """Loss and hits of this epoch, joules and watts so far, and the stop signal, over all ranks."""
+        numbers = [
+            _or_nan(self.meter.total().energy_j),
+            _or_nan(self.meter.power_w()),
+            float(self.interrupt.signal),
+        ]
+        here = torch.tensor(numbers, dtype=torch.float64, device=self.engine.device)
+        loss, hits, energy_j, power_w, stop = self.engine.sum(torch.cat([self._totals, here])).tolist()
+        if not math.isnan(energy_j):
+            energy_j += self.ledger.energy_j or 0.0
+        return loss, hits, _or_none(energy_j), _or_none(power_w), stop
+
+    def _record_epoch(self, epoch: int) -> None:
+        assert self.last_evaluation is not None
+        loss, hits, energy_j, power_w, _ = self._read()
+        samples = self._samples_in_epoch()
+        self.events.record(
+            "epoch",
+            self.step,
+            epoch=epoch + 1,
+            train__loss=loss / samples,
+            train__accuracy=hits / samples,
+            eval__loss=self.last_evaluation.loss,
+            eval__accuracy=self.last_evaluation.accuracy,
+            **self._structure_numbers(),
+            **self._spending_numbers(energy_j, power_w),
+        )
+        self._totals.zero_()
+
+    def _diverged(self, loss: float) -> None:
+        good = list_checkpoints(self.folder.checkpoints)
+        where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+        raise TrainingDiverged(
+            f"the loss is {loss} after step {self.step}; {where}. A smaller optim.lr or optim.clip_norm may help"
+        )
+
+    # Saving and stopping.
+
+    def _ledger_now(self) -> Ledger:
+        """The ledger with this attempt's joules and seconds so far, of all ranks."""
+        shares = self.engine.gather_objects((self.meter.by_phase_j(), self.meter.total().readings))
+        phases, devices = dict(self.ledger.energy_by_phase_j), dict(self.ledger.energy_by_device_j)
+        for by_phase, readings in shares:
+            for phase, joules in by_phase.items():
+                phases[phase] = _add(phases.get(phase), joules)
+            for reading in readings:
+                name = f"{reading.device} ({reading.source})" if reading.source else reading.device
+                devices[name] = _add(devices.get(name), reading.joules)
+        seconds = self.ledger.time_s + time.monotonic() - self._started
+        return replace(self.ledger, energy_by_phase_j=phases, energy_by_device_j=devices, time_s=seconds)
+
+    def _checkpoint(self) -> Path:
+        """Write a checkpoint; rank 0 writes, the others wait."""
+        started = time.monotonic()
+        with self.meter.window("checkpoint"):
+            self.engine.sync_buffers()
+            random = self.engine.gather_objects(torch.get_rng_state())
+            ledger = self._ledger_now()
+            path = self.folder.checkpoints / f"step-{self.step:09d}"
+            if self.engine.is_main:
+                save_checkpoint(
+                    self.folder.checkpoints,
+                    self.step,
+                    self._snapshot(random, ledger),
+                    self.config.checkpoint.keep_last,
+                )
+            self.engine.wait()
+        self.events.record("checkpoint", self.step, path=str(path), pause_s=time.monotonic() - started)
+        return path
+
+    def _snapshot(self, random: list[Tensor], ledger: Ledger) -> Checkpoint:
+        training = {
+            "optimizer": self.engine.optimizer.state_dict(),
+            "scaler": self.engine.scaler_state(),
+            "schedule": self.schedule.state_dict(),
+            "policy": self.policy.state_dict() if self.policy is not None else None,
+            "totals": self._totals,
+            "random": random,
+        }
+        state = {
+            "step": self.step,
+            "identity": self.config.identity(),
+            "structure": self.structure.to_dict(),
+            "ledger": ledger.to_dict(),
+            "step_times": vars(self.step_times),
+            "evaluation": vars(self.last_evaluation) if self.last_evaluation else None,
+        }
+        return Checkpoint(self.engine.module.state_dict(), training, state)
+
+    def _stop_agreed(self) -> bool:
+        """Whether any rank was asked to stop, known to all."""
+        asked = torch.tensor(float(self.interrupt.signal), device=self.engine.device)
+        return bool(self.engine.sum(asked).item())
+
+    def _stop(self) -> None:
+        path = self._checkpoint()
+        number = max(self.engine.gather_objects(self.interrupt.signal)) or signal.SIGTERM
+        name = signal.Signals(number).name
+        self.events.record("interrupt", self.step, signal=name, checkpoint=str(path))
+        raise Interrupted(
+            number,
+            f"stopped by {name} after step {self.step} of {self.total_steps}; {path} is written. "
+            f"Go on with the same command and --resume auto --run_name {self.folder.path.name}",
+        )
+
+    def _finish(self) -> dict[str, Any]:
+        """Write the structure and the summary, and say that the run is done."""
+        summary = self._summary(self._ledger_now())
+        if self.engine.is_main:
+            write_json(self.folder.structure, self.structure.to_dict())
+            write_json(self.folder.summary, summary)
+        self.events.record("end", self.step, summary=summary)
+        self.events.close()
+        return summary
+
+    def _summary(self, ledger: Ledger) -> dict[str, Any]:
+        config, dense = self.config, self.dense_cost
+        assert self.last_evaluation is not None
+        qualities = self.engine.gather_objects([reading.quality for reading in self.meter.total().readings])
+        known = {quality for rank in qualities for quality in rank if quality is not None}
+        energy_j = ledger.energy_j
+        return {
+            "run": self.folder.path.name,
+            "model": config.model.name,
+            "data": config.data.name,
+            "seed": config.seed,
+            "gated": config.gate.enabled,
+            "accuracy": self.last_evaluation.accuracy,
+            "accuracy_kind": self.data.accuracy_kind,
+            "loss": self.last_evaluation.loss,
+            "params": self.cost.params,
+            "params_dense": dense.params,
+            "flops_forward": self.cost.flops_forward,
+            "flops_forward_dense": dense.flops_forward,
+            "flops_train": ledger.flops_train,
+            "flops_train_dense": ledger.flops_train_dense,
+            "kept_cost": self.policy.kept_cost if self.policy is not None else 1.0,
+            "cheapest_unit_cost": self.costs.cheapest,
+            "budget_target": config.budget.target if config.gate.enabled else None,
+            "budget_unit": config.budget.unit,
+            "gates_left": len(gated_units(self.engine.module)),
+            "blocks": len(residual_blocks(self.engine.module)),
+            "blocks_dense": len(self.costs.units),
+            "removals": [
+                {"unit": o.unit, "step": o.step, "epoch": o.epoch, "reason": o.reason} for o in self.structure.removed()
+            ],
+            "energy_j": energy_j,
+            "energy_quality": next((q for q in ("estimate", "integrated power", "counter") if q in known), None),
+            "energy_by_phase_j": ledger.energy_by_phase_j,
+            "energy_by_device_j": ledger.energy_by_device_j,
+            "energy_lost_j": ledger.energy_lost_j,
+            "co2_g": co2_g(energy_j, self.carbon),
+            "carbon_intensity_g_per_kwh": self.carbon.g_per_kwh if self.carbon else None,
+            "time_s": ledger.time_s,
+            "step_time_s": self.step_times.medians(),
+            "attempts": ledger.attempts,
+            "samples": ledger.samples,
+            "steps": self.step,
+            "epochs": config.optim.epochs,
+            "batch_size": config.data.batch_size,
+            "precision": config.precision,
+            "device": str(self.engine.device),
+            "world_size": self.engine.world_size,
+        }
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _add(left: float | None, right: float | None) -> float | None:
+    """Sum of what is known; unknown only if neither is known."""
+    known = [value for value in (left, right) if value is not None]
+    return sum(known) if known else None
+
+
+def build_network(config: Config, data: ImageData) -> nn.Module:
+    """The dense, ungated network for a data set."""
+    return build_model(config.model, classes=data.classes, channels=data.channels, image_size=data.image_size)
+
+
+def unit_costs(model: nn.Module, config: Config, image_shape: tuple[int, int, int], dense: Cost) -> UnitCosts:
+    """What each unit of a dense network costs in the budget's unit, as a share of the whole network.
+
+    Raises:
+        ConfigError: The budget's target cannot be met.
+    """
+    blocks = residual_blocks(model)
+    if config.budget.unit == "flops":
+        branches = [f"{name}.branch" for name in blocks]
+        counts = module_flops(model, branches, image_shape)
+        costs = UnitCosts.of({name: counts[f"{name}.branch"] for name in blocks}, dense.flops_forward)
+    elif config.budget.unit == "params":
+        params = {name: sum(p.numel() for p in block.branch.parameters()) for name, block in blocks.items()}
+        costs = UnitCosts.of(params, dense.params)
+    else:
+        costs = UnitCosts.of(dict.fromkeys(blocks, 1.0), len(blocks))
+    if config.gate.enabled:
+        costs.check_target(config.budget.target)
+    return costs

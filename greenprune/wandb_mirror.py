@@ -1,0 +1,70 @@
+"""W&B as a mirror of a run's events, through Accelerate's tracker interface; offline unless the user is logged in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from greenprune.config import Config
+from greenprune.engine import Engine
+from greenprune.tracking import Event, RunFolder
+
+_MIRRORED = ("train", "epoch", "removal", "freeze")
+_INIT_TIMEOUT_S = 20
+
+
+def start_wandb(engine: Engine, config: Config, folder: RunFolder, group: str | None) -> Callable[[Event], None]:
+    """Start a W&B run on rank 0; never asks anything and needs no network.
+
+    Accuracy is drawn over joules: the metric ``energy/total_j`` is the x-axis of everything under ``eval/``.
+
+    Args:
+        engine: The run's engine.
+        config: The run.
+        folder: The run's folder; W&B writes its files below it.
+        group: Group of runs that this one belongs to, if any.
+
+    Returns:
+        The mirror to give to the event log.
+    """
+    import wandb
+
+    online = config.tracking.mode == "online" or (config.tracking.mode == "auto" and _logged_in())
+    os.environ.setdefault("WANDB_SILENT", "true")
+    options: dict[str, Any] = {
+        "name": folder.path.name,
+        "id": f"{folder.path.name}-{config.identity()}",
+        "resume": "allow" if online else None,
+        "group": group,
+        "job_type": "gated" if config.gate.enabled else "dense",
+        "dir": str(folder.path),
+        "mode": "online" if online else "offline",
+        "settings": wandb.Settings(init_timeout=_INIT_TIMEOUT_S, console="off"),
+    }
+    try:
+        engine.start_trackers(config.tracking.trackers, config.tracking.project, config.to_dict(), {"wandb": options})
+    except wandb.errors.CommError:
+        # Logged in, but the server does not answer: the run is worth more than its live view.
+        options |= {"mode": "offline", "resume": None}
+        engine.start_trackers(config.tracking.trackers, config.tracking.project, config.to_dict(), {"wandb": options})
+    run = engine.tracker("wandb")
+    for name in ("energy/total_j", "flops/train"):
+        run.define_metric(name)
+    run.define_metric("eval/*", step_metric="energy/total_j")
+
+    def mirror(event: Event) -> None:
+        if event["kind"] in _MIRRORED:
+            numbers = {key: value for key, value in event.items() if "/" in key and isinstance(value, int | float)}
+            engine.log(numbers, step=event["step"])
+        elif event["kind"] == "end":
+            run.summary.update({key: value for key, value in event["summary"].items() if not isinstance(value, list)})
+
+    return mirror
+
+
+def _logged_in() -> bool:
+    """Whether a key is at hand, in the environment or in the user's netrc, without asking for one."""
+    import wandb
+
+    return bool(wandb.api.api_key)

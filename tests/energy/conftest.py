@@ -1,0 +1,77 @@
+"""A stand-in for NVML, for hardware that is absent, and a stand-in for the powercap tree."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def nvml_stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a libnvidia-ml.so.1 compiled from nvml_stub.c."""
+    if shutil.which("gcc") is None:
+        pytest.fail("gcc is missing: the NVML tests compile a stand-in for libnvidia-ml.so.1; install gcc")
+    folder = tmp_path_factory.mktemp("nvml")
+    source = Path(__file__).with_name("nvml_stub.c")
+    target = folder / "libnvidia-ml.so.1"
+    subprocess.run(["gcc", "-Wall", "-O1", "-shared", "-fPIC", "-o", target, source], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[[str, dict[str, str]], Any]:
+    """Run Python code in a process of its own and return what it assigns to ``result``."""
+    return _run_python
+
+
+@pytest.fixture
+def with_nvml(nvml_stub: Path) -> Callable[[str, str], Any]:
+    """Run Python code in a process whose NVML is the stand-in, and return what it assigns to ``result``."""
+
+    def run(scenario: str, code: str) -> Any:
+        return _run_python(code, {"LD_LIBRARY_PATH": str(nvml_stub), "NVML_STUB": scenario})
+
+    return run
+
+
+def _run_python(code: str, environment: dict[str, str]) -> Any:
+    program = f"import json, time\n{code}\nprint(json.dumps(result))"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "the meter must not write to the terminal"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class Powercap:
+    """A powercap tree as Linux shows it: all zones side by side in one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def zone(self, zone: str, name: str, energy_uj: int | str, max_uj: int = 262_143_328_850) -> Path:
+        folder = self.root / zone
+        folder.mkdir(parents=True)
+        (folder / "name").write_text(f"{name}\n")
+        (folder / "max_energy_range_uj").write_text(f"{max_uj}\n")
+        (folder / "energy_uj").write_text(f"{energy_uj}\n")
+        return folder / "energy_uj"
+
+
+@pytest.fixture
+def powercap(tmp_path: Path) -> Powercap:
+    return Powercap(tmp_path / "powercap")

@@ -1,0 +1,181 @@
+"""CodeCarbon's estimates, with the real CodeCarbon on the real machine."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from greenprune.energy import MeterUnavailable, open_meter
+from greenprune.energy import estimate as estimate_module
+from greenprune.energy import rapl as rapl_module
+from greenprune.energy.estimate import open_cpu_estimate, open_ram_estimate, tabulated_power_w
+from greenprune.energy.meter import Meter
+
+KNOWN = "Intel(R) Xeon(R) Platinum 8480+"
+
+
+def full_power_w() -> float:
+    from codecarbon.core.util import count_physical_cpus
+
+    return 350.0 * int(count_physical_cpus())
+
+
+def burn(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def test_the_cpu_is_known_by_codecarbons_own_table() -> None:
+    from codecarbon.core.cpu import TDP
+
+    tdp = TDP()
+    for model in (
+        KNOWN,
+        "AMD EPYC 9654 96-Core Processor",
+        "Intel(R) Core(TM) i7-8750H CPU @ 2.20GHz",
+        "a CPU that nobody makes",
+        "AMD EPYC",
+    ):
+        assert tabulated_power_w(model) == tdp._get_cpu_power_from_registry(model), model
+    assert tabulated_power_w(KNOWN) == 350
+
+
+def test_an_unknown_cpu_is_taken_for_4_watts_a_thread_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_module, "_linux_cpu_model", lambda: "a CPU that nobody makes")
+    source = open_cpu_estimate()
+    assert source.name == (
+        f"CodeCarbon: load of {4 * psutil.cpu_count():g} W "
+        "(guessed: a CPU that nobody makes is not in its table)"
+    )
+
+
+def test_the_estimate_follows_the_load_of_the_whole_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_module, "_linux_cpu_model", lambda: KNOWN)
+    others = multiprocessing.get_context("fork")
+    workers = [others.Process(target=burn, args=(1.0,)) for _ in os.sched_getaffinity(0)]
+    with Meter([open_cpu_estimate()], interval_s=0.1) as meter:
+        for worker in workers:
+            worker.start()
+        time.sleep(0.2)
+        before = psutil.cpu_times()
+        with meter.window("busy") as busy:
+            time.sleep(0.5)  # Other processes are at work, not this one.
+        after = psutil.cpu_times()
+        for worker in workers:
+            worker.join()
+    resting_s = after.idle + after.iowait - before.idle - before.iowait
+    passed_s = (
+        sum(after) - sum(before) - (after.guest - before.guest) - (after.guest_nice - before.guest_nice)
+    )
+    load = 1 - resting_s / passed_s
+    busy_w = (busy.measurement.energy_j or 0) / busy.measurement.seconds
+    assert load > 0
+    assert busy_w == pytest.approx(full_power_w() * (0.1 + 0.9 * load**3), rel=0.25)
+    assert busy.measurement.quality == "estimate"
+
+
+def test_idle_takes_a_tenth_of_full_power(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_module, "_linux_cpu_model", lambda: KNOWN)
+    # A machine that does nothing: the tests' own cannot be kept idle.
+    idle = psutil.cpu_times()
+    clock = iter(range(1000))
+    monkeypatch.setattr(psutil, "cpu_times", lambda: idle._replace(idle=idle.idle + next(clock)))
+    with Meter([open_cpu_estimate()], interval_s=60) as meter:
+        time.sleep(0.2)
+        measured = meter.total()
+    assert measured.energy_j == pytest.approx(0.1 * full_power_w() * measured.seconds, rel=0.01)
+
+
+def test_memory_takes_codecarbons_constant_power() -> None:
+    from codecarbon.external.ram import RAM
+
+    with Meter([open_ram_estimate()], interval_s=60) as meter:
+        time.sleep(0.1)
+        measured = meter.total()
+    assert measured.readings[0].device == "dram"
+    assert measured.energy_j == pytest.approx(RAM().total_power().W * measured.seconds, rel=0.01)
+
+
+def test_the_host_is_metered_only_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rapl_module.open_rapl, "__defaults__", (tmp_path,))
+    with open_meter(gpu_uuids=[], host=False) as meter:
+        assert meter.total().readings == ()
+        assert meter.notes == ()
+    with open_meter(gpu_uuids=[], host=True) as meter:
+        assert [reading.device for reading in meter.total().readings] == ["cpu", "dram"]
+        assert len(meter.notes) == 2
+        assert all("no RAPL counters" in note for note in meter.notes)
+
+
+def test_rapl_is_preferred_and_the_estimate_fills_in(powercap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    powercap.zone("intel-rapl:0", "package-0", 0)
+    monkeypatch.setattr(rapl_module.open_rapl, "__defaults__", (powercap.root,))
+    with open_meter(gpu_uuids=[], host=True) as meter:
+        qualities = {reading.device: reading.quality for reading in meter.total().readings}
+    assert qualities == {"cpu:package-0": "counter", "dram": "estimate"}
+    assert len(meter.notes) == 1
+
+
+def test_a_slurm_job_without_scontrol_leaves_the_host_unknown(
+    run_python: Callable[[str, dict[str, str]], Any], tmp_path: Path
+) -> None:
+    code = f"""
+from pathlib import Path
+from greenprune.energy import open_meter, rapl
+rapl.open_rapl.__defaults__ = (Path({str(tmp_path)!r}),)
+with open_meter(gpu_uuids=[], host=True) as meter:
+    result = [meter.total().energy_j, meter.notes]
+"""
+    energy_j, notes = run_python(code, {"SLURM_JOB_ID": "7", "PATH": str(tmp_path)})
+    assert energy_j is None
+    assert len(notes) == 2
+    assert all("scontrol" in note for note in notes)
+
+
+def test_nothing_is_left_behind(run_python: Callable[[str, dict[str, str]], Any], tmp_path: Path) -> None:
+    """No file, no thread, no log line, no network, and open within a fraction of a second."""
+    code = f"""
+import os, socket, sys, threading
+os.chdir({str(tmp_path)!r})
+def no_network(*args, **options):
+    raise AssertionError("network used")
+socket.socket.connect = socket.getaddrinfo = no_network
+from greenprune.energy import open_meter
+start = time.perf_counter()
+meter = open_meter(gpu_uuids=[], host=True, interval_s=0.05)
+opened_s = time.perf_counter() - start
+threads = sorted(thread.name for thread in threading.enumerate())
+time.sleep(0.2)
+meter.close()
+result = [opened_s, threads, "pandas" in sys.modules, threading.active_count()]
+"""
+    environment = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    opened_s, threads, pandas, left = run_python(code, environment)
+    assert opened_s < 1.0
+    assert threads == ["MainThread", "greenprune-meter"]
+    assert not pandas
+    assert left == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_codecarbons_log_is_the_users_again_afterwards() -> None:
+    open_ram_estimate()
+    assert not logging.getLogger("codecarbon").disabled
+
+
+def test_an_estimate_of_zero_watts_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    from codecarbon.core.units import Power
+    from codecarbon.external.ram import RAM
+
+    monkeypatch.setattr(RAM, "total_power", lambda self: Power.from_watts(0))
+    with pytest.raises(MeterUnavailable, match="size of the memory"):
+        open_ram_estimate()

@@ -1,0 +1,310 @@
+"""The meter's books: windows, phases, totals; with sources whose joules the test sets."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from greenprune.energy.meter import Meter
+from greenprune.energy.source import CounterSource, MeterUnavailable, PowerSource, Source, UnreadableSource
+
+BROKEN = MeterUnavailable("it is broken", "mend it")
+
+
+class Dial:
+    """What a test's device shows; None: it cannot be read."""
+
+    def __init__(self, value: float | None = 0.0) -> None:
+        self.value = value
+
+    def read(self) -> float:
+        if self.value is None:
+            raise BROKEN
+        return self.value
+
+
+def counter(dial: Dial, device: str = "gpu", **options: Any) -> Source:
+    return CounterSource(device, "test counter", dial.read, **options)
+
+
+def test_a_window_measures_what_was_used_between_its_edges() -> None:
+    dial = Dial(1000)
+    with Meter([counter(dial)]) as meter:
+        dial.value = 1010
+        with meter.window("train") as window:
+            dial.value = 1017
+            time.sleep(0.02)
+        dial.value = 1020
+    assert window.measurement.energy_j == 7
+    assert 0.02 <= window.measurement.seconds < 2
+    assert window.measurement.quality == "counter"
+    assert meter.total().energy_j == 20
+    assert meter.by_phase_j() == {"other": 13, "train": 7}
+
+
+def test_phases_count_a_joule_once_for_the_innermost_window() -> None:
+    dial = Dial()
+    meter = Meter([counter(dial)])
+    with meter.window("train") as outer:
+        dial.value = 1
+        with meter.window("evaluate") as inner:
+            dial.value = 11
+            with meter.window("train"):
+                dial.value = 111
+            dial.value = 1111
+        dial.value = 11111
+    dial.value = 111111
+    meter.close()
+    assert outer.measurement.energy_j == 11111
+    assert inner.measurement.energy_j == 1110
+    assert meter.by_phase_j() == {"other": 100000, "train": 1 + 100 + 10000, "evaluate": 10 + 1000}
+
+
+def test_phases_sum_to_the_total() -> None:
+    dials = [Dial(0.1), Dial(0.7)]
+    meter = Meter([counter(dials[0], "a"), counter(dials[1], "b")])
+    for step in range(200):
+        with meter.window("train"):
+            dials[0].value = (dials[0].value or 0) + 0.1 * step
+            if step % 10 == 0:
+                with meter.window("evaluate"):
+                    dials[1].value = (dials[1].value or 0) + 0.3
+    meter.close()
+    total = meter.total()
+    phases_j = [joules for joules in meter.by_phase_j().values() if joules is not None]
+    assert sum(phases_j) == pytest.approx(total.energy_j, rel=1e-12)
+    assert sum(meter.by_phase_s().values()) == pytest.approx(total.seconds, rel=1e-9)
+    assert [reading.joules for reading in total.readings] == pytest.approx([1990, 6])
+
+
+def test_a_total_may_be_asked_for_at_any_time_and_disturbs_no_window() -> None:
+    dial = Dial()
+    with Meter([counter(dial)]) as meter:
+        with meter.window("train") as window:
+            dial.value = 5
+            assert meter.total().energy_j == 5
+            assert meter.by_phase_j() == {"other": 0, "train": 5}
+            dial.value = 9
+        assert window.measurement.energy_j == 9
+
+
+def test_what_cannot_be_read_is_none_and_never_zero() -> None:
+    with Meter([UnreadableSource("gpu", BROKEN)]) as meter, meter.window("train") as window:
+        pass
+    (reading,) = window.measurement.readings
+    assert (reading.joules, reading.quality, reading.reason) == (None, None, "it is broken")
+    assert window.measurement.energy_j is None
+    assert window.measurement.quality is None
+    assert meter.by_phase_j() == {"other": None, "train": None}
+    assert meter.power_w() is None
+    assert window.measurement.seconds > 0
+
+
+def test_a_meter_without_sources_measures_time_alone() -> None:
+    with Meter([]) as meter, meter.window("train") as window:
+        pass
+    assert (window.measurement.energy_j, window.measurement.readings) == (None, ())
+
+
+def test_the_quality_of_a_sum_is_that_of_its_worst_part() -> None:
+    estimate = PowerSource("cpu", "guess", "estimate", lambda: 5, mean=True, min_span_s=0)
+    samples = PowerSource("gpu1", "samples", "integrated power", lambda: 5, mean=False, min_span_s=0)
+    broken = UnreadableSource("gpu2", BROKEN)
+    with Meter([counter(Dial()), samples, broken]) as meter:
+        assert meter.total().quality == "integrated power"
+    with Meter([counter(Dial()), estimate, samples]) as meter:
+        assert meter.total().quality == "estimate"
+
+
+def test_a_device_that_drops_out_for_a_while_loses_no_joules_of_its_counter() -> None:
+    dial, steady = Dial(100), Dial(0)
+    with Meter([counter(dial, "gpu"), counter(steady, "cpu")]) as meter:
+        with meter.window("before") as before:
+            dial.value = 110
+        dial.value = None
+        with meter.window("during") as during:
+            steady.value = 3
+        dial.value = 150
+        with meter.window("after") as after:
+            dial.value = 155
+    assert before.measurement.energy_j == 10
+    assert [reading.joules for reading in during.measurement.readings] == [None, 3]
+    assert during.measurement.readings[0].reason == "it is broken"
+    assert after.measurement.readings[0].joules == 5
+    assert meter.total().energy_j == 55 + 3
+
+
+def test_a_counter_that_restarts_never_gives_negative_joules() -> None:
+    dial = Dial(1e6)
+    with Meter([counter(dial)]) as meter, meter.window("train") as window:
+        dial.value = 1e6 + 50
+        meter.total()
+        dial.value = 8  # The driver was loaded anew: 8 J since then.
+    (reading,) = window.measurement.readings
+    assert reading.joules == 58
+    assert reading.reason is not None
+    assert "restarted" in reading.reason
+    assert any("restarted" in note for note in meter.notes)
+
+
+def test_a_counter_that_wraps_goes_on() -> None:
+    dial = Dial(990)
+    with Meter([counter(dial, wraps_at_j=1000)]) as meter:
+        dial.value = 15
+        assert meter.total().energy_j == 25
+        assert meter.notes == ()
+
+
+def test_power_samples_are_integrated_by_trapezoids_up_to_the_read() -> None:
+    clock, power = Dial(0), Dial(100)
+    source = PowerSource(
+        "gpu", "", "integrated power", power.read, mean=False, min_span_s=0.1, clock=clock.read
+    )
+    clock.value, power.value = 1, 300
+    assert source.read_j() == pytest.approx(200)  # (100 + 300) / 2 W for 1 s
+    clock.value, power.value = 1.05, 999
+    assert source.read_j() == pytest.approx(215)  # Too soon for a new sample: 300 W go on for 0.05 s.
+    clock.value, power.value = 2.05, 100
+    assert source.read_j() == pytest.approx(215 + 200)
+
+
+def test_mean_power_counts_for_the_span_that_it_is_the_mean_of() -> None:
+    clock, power = Dial(0), Dial(0)
+    source = PowerSource("cpu", "", "estimate", power.read, mean=True, min_span_s=0.1, clock=clock.read)
+    clock.value, power.value = 2, 50
+    assert source.read_j() == 100
+
+
+def test_power_that_cannot_be_sampled_leaves_a_gap_on_record() -> None:
+    clock, power = Dial(0), Dial(100)
+    source = PowerSource(
+        "gpu", "", "integrated power", power.read, mean=False, min_span_s=0.1, clock=clock.read
+    )
+    clock.value, power.value = 1, None
+    with pytest.raises(MeterUnavailable):
+        source.read_j()
+    clock.value, power.value = 5, 100
+    assert source.read_j() == 0
+    clock.value = 6
+    assert source.read_j() == 100
+    assert (source.gaps, source.last_gap) == (1, "it is broken")
+
+
+def test_one_thread_samples_at_the_interval_and_ends_at_closing() -> None:
+    taken: list[str] = []
+
+    def sample() -> float:
+        taken.append(threading.current_thread().name)
+        return 10
+
+    meter = Meter([PowerSource("cpu", "", "estimate", sample, mean=True, min_span_s=9)], interval_s=0.02)
+    time.sleep(0.15)
+    meter.close()
+    count = len(taken)
+    assert 2 <= taken.count("greenprune-meter") <= 8
+    time.sleep(0.05)
+    assert len(taken) == count
+    assert "greenprune-meter" not in [thread.name for thread in threading.enumerate()]
+    assert meter.total().energy_j == pytest.approx(10 * meter.total().seconds, rel=0.01)
+
+
+def test_power_is_the_mean_since_the_previous_call() -> None:
+    dial = Dial()
+    with Meter([counter(dial)]) as meter:
+        meter.power_w()
+        since_s = time.perf_counter()
+        dial.value = 20
+        time.sleep(0.1)
+        assert meter.power_w() == pytest.approx(20 / (time.perf_counter() - since_s), rel=0.2)
+        time.sleep(0.01)
+        assert meter.power_w() == 0
+
+
+def test_edges_synchronize_only_if_asked_and_not_after_an_error() -> None:
+    calls: list[int] = []
+    with Meter([counter(Dial())], synchronize=lambda: calls.append(1)) as meter:
+        with meter.window("train"):
+            assert len(calls) == 1
+        assert len(calls) == 2
+        meter.total()
+        with pytest.raises(KeyError), meter.window("train"):
+            raise KeyError
+        assert len(calls) == 3
+
+
+def test_closing_twice_is_harmless_and_freezes_the_figures() -> None:
+    dial, released = Dial(), []
+    meter = Meter([counter(dial, release=lambda: released.append(1))])
+    dial.value = 4
+    meter.close()
+    dial.value = 9
+    meter.close()
+    assert meter.total() == meter.total()
+    assert meter.total().energy_j == 4
+    assert released == [1]
+
+
+def test_misuse_of_windows_is_told() -> None:
+    with Meter([]) as meter:
+        with pytest.raises(ValueError, match="outside all windows"):
+            meter.window("other")
+        with meter.window("train") as window, pytest.raises(RuntimeError, match="before it is closed"):
+            _ = window.measurement
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_forked_process_neither_reads_nor_breaks(held: bool) -> None:
+    reads: list[int] = []
+
+    def sample() -> float:
+        reads.append(os.getpid())
+        return 10
+
+    source = PowerSource("cpu", "", "estimate", sample, mean=True, min_span_s=0)
+    released: list[int] = []
+    meter = Meter([source, counter(Dial(), release=lambda: released.append(1))], interval_s=0.01)
+    if held:
+        meter._lock.acquire()  # As if another thread were reading at the moment of the fork.
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            before = len(reads)
+            with meter.window("load") as window:
+                time.sleep(0.05)
+            assert window.measurement.energy_j is None
+            assert window.measurement.seconds > 0.04
+            assert meter.total().energy_j is None
+            assert meter.power_w() is None
+            meter.close()
+            assert len(reads) == before
+            assert released == []
+            status = 0
+        except AssertionError:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    if held:
+        meter._lock.release()
+    assert os.waitpid(child, 0)[1] == 0
+    meter.close()
+    assert set(reads) == {os.getpid()}
+    assert meter.total().energy_j is not None
+
+
+def test_importing_the_package_loads_no_torch_and_touches_no_hardware(
+    run_python: Callable[[str, dict[str, str]], Any],
+) -> None:
+    code = """
+import sys
+import greenprune.energy, pynvml
+result = {"loaded": [name for name in ("torch", "codecarbon", "pandas") if name in sys.modules],
+          "nvml": pynvml.nvmlLib is not None}
+"""
+    assert run_python(code, {}) == {"loaded": [], "nvml": False}
