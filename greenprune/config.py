@@ -279,7 +279,7 @@ class Config:
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**31, "seed", self.seed, "a whole number in [0, 2^31)")
         _require(
-            self.run_name is None or re.fullmatch(r"[\w.+-]+", self.run_name) is not None and self.run_name[0] != ".",
+            self.run_name is None or (re.fullmatch(r"[\w.+-]+", self.run_name) is not None and self.run_name[0] != "."),
             "run_name",
             self.run_name,
             "a folder name of letters, digits and _ . + -",
@@ -378,7 +378,7 @@ def _check_file(path: Path) -> None:
 def _check_key(key: str, known: list[str]) -> None:
     if key in known:
         return
-    section = key.split(".")[0]
+    section = key.split(".", maxsplit=1)[0]
     siblings = [name for name in known if name.startswith(f"{section}.")] if "." in key else []
     siblings = siblings or sorted({name.split(".")[0] for name in known})
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)

@@ -7,6 +7,7 @@ activations and pooling are not (torch.utils.flop_counter).
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ _BATCH = 2  # batch normalisation in training needs more than one value a channe
 
 @dataclass(frozen=True)
 class Cost:
-    """What one network costs.
+    """What a network or a part of it costs; costs of disjoint parts add up.
 
     Attributes:
         flops_forward: FLOPs of the forward pass of one sample.
@@ -26,48 +27,52 @@ class Cost:
         params: Number of trainable parameters.
     """
 
-    flops_forward: int
-    flops_train: int
-    params: int
+    flops_forward: int = 0
+    flops_train: int = 0
+    params: int = 0
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).to("meta")
-
-
-def network_cost(model: nn.Module, image_shape: tuple[int, int, int]) -> Cost:
-    """Count what the network costs in its present structure, gates included.
-
-    Nothing is computed: the passes run on the meta device, in tens of milliseconds.
-
-    Args:
-        model: The unwrapped network.
-        image_shape: Shape [C, H, W] of one input.
-    """
-    shadow = _on_meta(model).train()
-    images = torch.empty(_BATCH, *image_shape, device="meta")
-    with FlopCounterMode(display=False) as forward:
-        logits = shadow(images)
-    with FlopCounterMode(display=False) as backward:
-        logits.sum().backward()
+def subtract(whole: Cost, parts: Iterable[Cost]) -> Cost:
+    """What is left of a network without some disjoint parts of it."""
+    gone = list(parts)
     return Cost(
-        flops_forward=forward.get_total_flops() // _BATCH,
-        flops_train=(forward.get_total_flops() + backward.get_total_flops()) // _BATCH,
-        params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        whole.flops_forward - sum(part.flops_forward for part in gone),
+        whole.flops_train - sum(part.flops_train for part in gone),
+        whole.params - sum(part.params for part in gone),
     )
 
 
-def module_flops(model: nn.Module, names: list[str], image_shape: tuple[int, int, int]) -> dict[str, int]:
-    """Forward FLOPs of one sample in each of the named modules.
+def count_costs(model: nn.Module, image_shape: tuple[int, int, int], names: Iterable[str] = ("",)) -> dict[str, Cost]:
+    """Count what a network and its parts cost, gates included.
+
+    Nothing is computed: the passes run on the meta device, in tenths of a second.
 
     Args:
         model: The unwrapped network.
-        names: Module paths as in ``named_modules``.
         image_shape: Shape [C, H, W] of one input.
+        names: Module paths as in ``named_modules``; the empty one is the whole network.
+
+    Returns:
+        The cost of each named module.
     """
-    shadow = _on_meta(model).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shadow(torch.empty(_BATCH, *image_shape, device="meta"))
-    counts = counter.get_flop_counts()
+    shadow = copy.deepcopy(model).to("meta").train()
+    images = torch.empty(_BATCH, *image_shape, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        shadow(images)
+    # One counter over both passes: it knows whose backward it sees only if it saw the forward.
+    with FlopCounterMode(display=False) as training:
+        shadow(images).sum().backward()
+    in_forward, in_training = forward.get_flop_counts(), training.get_flop_counts()
     root = type(model).__name__
-    return {name: sum(counts.get(f"{root}.{name}", {}).values()) // _BATCH for name in names}
+    costs = {}
+    for name in names:
+        key = f"{root}.{name}" if name else "Global"
+        flops_forward = sum(in_forward.get(key, {}).values()) // _BATCH
+        flops_train = sum(in_training.get(key, {}).values()) // _BATCH
+        if name.endswith(".gate"):
+            # The counter books the branch's backward under the gate beside it. A gate is one linear layer, whose
+            # backward is two products of the size of its forward.
+            flops_train = 3 * flops_forward
+        params = sum(p.numel() for p in model.get_submodule(name).parameters() if p.requires_grad)
+        costs[name] = Cost(flops_forward, flops_train, params)
+    return costs

@@ -7,7 +7,7 @@ import signal
 from types import FrameType
 
 
-class Interrupted(Exception):  # noqa: N818 - an outcome, not an error
+class Interrupted(Exception):
     """The run stopped in good order because it was asked to, after a checkpoint.
 
     Attributes:

@@ -6,6 +6,7 @@ import json
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from greenprune.config import Config, UserError, parse_config, shaping_values
 from greenprune.data import open_data
 from greenprune.energy import Meter, carbon_intensity, open_meter
 from greenprune.engine import Engine
-from greenprune.flops import network_cost
 from greenprune.interrupt import Interrupted
+from greenprune.network import prepare_network
 from greenprune.progress import Display, open_display
 from greenprune.provenance import collect_provenance
 from greenprune.report import print_summary
 from greenprune.tracking import Event, RunFolder, default_run_name
-from greenprune.trainer import Trainer, TrainingDiverged, build_network, unit_costs
+from greenprune.trainer import Records, Trainer, TrainingDiverged
 from greenprune.wandb_mirror import start_wandb
 
 
@@ -56,20 +57,20 @@ def train(config: Config, data_root: str | None, display: Callable[[], Display])
         TrainingDiverged: The loss is not finite.
     """
     carbon = carbon_intensity(config.energy.country, config.energy.region)
-    data = open_data(config.data, config.data.root or data_root, config.seed)
     engine = Engine(config)
     try:
+        with engine.local_main_first() if config.data.download else nullcontext():
+            data = open_data(config.data, config.data.root or data_root, config.seed)
         data.check_world(engine.world_size)
         data.to(engine.device, config.model.channels_last)
-        network = build_network(config, data)
-        shape = (data.channels, data.image_size, data.image_size)
-        unit_costs(network, config, shape, network_cost(network, shape))  # refuses an impossible budget
+        network = prepare_network(config, data)
         folder, resume = _open_run(config, engine)
         if folder.summary.exists():
             return RunResult(yaml.safe_load(folder.summary.read_text()), folder, engine.is_main)
-        mirrors = _start_mirrors(config, engine, folder, display)
-        with _open_meter(config, engine) as meter:
-            trainer = Trainer(config, data, engine, folder, meter, carbon, mirrors, resume)
+        with ExitStack() as stack:
+            mirrors = _start_mirrors(config, engine, folder, stack, display)
+            meter = stack.enter_context(_open_meter(config, engine))
+            trainer = Trainer(config, data, engine, network, Records(folder, meter, carbon, mirrors), resume)
             return RunResult(trainer.fit(), folder, engine.is_main)
     finally:
         engine.finish()
@@ -91,13 +92,16 @@ def _open_meter(config: Config, engine: Engine) -> Meter:
 
 
 def _start_mirrors(
-    config: Config, engine: Engine, folder: RunFolder, display: Callable[[], Display]
+    config: Config, engine: Engine, folder: RunFolder, stack: ExitStack, display: Callable[[], Display]
 ) -> list[Callable[[Event], None]]:
+    """What shows the run's events while it goes on; on rank 0 only."""
     if not engine.is_main:
         return []
     with folder.provenance.open("a") as file:
         file.write(json.dumps(collect_provenance(engine.world_size, engine.device)) + "\n")
-    mirrors = [display()]
+    shown = display()
+    stack.callback(shown.close)
+    mirrors: list[Callable[[Event], None]] = [shown]
     if "wandb" in config.tracking.trackers:
         mirrors.append(start_wandb(engine, config, folder, group=None))
     return mirrors

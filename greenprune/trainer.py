@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from greenprune.data import ImageData
 from greenprune.energy import CarbonIntensity, Meter, co2_g
 from greenprune.engine import Engine
 from greenprune.evaluation import Evaluation, evaluate
-from greenprune.flops import Cost, module_flops, network_cost
-from greenprune.gating import GatePolicy, UnitCosts, Verdict, attach_gates, gated_units
+from greenprune.gating import GatePolicy, Verdict, gated_units
 from greenprune.interrupt import Interrupted, InterruptRequest
-from greenprune.models import build_model, residual_blocks
+from greenprune.models import residual_blocks
+from greenprune.network import Network
 from greenprune.optimization import build_optimizer, build_schedule
 from greenprune.surgery import Operation, Structure, drop_optimizer_state, freeze_unit, remove_unit, replay
 from greenprune.timing import IntervalClock, StepTimes
@@ -35,6 +35,23 @@ class TrainingDiverged(RuntimeError):
     """The loss is not a number any more; the message names the last good checkpoint."""
 
 
+@dataclass(frozen=True)
+class Records:
+    """Where a run's figures come from and where they go.
+
+    Attributes:
+        folder: The run's folder, created.
+        meter: Meter of this process's share of the devices.
+        carbon: What a joule costs in CO2, if the country is known.
+        mirrors: Called with every event on rank 0.
+    """
+
+    folder: RunFolder
+    meter: Meter
+    carbon: CarbonIntensity | None
+    mirrors: list[Callable[[Event], None]]
+
+
 class Trainer:
     """Trains one network and removes what it does not need while it trains.
 
@@ -42,10 +59,8 @@ class Trainer:
         config: The run.
         data: The data set, on the device.
         engine: The engine, not yet prepared.
-        folder: The run's folder, created.
-        meter: Meter of this process's share of the devices.
-        carbon: What a joule costs in CO2, if the country is known.
-        mirrors: Called with every event on rank 0.
+        network: The network, from :func:`prepare_network`.
+        records: Where its figures come from and go.
         resume: Checkpoint to go on from, and its path.
     """
 
@@ -54,18 +69,16 @@ class Trainer:
         config: Config,
         data: ImageData,
         engine: Engine,
-        folder: RunFolder,
-        meter: Meter,
-        carbon: CarbonIntensity | None,
-        mirrors: list[Callable[[Event], None]],
+        network: Network,
+        records: Records,
         resume: tuple[Path, Checkpoint] | None,
     ) -> None:
         self.config = config
         self.data = data
         self.engine = engine
-        self.folder = folder
-        self.meter = meter
-        self.carbon = carbon
+        self.folder = records.folder
+        self.meter = records.meter
+        self.carbon = records.carbon
         self.total_steps = config.optim.epochs * data.steps_per_epoch
         self.step = 0
         self.structure = Structure()
@@ -74,9 +87,11 @@ class Trainer:
         self.last_evaluation: Evaluation | None = None
         self.interrupt = InterruptRequest()
         self._totals = torch.zeros(2, dtype=torch.float64, device=engine.device)  # loss and hits of this epoch
-        self._build(resume[1] if resume else None)
-        previous = read_events(folder.events) if resume else []
-        self.events = EventLog(folder.events if engine.is_main else None, mirrors)
+        self.unit_table = network.table
+        self.costs = network.costs
+        self._build(network.model, resume[1] if resume else None)
+        previous = read_events(self.folder.events) if resume else []
+        self.events = EventLog(self.folder.events if engine.is_main else None, records.mirrors)
         self._started = time.monotonic()
         self._account_lost_work(previous)
         self.ledger.attempts += 1
@@ -84,29 +99,22 @@ class Trainer:
 
     # Setting up.
 
-    def _build(self, checkpoint: Checkpoint | None) -> None:
-        """Build the dense network, gate it, replay a checkpoint's structure, then load its tensors and prepare."""
-        config, shape = self.config, (self.data.channels, self.data.image_size, self.data.image_size)
-        torch.manual_seed(config.seed)
-        model = build_network(config, self.data)
-        self.image_shape = shape
-        self.dense_cost = network_cost(model, shape)
-        self.costs = unit_costs(model, config, shape, self.dense_cost)
-        if config.gate.enabled:
-            attach_gates(model, config.gate)
+    def _build(self, model: nn.Module, checkpoint: Checkpoint | None) -> None:
+        """Replay a checkpoint's structure on the dense network, then load its tensors and prepare."""
+        config = self.config
         if checkpoint is not None:
             self.structure = Structure.from_dict(checkpoint.state["structure"])
             replay(self.structure, model)
             model.load_state_dict(checkpoint.model)
         if config.model.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.to(memory_format=torch.channels_last)
         optimizer = build_optimizer(config, model, self.total_steps)
         self.engine.prepare(model, optimizer)
         self.schedule = build_schedule(config, self.engine.optimizer, self.total_steps)
         self.policy = self._new_policy() if config.gate.enabled else None
         if checkpoint is not None:
             self._load(checkpoint)
-        self._recount()
+        self.cost = self.unit_table.cost_of(self.structure)
 
     def _new_policy(self) -> GatePolicy:
         removed = {operation.unit for operation in self.structure.removed()}
@@ -172,8 +180,8 @@ class Trainer:
             energy_sources=[list(source) for rank in sources for source in rank],
             notes=list(self.meter.notes),
             **self._structure_numbers(),
-            flops__forward_dense=self.dense_cost.flops_forward,
-            structure__params_dense=self.dense_cost.params,
+            flops__forward_dense=self.unit_table.dense.flops_forward,
+            structure__params_dense=self.unit_table.dense.params,
         )
 
     # The run.
@@ -239,7 +247,7 @@ class Trainer:
         self.schedule.step()
         self._totals += torch.stack([task.detach() * len(labels), (logits.argmax(1) == labels).sum()])
         self.step += 1
-        self.ledger.add_step(self.config.data.batch_size, self.cost.flops_train, self.dense_cost.flops_train)
+        self.ledger.add_step(self.config.data.batch_size, self.cost.flops_train, self.unit_table.dense.flops_train)
 
     # Changing the structure.
 
@@ -275,7 +283,7 @@ class Trainer:
 
         self.engine.rebuild(operate)
         self.policy.carried_out(self.engine.module, verdicts)
-        self._recount()
+        self.cost = self.unit_table.cost_of(self.structure)
         if any(verdict.action == "remove" for verdict in verdicts):
             self.step_times.cut()
         if self.engine.is_main:
@@ -291,10 +299,6 @@ class Trainer:
                 **self._structure_numbers(),
             )
         self.events.record("surgery", self.step, pause_s=time.monotonic() - started)
-
-    def _recount(self) -> None:
-        """Count what the present structure costs."""
-        self.cost = network_cost(self.engine.module, self.image_shape)
 
     # Recording.
 
@@ -466,7 +470,7 @@ class Trainer:
         return summary
 
     def _summary(self, ledger: Ledger) -> dict[str, Any]:
-        config, dense = self.config, self.dense_cost
+        config, dense = self.config, self.unit_table.dense
         assert self.last_evaluation is not None
         qualities = self.engine.gather_objects([reading.quality for reading in self.meter.total().readings])
         known = {quality for rank in qualities for quality in rank if quality is not None}
@@ -528,29 +532,3 @@ def _add(left: float | None, right: float | None) -> float | None:
     """Sum of what is known; unknown only if neither is known."""
     known = [value for value in (left, right) if value is not None]
     return sum(known) if known else None
-
-
-def build_network(config: Config, data: ImageData) -> nn.Module:
-    """The dense, ungated network for a data set."""
-    return build_model(config.model, classes=data.classes, channels=data.channels, image_size=data.image_size)
-
-
-def unit_costs(model: nn.Module, config: Config, image_shape: tuple[int, int, int], dense: Cost) -> UnitCosts:
-    """What each unit of a dense network costs in the budget's unit, as a share of the whole network.
-
-    Raises:
-        ConfigError: The budget's target cannot be met.
-    """
-    blocks = residual_blocks(model)
-    if config.budget.unit == "flops":
-        branches = [f"{name}.branch" for name in blocks]
-        counts = module_flops(model, branches, image_shape)
-        costs = UnitCosts.of({name: counts[f"{name}.branch"] for name in blocks}, dense.flops_forward)
-    elif config.budget.unit == "params":
-        params = {name: sum(p.numel() for p in block.branch.parameters()) for name, block in blocks.items()}
-        costs = UnitCosts.of(params, dense.params)
-    else:
-        costs = UnitCosts.of(dict.fromkeys(blocks, 1.0), len(blocks))
-    if config.gate.enabled:
-        costs.check_target(config.budget.target)
-    return costs

@@ -131,9 +131,7 @@ def _choose_host() -> list[_Choice]:
         ]
     choices = [_Choice(source) for source in counters]
     if not any(source.device.startswith("dram") for source in counters):
-        missing = MeterUnavailable(
-            "RAPL of this CPU does not tell the memory's energy", "mostly server CPUs tell it"
-        )
+        missing = MeterUnavailable("RAPL of this CPU does not tell the memory's energy", "mostly server CPUs tell it")
         choices.append(_choose_estimate("dram", open_ram_estimate, missing))
     return choices
 
@@ -142,7 +140,5 @@ def _choose_estimate(device: str, open_estimate: Callable[[], Source], why_not: 
     try:
         return _Choice(open_estimate(), why_not)
     except MeterUnavailable as error:
-        both = MeterUnavailable(
-            f"{why_not.reason}, and {error.reason}", f"{why_not.advice}, or {error.advice}"
-        )
+        both = MeterUnavailable(f"{why_not.reason}, and {error.reason}", f"{why_not.advice}, or {error.advice}")
         return _Choice(UnreadableSource(device, both), both)

@@ -103,9 +103,5 @@ def _check_region(country: str, region: str, valid: list[str]) -> None:
         return
     close = difflib.get_close_matches(region, valid, n=3)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    expected = (
-        f"one of {', '.join(valid)}, or null"
-        if valid
-        else f"null, for CodeCarbon has no regions of {country}"
-    )
+    expected = f"one of {', '.join(valid)}, or null" if valid else f"null, for CodeCarbon has no regions of {country}"
     raise UserError(f"energy.region: {region!r} is not valid; {hint}expected {expected}")

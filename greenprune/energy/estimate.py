@@ -1,7 +1,6 @@
 """CodeCarbon's estimates of the power of CPU and memory, for machines whose counters cannot be read.
 
-Only CodeCarbon's model of the hardware is used, not its tracker: no file, no lock, no network, no thread of
-its own.
+Only its model of the hardware is used, not its tracker: no file, no lock, no network, no thread of its own.
 Reference: https://docs.codecarbon.io/latest/explanation/methodology/
 """
 
@@ -46,7 +45,7 @@ def open_cpu_estimate() -> Source:
         from codecarbon.core.util import count_physical_cpus, detect_cpu_model
         from codecarbon.external.hardware import CPU, MODE_CPU_LOAD
 
-        # CodeCarbon's own detection takes a second (py-cpuinfo); it is for machines without /proc.
+        # CodeCarbon's own detection (py-cpuinfo) takes a second; here it serves machines without /proc.
         model = _linux_cpu_model() or str(detect_cpu_model() or "CPU of unknown model")
         full_w = tabulated_power_w(model)
         if full_w is not None:
@@ -61,9 +60,7 @@ def open_cpu_estimate() -> Source:
             # Within a Slurm job CodeCarbon runs scontrol, which a container may lack.
             raise MeterUnavailable(f"CodeCarbon: {error}", "make scontrol available in the job") from error
         cpu.start()
-    return PowerSource(
-        "cpu", name, "estimate", lambda: float(cpu.total_power().W), mean=True, min_span_s=_MIN_SPAN_S
-    )
+    return PowerSource("cpu", name, "estimate", lambda: float(cpu.total_power().W), mean=True, min_span_s=_MIN_SPAN_S)
 
 
 def open_ram_estimate() -> Source:
@@ -79,9 +76,7 @@ def open_ram_estimate() -> Source:
 
         power_w = float(RAM(tracking_mode="machine").total_power().W)
     if power_w <= 0:  # CodeCarbon logs its own failures and goes on with 0 W.
-        raise MeterUnavailable(
-            "CodeCarbon cannot tell the size of the memory", "make scontrol available in the job"
-        )
+        raise MeterUnavailable("CodeCarbon cannot tell the size of the memory", "make scontrol available in the job")
     name = f"CodeCarbon: constant {power_w:g} W"
     return PowerSource("dram", name, "estimate", lambda: power_w, mean=True, min_span_s=_MIN_SPAN_S)
 
@@ -93,8 +88,7 @@ def tabulated_power_w(model: str) -> float | None:
 
     with Path(DataSource().cpu_power_path).open(newline="") as file:
         rows = list(csv.DictReader(file))
-    # The matching alone, on an object that was not set up: TDP() would detect the model again and load
-    # pandas.
+    # The matching alone, on an object that was not set up: setting it up takes 1.5 s (py-cpuinfo, pandas).
     match = TDP._get_matching_cpu(TDP.__new__(TDP), model, {"Name": [row["Name"] for row in rows]})
     tdp = next((row["TDP"] for row in rows if row["Name"] == match), "")
     try:

@@ -164,9 +164,7 @@ class Meter:
             ValueError: The name is that of the phase outside all windows.
         """
         if name == OTHER:
-            raise ValueError(
-                f"window {name!r}: the name stands for the time outside all windows; choose another"
-            )
+            raise ValueError(f"window {name!r}: the name stands for the time outside all windows; choose another")
         return Window(self, name)
 
     def total(self) -> Measurement:

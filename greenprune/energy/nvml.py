@@ -15,8 +15,7 @@ import pynvml
 
 from greenprune.energy.source import CounterSource, MeterUnavailable, PowerSource, Source
 
-# Reads that follow each other faster than this go on with the last power sample; the driver averages over
-# longer.
+# Reads that follow each other faster than this go on with the last power sample.
 _MIN_SPAN_S = 0.02
 
 _ADVICE = {

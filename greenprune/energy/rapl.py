@@ -88,9 +88,7 @@ def _joules(microjoules: str | bytes, path: Path) -> float:
     try:
         return int(microjoules) / 1e6
     except ValueError:
-        raise MeterUnavailable(
-            f"{path} holds no number", "a container may mask it; run outside of it"
-        ) from None
+        raise MeterUnavailable(f"{path} holds no number", "a container may mask it; run outside of it") from None
 
 
 def _text(path: Path) -> str:
@@ -102,9 +100,7 @@ def _text(path: Path) -> str:
 
 def _unreadable(path: Path, error: OSError) -> MeterUnavailable:
     if isinstance(error, PermissionError):
-        advice = (
-            "only root may read it: sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj (until reboot)"
-        )
+        advice = "only root may read it: sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj (until reboot)"
     else:
         advice = "the kernel shows the counter but does not give it; see dmesg"
     return MeterUnavailable(f"{path}: {error.strerror}", advice)

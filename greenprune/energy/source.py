@@ -18,7 +18,7 @@ Quality = Literal["counter", "integrated power", "estimate"]
 BEST_FIRST: tuple[Quality, ...] = ("counter", "integrated power", "estimate")
 
 
-class MeterUnavailable(Exception):  # noqa: N818 - says what is the case, and is not always an error
+class MeterUnavailable(Exception):
     """A device's energy cannot be read.
 
     Attributes:
@@ -46,12 +46,19 @@ class Source(ABC):
 
     polled = False
 
-    def __init__(self, device: str, name: str, quality: Quality | None) -> None:
+    def __init__(
+        self,
+        device: str,
+        name: str,
+        quality: Quality | None,
+        release: Callable[[], None] | None = None,
+    ) -> None:
         self.device = device
         self.name = name
         self.quality = quality
         self.gaps = 0
         self.last_gap: str | None = None
+        self._release = release
         # The sampling thread and the one that trains both read.
         self._lock = threading.Lock()
 
@@ -72,8 +79,10 @@ class Source(ABC):
             except MeterUnavailable:
                 return
 
-    def close(self) -> None:  # noqa: B027 - most sources hold nothing
-        """Release what the source holds; it is not read again."""
+    def close(self) -> None:
+        """Release what the source holds; called once, and the source is not read again."""
+        if self._release is not None:
+            self._release()
 
     @abstractmethod
     def _advance(self, fresh: bool) -> float:
@@ -108,18 +117,12 @@ class CounterSource(Source):
         wraps_at_j: float | None = None,
         release: Callable[[], None] | None = None,
     ) -> None:
-        super().__init__(device, name, "counter")
+        super().__init__(device, name, "counter", release)
         self.polled = wraps_at_j is not None
         self._read = read
         self._wraps_at_j = wraps_at_j
-        self._release = release
         self._joules = 0.0
         self._last_j = read()
-
-    def close(self) -> None:
-        """Release the counter."""
-        if self._release is not None:
-            self._release()
 
     def _advance(self, fresh: bool) -> float:
         value_j = self._read()
@@ -167,20 +170,14 @@ class PowerSource(Source):
         release: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        super().__init__(device, name, quality)
+        super().__init__(device, name, quality, release)
         self._sample = sample
         self._mean = mean
         self._min_span_s = min_span_s
-        self._release = release
         self._clock = clock
         self._joules = 0.0
         self._power_w: float | None = sample()
         self._sampled_at_s = self._counted_to_s = clock()
-
-    def close(self) -> None:
-        """Release what the samples come from."""
-        if self._release is not None:
-            self._release()
 
     def _advance(self, fresh: bool) -> float:
         now_s = self._clock()
@@ -215,7 +212,7 @@ class UnreadableSource(Source):
 
     def __init__(self, device: str, unavailable: MeterUnavailable) -> None:
         super().__init__(device, "none", None)
-        self.unavailable = unavailable
+        self._unavailable = unavailable
 
     def _advance(self, fresh: bool) -> float:
-        raise MeterUnavailable(self.unavailable.reason, self.unavailable.advice)
+        raise MeterUnavailable(self._unavailable.reason, self._unavailable.advice)

@@ -2,7 +2,6 @@
 
 from greenprune.gating.budget import BudgetController, UnitCosts, global_rates, polarization
 from greenprune.gating.consensus import Consensus, UnitWindow, Verdict, decide, settle
-from greenprune.gating.policy import GatePolicy
 from greenprune.gating.gates import (
     Gate,
     attach_gates,
@@ -11,6 +10,7 @@ from greenprune.gating.gates import (
     straight_through,
     take_decisions,
 )
+from greenprune.gating.policy import GatePolicy
 
 __all__ = [
     "BudgetController",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ class UnitCosts:
     units: dict[str, float]
 
     @classmethod
-    def of(cls, units: dict[str, float], total: float) -> UnitCosts:
+    def of(cls, units: Mapping[str, float], total: float) -> UnitCosts:
         """Shares from absolute costs of the units and of the whole dense network."""
         shares = {name: cost / total for name, cost in units.items()}
         return cls(fixed=1.0 - sum(shares.values()), units=shares)

@@ -79,8 +79,8 @@ class Gate(nn.Module):
 
     def __init__(self, channels: int | None, openness: float) -> None:
         super().__init__()
-        self.weight = None if channels is None else nn.Parameter(torch.zeros(channels))
-        self.bias = nn.Parameter(torch.tensor(math.log(openness / (1 - openness))))
+        self.weight = None if channels is None else nn.Parameter(torch.zeros(1, channels))
+        self.bias = nn.Parameter(torch.full((1,), math.log(openness / (1 - openness))))
         self.decision = None
         self.openness = None
 
@@ -92,7 +92,7 @@ class Gate(nn.Module):
             else:
                 pooled = x.mean(dim=tuple(range(2, x.dim())), dtype=torch.float32)
                 direction = functional.layer_norm(pooled, pooled.shape[1:]) / math.sqrt(pooled.shape[1])
-                logit = direction @ self.weight + self.bias
+                logit = functional.linear(direction, self.weight, self.bias).squeeze(1)
             decision = straight_through(logit)
             if self.training:
                 self.decision = decision

@@ -36,7 +36,7 @@ def torchvision_resnet(name: str, classes: int, channels: int = 3, *, small_stem
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     if small_stem:
         model.maxpool = nn.Identity()
-    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+    for stage in map(model.get_submodule, ("layer1", "layer2", "layer3", "layer4")):
         for child, block in stage.named_children():
             setattr(stage, child, _as_residual_block(block))
     return model

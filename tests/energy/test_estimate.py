@@ -53,8 +53,7 @@ def test_an_unknown_cpu_is_taken_for_4_watts_a_thread_and_says_so(monkeypatch: p
     monkeypatch.setattr(estimate_module, "_linux_cpu_model", lambda: "a CPU that nobody makes")
     source = open_cpu_estimate()
     assert source.name == (
-        f"CodeCarbon: load of {4 * psutil.cpu_count():g} W "
-        "(guessed: a CPU that nobody makes is not in its table)"
+        f"CodeCarbon: load of {4 * psutil.cpu_count():g} W (guessed: a CPU that nobody makes is not in its table)"
     )
 
 
@@ -73,9 +72,7 @@ def test_the_estimate_follows_the_load_of_the_whole_machine(monkeypatch: pytest.
         for worker in workers:
             worker.join()
     resting_s = after.idle + after.iowait - before.idle - before.iowait
-    passed_s = (
-        sum(after) - sum(before) - (after.guest - before.guest) - (after.guest_nice - before.guest_nice)
-    )
+    passed_s = sum(after) - sum(before) - (after.guest - before.guest) - (after.guest_nice - before.guest_nice)
     load = 1 - resting_s / passed_s
     busy_w = (busy.measurement.energy_j or 0) / busy.measurement.seconds
     assert load > 0

@@ -163,9 +163,7 @@ def test_a_counter_that_wraps_goes_on() -> None:
 
 def test_power_samples_are_integrated_by_trapezoids_up_to_the_read() -> None:
     clock, power = Dial(0), Dial(100)
-    source = PowerSource(
-        "gpu", "", "integrated power", power.read, mean=False, min_span_s=0.1, clock=clock.read
-    )
+    source = PowerSource("gpu", "", "integrated power", power.read, mean=False, min_span_s=0.1, clock=clock.read)
     clock.value, power.value = 1, 300
     assert source.read_j() == pytest.approx(200)  # (100 + 300) / 2 W for 1 s
     clock.value, power.value = 1.05, 999
@@ -183,9 +181,7 @@ def test_mean_power_counts_for_the_span_that_it_is_the_mean_of() -> None:
 
 def test_power_that_cannot_be_sampled_leaves_a_gap_on_record() -> None:
     clock, power = Dial(0), Dial(100)
-    source = PowerSource(
-        "gpu", "", "integrated power", power.read, mean=False, min_span_s=0.1, clock=clock.read
-    )
+    source = PowerSource("gpu", "", "integrated power", power.read, mean=False, min_span_s=0.1, clock=clock.read)
     clock.value, power.value = 1, None
     with pytest.raises(MeterUnavailable):
         source.read_j()

@@ -133,9 +133,7 @@ def test_visible_devices_are_read_as_cuda_reads_them(
 
 
 @pytest.fixture(scope="module")
-def resolved(
-    nvml_stub: Path, run_python: Callable[[str, dict[str, str]], Any]
-) -> dict[str | None, list[str]]:
+def resolved(nvml_stub: Path, run_python: Callable[[str, dict[str, str]], Any]) -> dict[str | None, list[str]]:
     """All forms in one process, which takes a fraction of a second."""
     marks = test_visible_devices_are_read_as_cuda_reads_them.pytestmark  # type: ignore[attr-defined]
     forms = [form for form, _ in marks[0].args[1]]
@@ -236,9 +234,9 @@ for gpus, host in ((["{A}"], False), (["{A}", "{B}"], False), (["{A}"], True)):
         result.append([edges_us(meter, 2000, 0), edges_us(meter, 5, 0.12)])
 """
     result = with_nvml(f"uuid={A};uuid={B} counter=0", code)
-    for what, (steady_us, fresh_us) in zip(
+    for what, (steady_us, paused_us) in zip(
         ("counter", "counter and power samples", "counter and CodeCarbon's estimate"), result, strict=True
     ):
-        print(f"{what}: {steady_us:.0f} us an edge, {fresh_us:.0f} us with a new sample")
+        print(f"{what}: {steady_us:.0f} us an edge, {paused_us:.0f} us after a pause")
         assert steady_us < 1000
-        assert fresh_us < 2000
+        assert paused_us < 2000
