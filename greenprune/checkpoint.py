@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there, and that hold no code.
 
-One checkpoint is a folder ``step-<n>``: the network's tensors as safetensors, the rest of the training state in a file
-that PyTorch reads with ``weights_only=True``, the plain values as JSON, and a manifest with the size and SHA-256 of each
-file. It is written under a temporary name, flushed to disk and renamed; older ones go only after that.
+One checkpoint is a folder ``step-<n>``: the network's tensors as safetensors, the rest of the training state in a
+file that PyTorch reads with ``weights_only=True``, the plain values as JSON, and a manifest with the size and SHA-256
+of each file. It is written under a temporary name, flushed to disk and renamed; older ones go only after that.
 """
 
 from __future__ import annotations

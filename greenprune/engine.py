@@ -24,6 +24,7 @@ from accelerate.utils import (
     gather_object,
 )
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from greenprune.config import Config, ConfigError, UserError
@@ -51,9 +52,7 @@ class Engine:
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
         if config.precision == "fp16" and on_cpu:
             raise ConfigError("precision: 'fp16' is not valid on a CPU; expected no or bf16")
-        # BatchNorm's running statistics are local to a rank in training and taken from rank 0 where they matter
-        # (sync_buffers), so they need not travel on every step.
-        handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+        handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         announced = int(os.environ.get("WORLD_SIZE", "1"))
         if on_cpu and announced > 1:
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
@@ -106,6 +105,13 @@ class Engine:
         self.module = model
         self.optimizer = optimizer
         self.model, self._prepared_optimizer = self._accelerator.prepare(model, optimizer)
+        self._keep_buffers_local()
+
+    def _keep_buffers_local(self) -> None:
+        # BatchNorm's running statistics are local to a rank in training and taken from rank 0 where they matter
+        # (sync_buffers), so they need not travel on every step.
+        if isinstance(self.model, DistributedDataParallel):
+            self.model.broadcast_buffers = False
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss, averaged over the ranks."""
@@ -138,6 +144,7 @@ class Engine:
         inner.__dict__.pop("_is_accelerate_prepared", None)
         self.module = inner
         self.model = accelerator.prepare_model(inner)
+        self._keep_buffers_local()
         if self.world_size > 1:
             gc.collect()  # the old reducer's buckets are held in a cycle
 

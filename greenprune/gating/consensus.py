@@ -178,8 +178,8 @@ def decide(
             staying.remove(name)
             verdicts.append(Verdict(name, "remove", "off" if off else "settled"))
     if kept() <= target + _ROUNDING:
-        for name in window:
-            if name in staying and window[name].always_on >= freeze_after:
+        for name, unit in window.items():
+            if name in staying and unit.always_on >= freeze_after:
                 verdicts.append(Verdict(name, "freeze", "on"))
     return verdicts
 

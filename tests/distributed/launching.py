@@ -1,0 +1,39 @@
+"""Start real training processes the way a user does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "greenprune" / "train.py"
+
+
+def environment() -> dict[str, str]:
+    """This environment without what a launcher or a user's shell may have left in it."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "WANDB_"))}
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GREENPRUNE_DATA"):
+        inherited.pop(key, None)
+    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+
+
+def command(script: Path, args: list[str], processes: int) -> list[str]:
+    """The command line that runs a script on one process or, through launch/cpu_2.yaml, on two."""
+    if processes == 1:
+        return [sys.executable, str(script), *args]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    return [*launcher, "--config_file", str(ROOT / "launch" / "cpu_2.yaml"), str(script), *args]
+
+
+def run(script: Path, args: list[str], processes: int = 1, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end."""
+    return subprocess.run(
+        command(script, args, processes),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )

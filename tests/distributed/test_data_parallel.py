@@ -1,0 +1,82 @@
+"""Two real processes over gloo compute what one process computes, and stay together through removals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import TRAIN, run
+
+HERE = Path(__file__).parent
+
+CONFIG = """
+model: {name: resnet20}
+data: {name: digits, batch_size: 64}
+optim: {epochs: 3, lr: 0.02}
+gate: {kind: conditional, warmup: 0.0, lr: 10.0, polarization: 2.0}
+budget: {target: 0.6}
+removal: {window: 11, decide_by: 0.8}
+"""
+
+
+def test_gate_gradients_and_structure_are_those_of_one_process(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG)
+    for processes in (1, 2):
+        done = run(HERE / "gradients_worker.py", [str(config), str(tmp_path)], processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / f"world-{world}" / "gradients.json").read_text()) for world in (1, 2))
+    assert len(one) == len(two) == 66
+    compared = 0
+    for step, (alone, together) in enumerate(zip(one, two, strict=True)):
+        assert alone.keys() == together.keys(), f"different units have gates at step {step}"
+        # fp32 sums in another order; training amplifies the difference from step to step.
+        tolerance = 1e-5 if step < 5 else 2e-3
+        for name, gradient in alone.items():
+            assert together[name] == pytest.approx(gradient, rel=tolerance, abs=tolerance), (step, name)
+            compared += any(value != 0 for value in gradient)
+    assert compared > 100
+    structures = [(tmp_path / f"world-{world}" / "structure.json").read_text() for world in (1, 2)]
+    assert structures[0] == structures[1]
+    assert '"remove"' in structures[0]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_removal_keeps_state_and_ranks_identical(optimizer: str) -> None:
+    done = run(HERE / "removal_worker.py", [optimizer], processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    masked, removed = result["masked"], result["removed"]
+    assert removed["world_size"] == 2
+    assert removed["parameters"] < masked["parameters"]
+    assert removed["state_kept"] == [True, True]
+    assert removed["digests"][0] == removed["digests"][1]
+    # The smaller network computes what the masked one computed, over 20 further steps.
+    assert removed["losses"] == pytest.approx(masked["losses"], rel=1e-6)
+
+
+def test_a_run_on_two_processes_from_the_command_line(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG)
+    done = run(TRAIN, ["--config", str(config), "--output_dir", str(tmp_path), "--run_name", "two"], processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["world_size"] == 2
+    assert summary["gates_left"] == 0
+    assert summary["samples"] == 3 * 22 * 64
+    assert summary["kept_cost"] <= 0.6
+    # One host, read once however many processes share it.
+    assert len(summary["energy_by_device_j"]) == len({name.split(" (")[0] for name in summary["energy_by_device_j"]})
+    events = [json.loads(line) for line in (tmp_path / "two" / "events.jsonl").read_text().splitlines()]
+    assert [event["epoch"] for event in events if event["kind"] == "epoch"] == [1, 2, 3]
+
+
+def test_an_impossible_batch_is_said_once(tmp_path: Path) -> None:
+    args = ["--data.batch_size", "63", "--output_dir", str(tmp_path / "runs")]
+    done = run(TRAIN, args, processes=2)
+    assert done.returncode != 0
+    message = [line for line in done.stderr.splitlines() if line.startswith("greenprune: error:")]
+    assert len(message) == 1
+    assert "data.batch_size: 63" in message[0]
+    assert not (tmp_path / "runs").exists()
