@@ -408,7 +408,7 @@ def parse_config(args: list[str], prog: str = "train.py") -> Config:
     parser = config_parser(prog)
     try:
         namespace = parser.parse_args(args)
-        config = parser.instantiate_classes(namespace)
+        config = parser.instantiate(namespace)
     except ConfigError:
         raise
     except (jsonargparse.ArgumentError, TypeError) as error:

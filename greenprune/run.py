@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +12,16 @@ from typing import Any
 
 import yaml
 
-from greenprune.checkpoint import Checkpoint, CheckpointCorrupt, load_checkpoint, load_newest
-from greenprune.config import Config, UserError, parse_config, shaping_values
+from greenprune.checkpoint import Checkpoint, load_checkpoint, load_newest
+from greenprune.config import Config, UserError, shaping_values
 from greenprune.data import open_data
 from greenprune.energy import Meter, carbon_intensity, open_meter
 from greenprune.engine import Engine
-from greenprune.interrupt import Interrupted
 from greenprune.network import prepare_network
-from greenprune.progress import Display, open_display
+from greenprune.progress import Display
 from greenprune.provenance import collect_provenance
-from greenprune.report import print_summary
 from greenprune.tracking import Event, RunFolder, default_run_name
-from greenprune.trainer import Records, Trainer, TrainingDiverged
+from greenprune.trainer import Records, Trainer
 from greenprune.wandb_mirror import start_wandb
 
 
@@ -187,36 +184,3 @@ def _differences(config: Config, folder: RunFolder) -> list[str]:
     saved = yaml.safe_load(folder.config.read_text())
     mine, theirs = shaping_values(config.to_dict()), shaping_values(saved)
     return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-
-
-def run_command(args: list[str], environment: Mapping[str, str], prog: str) -> int:
-    """Parse a run's flags, do the run, and say how it ended.
-
-    Args:
-        args: Command-line arguments without the program's name.
-        environment: The process's environment: GREENPRUNE_DATA, and the launcher's RANK.
-        prog: Program name for the help text.
-
-    Returns:
-        Exit code: 0 done, 1 diverged or damaged, 2 not runnable as asked, 128 + n stopped by signal n.
-    """
-    speaks = int(environment.get("RANK", "0")) == 0
-
-    def say(message: str) -> None:
-        if speaks:
-            print(message, file=sys.stderr, flush=True)
-
-    try:
-        result = train(parse_config(args, prog), environment.get("GREENPRUNE_DATA"), open_display)
-    except UserError as error:
-        say(f"greenprune: error: {error}")
-        return 2
-    except Interrupted as stop:
-        say(f"greenprune: {stop.advice}")
-        return 128 + stop.signal
-    except (TrainingDiverged, CheckpointCorrupt) as error:
-        say(f"greenprune: error: {error}")
-        return 1
-    if result.is_main:
-        print_summary(result.summary, result.folder.path)
-    return 0

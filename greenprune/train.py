@@ -7,7 +7,7 @@ if __name__ == "__main__" and os.path.basename(sys.path[0]) == "greenprune":
     # Launched as a file, this folder comes first on the path; its modules are to be found in the package only.
     del sys.path[0]
 
-from greenprune.run import run_command
+from greenprune.command import run_command
 
 if __name__ == "__main__":
     sys.exit(run_command(sys.argv[1:], os.environ, prog="train.py"))

@@ -136,7 +136,8 @@ class Trainer:
         self.schedule.load_state_dict(training["schedule"])
         if self.policy is not None:
             self.policy.load_state_dict(training["policy"])
-        self._totals.copy_(training["totals"])
+        if self.engine.is_main:  # sums over all ranks
+            self._totals.copy_(training["totals"])
         self.step = state["step"]
         self.ledger = Ledger(**state["ledger"])
         self.step_times = StepTimes(**state["step_times"])
@@ -411,26 +412,27 @@ class Trainer:
         with self.meter.window("checkpoint"):
             self.engine.sync_buffers()
             random = self.engine.gather_objects(torch.get_rng_state())
+            totals = self.engine.sum(self._totals)
             ledger = self._ledger_now()
             path = self.folder.checkpoints / f"step-{self.step:09d}"
             if self.engine.is_main:
                 save_checkpoint(
                     self.folder.checkpoints,
                     self.step,
-                    self._snapshot(random, ledger),
+                    self._snapshot(random, totals, ledger),
                     self.config.checkpoint.keep_last,
                 )
             self.engine.wait()
         self.events.record("checkpoint", self.step, path=str(path), pause_s=time.monotonic() - started)
         return path
 
-    def _snapshot(self, random: list[Tensor], ledger: Ledger) -> Checkpoint:
+    def _snapshot(self, random: list[Tensor], totals: Tensor, ledger: Ledger) -> Checkpoint:
         training = {
             "optimizer": self.engine.optimizer.state_dict(),
             "scaler": self.engine.scaler_state(),
             "schedule": self.schedule.state_dict(),
             "policy": self.policy.state_dict() if self.policy is not None else None,
-            "totals": self._totals,
+            "totals": totals,
             "random": random,
         }
         state = {

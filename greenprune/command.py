@@ -1,0 +1,52 @@
+"""A run as a command: flags in, exit code out. Torch is imported only once the config is known to be right."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+from greenprune.config import UserError, parse_config
+
+
+def run_command(args: list[str], environment: Mapping[str, str], prog: str) -> int:
+    """Parse a run's flags, do the run, and say how it ended.
+
+    Args:
+        args: Command-line arguments without the program's name.
+        environment: The process's environment: GREENPRUNE_DATA, and the launcher's RANK.
+        prog: Program name for the help text.
+
+    Returns:
+        Exit code: 0 done, 1 diverged or damaged, 2 not runnable as asked, 128 + n stopped by signal n.
+    """
+    code, message = _outcome(args, environment, prog)
+    if message and int(environment.get("RANK", "0")) == 0:
+        print(f"greenprune: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _outcome(args: list[str], environment: Mapping[str, str], prog: str) -> tuple[int, str]:
+    """Exit code and last words of a run."""
+    try:
+        config = parse_config(args, prog)
+    except UserError as error:
+        return 2, f"error: {error}"
+
+    from greenprune.checkpoint import CheckpointCorrupt
+    from greenprune.interrupt import Interrupted
+    from greenprune.progress import open_display
+    from greenprune.report import print_summary
+    from greenprune.run import train
+    from greenprune.trainer import TrainingDiverged
+
+    try:
+        result = train(config, environment.get("GREENPRUNE_DATA"), open_display)
+    except UserError as error:
+        return 2, f"error: {error}"
+    except Interrupted as stop:
+        return 128 + stop.signal, stop.advice
+    except (TrainingDiverged, CheckpointCorrupt) as error:
+        return 1, f"error: {error}"
+    if result.is_main:
+        print_summary(result.summary, result.folder.path)
+    return 0, ""

@@ -1,0 +1,302 @@
+"""Whole runs as a user starts them: results, files, interruption and resume, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+from launching import ROOT, TRAIN, command, environment, run
+from safetensors.torch import load_file
+from torch import equal
+
+SMALL = """
+model: {name: resnet20}
+data: {name: digits, batch_size: 64}
+optim: {epochs: 6, lr: 0.05}
+gate: {warmup: 0.1}
+budget: {target: 0.5}
+removal: {window: 11, decide_by: 0.6}
+"""
+
+CONTRACT = (
+    "accuracy accuracy_kind params params_dense flops_forward flops_forward_dense flops_train flops_train_dense "
+    "kept_cost budget_target gates_left removals energy_j energy_quality energy_by_phase_j co2_g time_s step_time_s "
+    "attempts samples world_size"
+).split()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of one uninterrupted gated run."""
+    output = tmp_path_factory.mktemp("runs")
+    args = ["--config", str(config), "--output_dir", str(output), "--run_name", "whole", "--energy.country", "FRA"]
+    done = run(TRAIN, args)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr, done.stderr
+    return output / "whole"
+
+
+def read_summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def read_events(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def final_tensors(folder: Path) -> dict:
+    newest = max((folder / "checkpoints").iterdir())
+    return load_file(newest / "model.safetensors")
+
+
+def test_a_gated_run_meets_its_budget_and_leaves_no_gate(finished: Path) -> None:
+    summary = read_summary(finished)
+    assert set(CONTRACT) <= summary.keys()
+    assert summary["budget_target"] - summary["cheapest_unit_cost"] < summary["kept_cost"] <= summary["budget_target"]
+    assert summary["kept_cost"] == pytest.approx(summary["flops_forward"] / summary["flops_forward_dense"])
+    assert summary["gates_left"] == 0
+    assert summary["flops_train"] < summary["flops_train_dense"]
+    assert summary["params"] < summary["params_dense"]
+    assert len(summary["removals"]) == summary["blocks_dense"] - summary["blocks"]
+    assert summary["samples"] == 6 * 22 * 64
+    assert summary["accuracy"] > 0.8
+    assert not any("gate" in name for name in final_tensors(finished))
+
+
+def test_the_ledger_is_the_sum_of_its_steps(finished: Path) -> None:
+    """FLOPs executed follow from the structure of the moment, as the events tell it."""
+    events = read_events(finished)
+    summary = read_summary(finished)
+    start = events[0]
+    assert start["kind"] == "start"
+    assert start["flops/forward_dense"] == summary["flops_forward_dense"]
+    totals = [event["flops/train"] for event in events if event["kind"] == "train"]
+    assert totals == sorted(totals)
+    assert totals[-1] == summary["flops_train"]
+    first_removal = next(event["step"] for event in events if event["kind"] == "removal")
+    before = [event for event in events if event["kind"] == "train" and event["step"] <= first_removal]
+    # Gates cost a little on top of the dense twin until units go.
+    per_sample = before[-1]["flops/train"] / (before[-1]["step"] * 64)
+    dense_per_sample = summary["flops_train_dense"] / summary["samples"]
+    assert dense_per_sample < per_sample < 1.001 * dense_per_sample
+
+
+def test_energy_adds_up_and_names_its_source(finished: Path) -> None:
+    summary = read_summary(finished)
+    assert summary["energy_j"] > 0
+    assert summary["energy_quality"] in ("counter", "integrated power", "estimate")
+    known = [joules for joules in summary["energy_by_phase_j"].values() if joules is not None]
+    assert sum(known) == pytest.approx(summary["energy_j"])
+    assert {"train", "eval", "surgery", "checkpoint"} <= summary["energy_by_phase_j"].keys()
+    assert summary["co2_g"] == pytest.approx(summary["energy_j"] / 3.6e6 * summary["carbon_intensity_g_per_kwh"])
+
+
+def test_the_dense_twin_removes_nothing(config: Path, tmp_path: Path) -> None:
+    args = ["--config", str(config), "--output_dir", str(tmp_path), "--gate.enabled", "false", "--optim.epochs", "1"]
+    done = run(TRAIN, args)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = read_summary(tmp_path / "digits-resnet20-dense-seed0")
+    assert summary["flops_train"] == summary["flops_train_dense"]
+    assert summary["params"] == summary["params_dense"]
+    assert summary["removals"] == []
+    assert summary["budget_target"] is None
+    assert summary["co2_g"] is None  # no country, no CO2; never 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_interrupted_after_a_removal_and_resumed_is_the_uninterrupted_run(
+    config: Path, finished: Path, tmp_path: Path, processes: int
+) -> None:
+    args = ["--config", str(config), "--output_dir", str(tmp_path), "--tracking.log_every", "2"]
+    whole = finished
+    if processes == 2:
+        done = run(TRAIN, [*args, "--run_name", "whole"], processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        whole = tmp_path / "whole"
+    cut = tmp_path / "cut"
+    named = [*args, "--run_name", "cut", "--resume", "auto"]
+    interrupt_after_removal(command(TRAIN, named, processes), cut)
+    assert not (cut / "summary.json").exists()
+    stopped = [event for event in read_events(cut) if event["kind"] == "interrupt"]
+    assert len(stopped) == 1
+    assert stopped[0]["step"] % 22 != 0, "the interrupt was to fall within an epoch"
+    done = run(TRAIN, named, processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (cut / "structure.json").read_text() == (whole / "structure.json").read_text()
+    expected, found = final_tensors(whole), final_tensors(cut)
+    assert expected.keys() == found.keys()
+    assert all(equal(expected[name], found[name]) for name in expected)
+    once, twice = read_summary(whole), read_summary(cut)
+    for key in ("flops_train", "flops_train_dense", "samples", "accuracy", "loss", "removals", "kept_cost"):
+        assert once[key] == twice[key], key
+    assert (once["attempts"], twice["attempts"]) == (1, 2)
+    losses = {event["step"]: event["train/loss"] for event in read_events(whole) if event["kind"] == "epoch"}
+    resumed = {event["step"]: event["train/loss"] for event in read_events(cut) if event["kind"] == "epoch"}
+    assert resumed == pytest.approx(losses, rel=1e-12)  # sums over ranks, in another order
+
+
+def interrupt_after_removal(arguments: list[str], folder: Path) -> None:
+    """Start a run and send it SIGTERM a few steps after its first removal, within an epoch."""
+    process = subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    events = folder / "events.jsonl"
+    deadline = time.monotonic() + 200
+    try:
+        while time.monotonic() < deadline and process.poll() is None:
+            seen = [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
+            removals = [event["step"] for event in seen if event["kind"] == "removal"]
+            steps = [event["step"] for event in seen if event["kind"] == "train"]
+            if removals and steps[-1] > removals[0] and 2 <= steps[-1] % 22 <= 12:
+                process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(0.01)
+        output, _ = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode != 0, output
+    assert "--resume auto" in output, output
+
+
+def test_exit_code_and_advice_after_an_interrupt(config: Path, tmp_path: Path) -> None:
+    args = ["--config", str(config), "--output_dir", str(tmp_path), "--run_name", "cut", "--tracking.log_every", "1"]
+    process = subprocess.Popen(command(TRAIN, args, 1), env=environment(), stderr=subprocess.PIPE, text=True)
+    events = tmp_path / "cut" / "events.jsonl"
+    while process.poll() is None and not (events.exists() and '"train"' in events.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "stopped by SIGINT" in message
+    assert "Traceback" not in message
+
+
+def test_a_finished_run_is_not_done_again(config: Path, finished: Path) -> None:
+    before = (finished / "events.jsonl").read_bytes()
+    args = ["--config", str(config), "--output_dir", str(finished.parent), "--run_name", "whole", "--resume", "auto"]
+    done = run(TRAIN, args)
+    assert done.returncode == 0, done.stderr
+    assert (finished / "events.jsonl").read_bytes() == before
+
+
+def test_runs_without_a_name_do_not_share_a_folder(config: Path, tmp_path: Path) -> None:
+    args = ["--config", str(config), "--output_dir", str(tmp_path), "--optim.epochs", "1", "--removal.decide_by", "1"]
+    for _ in range(2):
+        assert run(TRAIN, args).returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "digits-resnet20-block-0.5-seed0",
+        "digits-resnet20-block-0.5-seed0-2",
+    }
+
+
+BAD_INPUT = {
+    "unknown key": (["--optim.lrate", "0.1"], "optim.lrate: unknown key"),
+    "wrong type": (["--optim.epochs", "many"], "optim.epochs"),
+    "unknown model": (["--model.name", "resnet21"], "model.name: 'resnet21'"),
+    "unknown data": (["--data.name", "digit"], "data.name: 'digit'"),
+    "missing data": (["--data.name", "cifar10"], "data.root"),
+    "target of 0": (["--budget.target", "0"], "budget.target: 0.0"),
+    "target above 1": (["--budget.target", "1.5"], "budget.target: 1.5"),
+    "target below what has no gate": (["--budget.target", "0.001"], "budget.target: 0.001"),
+    "batch above the data": (["--data.batch_size", "5000"], "data.batch_size: 5000"),
+    "fp16 on a CPU": (["--precision", "fp16", "--device", "cpu"], "precision: 'fp16'"),
+    "unknown country": (["--energy.country", "XYZ"], "energy.country"),
+    "no such checkpoint": (["--resume", "nowhere/step-000000001"], "resume: 'nowhere/step-000000001'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_message_and_nothing_is_written(case: str, config: Path, tmp_path: Path) -> None:
+    flags, message = BAD_INPUT[case]
+    output = tmp_path / "runs"
+    done = run(TRAIN, ["--config", str(config), "--output_dir", str(output), *flags])
+    assert done.returncode == 2, done.stderr[-2000:]
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("greenprune: error: ")
+    assert message in lines[0]
+    assert not output.exists()
+
+
+def test_a_truncated_data_file_is_named(config: Path, tmp_path: Path) -> None:
+    raw = tmp_path / "data" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("train-images", "t10k-images"):
+        (raw / f"{name}-idx3-ubyte").write_bytes(b"\0\0\x08\x03\0\0\xea\x60")
+    for name in ("train-labels", "t10k-labels"):
+        (raw / f"{name}-idx1-ubyte").write_bytes(b"\0\0\x08\x01\0\0\xea\x60")
+    flags = ["--data.name", "fashion_mnist", "--data.root", str(tmp_path / "data")]
+    done = run(TRAIN, ["--config", str(config), "--output_dir", str(tmp_path / "runs"), *flags])
+    assert done.returncode == 2
+    assert "ubyte" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_cannot_be_written(config: Path, tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    done = run(TRAIN, ["--config", str(config), "--output_dir", str(blocker)])
+    assert done.returncode == 2
+    assert "output_dir: cannot write" in done.stderr
+
+
+def test_a_folder_that_holds_another_run(config: Path, finished: Path) -> None:
+    args = ["--config", str(config), "--output_dir", str(finished.parent), "--run_name", "whole"]
+    again = run(TRAIN, args)
+    assert again.returncode == 2
+    assert "already holds a run" in again.stderr
+    other = run(TRAIN, [*args, "--resume", "auto", "--optim.lr", "0.07"])
+    assert other.returncode == 2
+    assert "optim.lr" in other.stderr
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(config: Path, tmp_path: Path) -> None:
+    args = ["--config", str(config), "--output_dir", str(tmp_path), "--run_name", "bad"]
+    flags = ["--optim.lr", "1e30", "--optim.schedule", "constant", "--optim.warmup", "0.3"]
+    done = run(TRAIN, [*args, *flags])
+    assert done.returncode == 1
+    assert "the loss is" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "bad" / "summary.json").exists()
+    for event in read_events(tmp_path / "bad"):
+        assert event["kind"] != "checkpoint" or event["step"] > 0
+
+
+def test_every_complete_config_parses() -> None:
+    from greenprune.config import load_config
+
+    paths = sorted((ROOT / "configs").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        load_config(path)
+
+
+def test_secrets_of_the_environment_stay_there(config: Path, tmp_path: Path) -> None:
+    secret = "s3cr3t-planted-key"
+    args = ["--config", str(config), "--output_dir", str(tmp_path), "--optim.epochs", "1", "--removal.decide_by", "1"]
+    done = subprocess.run(
+        command(TRAIN, args, 1),
+        env=environment() | {"WANDB_API_KEY": secret, "SOME_TOKEN": secret},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert secret not in done.stdout + done.stderr
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+    assert os.environ.get("SOME_TOKEN") is None
