@@ -55,7 +55,9 @@ def rows(runs: dict[str, list[dict]]) -> list[list[str]]:
             spread([run["params"] / run["params_dense"] for run in found], 3),
             spread([run["flops_train"] / run["flops_train_dense"] for run in found], 3),
             spread([run["time_s"] / twin["time_s"] for run, twin in pairs], 2),
-            spread([run["energy_j"] / twin["energy_j"] for run, twin in pairs], 2) if found[0]["energy_j"] else "unknown",
+            spread([run["energy_j"] / twin["energy_j"] for run, twin in pairs], 2)
+            if found[0]["energy_j"]
+            else "unknown",
             f"{statistics.median(run['time_s'] for run in found):.0f}",
             f"{statistics.median(run['energy_j'] for run in found):.0f}" if found[0]["energy_j"] else "unknown",
             f"{statistics.mean(run['blocks'] for run in found):.1f} of {found[0]['blocks_dense']}",
@@ -95,9 +97,7 @@ def main() -> None:
     runs: dict[str, list[dict]] = {"dense": [], **{f"target {target:g}": [] for target in args.targets}}
     for seed in args.seeds:
         common = ["--seed", str(seed), *args.flags]
-        runs["dense"].append(
-            do_run(args.config, folder, f"dense-seed{seed}", ["--gate.enabled", "false", *common])
-        )
+        runs["dense"].append(do_run(args.config, folder, f"dense-seed{seed}", ["--gate.enabled", "false", *common]))
         for target in args.targets:
             flags = ["--budget.target", str(target), *common]
             runs[f"target {target:g}"].append(do_run(args.config, folder, f"gated-{target:g}-seed{seed}", flags))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 
 from greenprune.config import UserError, parse_config
 
@@ -21,7 +22,8 @@ def run_command(args: list[str], environment: Mapping[str, str], prog: str) -> i
     """
     code, message = _outcome(args, environment, prog)
     if message and int(environment.get("RANK", "0")) == 0:
-        print(f"greenprune: {message}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the terminal may be gone, and with it the reader
+            print(f"greenprune: {message}", file=sys.stderr, flush=True)
     return code
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
+import time
 from types import FrameType
 
 
@@ -22,22 +25,28 @@ class Interrupted(Exception):
 
 
 class InterruptRequest:
-    """While entered, the first SIGTERM, SIGINT, SIGHUP or SIGUSR1 is remembered; the second has its usual effect.
+    """While entered, a SIGTERM, SIGINT, SIGHUP or SIGUSR1 is remembered instead of ending the process.
+
+    A second Ctrl-C ends it at once. What a launcher passes on of the first one is not a second one.
 
     Attributes:
-        signal: The signal that came, or 0.
+        signal: The first signal that came, or 0.
     """
 
     _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    _ECHO_S = 1.0  # launchers forward within milliseconds
 
     def __init__(self) -> None:
         self.signal = 0
+        self._came = 0.0
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
+        if not self.signal:
+            self.signal = number
+            self._came = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._came > self._ECHO_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.signal = number
 
     def __enter__(self) -> None:
         self._previous = {number: signal.signal(number, self._remember) for number in self._NUMBERS}
@@ -45,3 +54,16 @@ class InterruptRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def end_with_launcher() -> None:
+    """Have the system send this process a SIGTERM when its parent dies (Linux; elsewhere nothing happens).
+
+    ``accelerate launch`` does not pass signals on to a single process: without this, stopping the launcher would leave
+    the training running, unseen.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -1,20 +1,398 @@
-"""Live progress of a run."""
+"""How a run is shown while it goes on, and how its numbers are written for people."""
 
 from __future__ import annotations
 
-from greenprune.tracking import Event
+import contextlib
+import math
+import sys
+import textwrap
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+Event = dict[str, Any]
+"""One line of events.jsonl: ``time``, ``step``, ``kind`` and what the kind has."""
+
+UNKNOWN = "unknown"
+"""How a figure is shown that nobody knows."""
+
+_PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3), ("µ", 1e-6))
+_PLAIN_WIDTH = 120  # columns of a report that goes to a file or pipe
+_PANEL_WIDTH = 100
+_REFRESH_S = 0.2
+_WORST_FIRST = ("estimate", "integrated power", "counter")
+
+
+# Numbers as people read them.
+
+
+def format_si(value: float | None, unit: str = "") -> str:
+    """A number to three digits with its SI prefix: ``10.3 MFLOPs``; ``unknown`` for None."""
+    if value is None:
+        return UNKNOWN
+    for prefix, scale in _PREFIXES:
+        if abs(value) >= 0.9995 * scale:
+            return f"{_three_digits(value / scale)} {prefix}{unit}".rstrip()
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def _three_digits(value: float) -> str:
+    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    return f"{value:,.{digits}f}"
+
+
+def format_joules(energy_j: float | None) -> str:
+    """Joules, from 10 kJ on with a prefix: ``1,234 J``, ``12.3 kJ``; ``unknown`` for None."""
+    if energy_j is not None and 0.01 <= energy_j < 10_000:
+        return f"{_three_digits(energy_j)} J"
+    return format_si(energy_j, "J")
+
+
+def format_seconds(time_s: float | None) -> str:
+    """A duration in the unit that suits it: ``14.8 ms``, ``4.50 s``, ``12.4 min``, ``3.10 h``; ``unknown`` for None."""
+    if time_s is None or time_s < 120:
+        return format_si(time_s, "s")
+    return f"{_three_digits(time_s / 60)} min" if time_s < 7200 else f"{_three_digits(time_s / 3600)} h"
+
+
+def format_percent(share: float | None, digits: int = 0) -> str:
+    """A share as a percentage: ``46 %``; ``unknown`` for None."""
+    return UNKNOWN if share is None else f"{100 * share:.{digits}f} %"
+
+
+def format_share(part: float | None, whole: float | None) -> str:
+    """A part of a whole as a percentage; ``unknown`` if either is not known."""
+    return UNKNOWN if part is None or not whole else format_percent(part / whole)
+
+
+def cost_name(unit: str) -> str:
+    """What ``budget.unit`` counts, in words."""
+    return {"flops": "FLOPs", "params": "parameters"}.get(unit, unit)
+
+
+def worst_quality(qualities: Iterable[str | None]) -> str | None:
+    """The quality of a sum of energies: that of its least certain part; None if nothing in it is known."""
+    known = set(qualities)
+    return next((quality for quality in _WORST_FIRST if quality in known), None)
+
+
+def open_console() -> Console:
+    """A console on standard output: as wide as the terminal, or 120 columns where there is none."""
+    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+
+
+def _format_float(value: float | None, digits: int) -> str:
+    return UNKNOWN if value is None else f"{value:,.{digits}f}"
+
+
+def _format_sources(sources: list[list[str | None]]) -> str:
+    """Where joules come from, by quality: ``counter: RAPL counter; estimate: CodeCarbon; not measured: gpu``."""
+    by_quality: dict[str, dict[str, None]] = {}
+    for device, source, quality in sources:
+        # A source's details follow its name after a colon; the start event's notes have them in full.
+        name = str(device) if quality is None else str(source).partition(":")[0]
+        by_quality.setdefault(quality or "not measured", {})[name] = None
+    return "; ".join(f"{quality}: {', '.join(names)}" for quality, names in by_quality.items()) or "nothing is measured"
+
+
+# What the events tell.
+
+
+class Line(NamedTuple):
+    """A line that stays, above whatever is redrawn."""
+
+    text: str
+    style: str = ""
+
+
+class RunStatus:
+    """What the events so far tell about a run: lines that stay, and the present state as a panel.
+
+    A start event comes before all others.
+    """
+
+    def __init__(self) -> None:
+        self._start: Event = {}
+        self._now: Event = {}
+        self._accuracy: float | None = None
+        self._epoch_started_j: float | None = None
+        self._interval = (0, 0.0)  # steps of this epoch that were timed, and their seconds
+        self._operations: list[Event] = []
+        self._marks: deque[tuple[float, int]] = deque()  # time and step of recent events, over one epoch of steps
+
+    def take(self, event: Event) -> list[Line]:
+        """Take up one event and give the lines that it adds."""
+        kind: str = event["kind"]
+        if kind in ("removal", "freeze"):
+            self._operations.append(event)
+            return []
+        lines = self.flush()
+        takers: dict[str, Callable[[Event], list[Line]]] = {
+            "start": self._take_start,
+            "train": self._take_train,
+            "epoch": self._take_epoch,
+            "interrupt": self._take_interrupt,
+        }
+        return lines + takers[kind](event) if kind in takers else lines
+
+    def flush(self) -> list[Line]:
+        """The line about removals at the last boundary, if they have not been told yet."""
+        operations, self._operations = self._operations, []
+        if not operations:
+            return []
+        last = operations[-1]
+        self._now = {**self._now, **last}
+        by_reason: dict[str, list[str]] = {}
+        for event in operations:
+            if event["kind"] == "removal":
+                by_reason.setdefault(event["reason"], []).append(event["unit"])
+        if not by_reason:
+            return []
+        units = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
+        where = f"step {last['step']} (epoch {_format_epoch(last['epoch'])})"
+        return [Line(f"removed at {where}: {units}. Left: {self._structure()}", "green")]
+
+    def _take_start(self, event: Event) -> list[Line]:
+        self._start = self._now = event
+        self._epoch_started_j = 0.0 if event["attempt"] == 1 else None
+        self._mark(event)
+        processes = f"{event['world_size']} processes" if event["world_size"] > 1 else "1 process"
+        lines = [
+            Line(
+                f"{event['run']}: {event['model']} on {event['data']}, {event['epochs']} epochs of "
+                f"{event['steps_per_epoch']} steps of {event['batch_size']} images, {event['device']}, {processes}",
+                "bold",
+            ),
+            Line(self._goal()),
+            Line(f"joules: {_format_sources(event['energy_sources'])}"),
+        ]
+        if event["resumed_from"] is not None:
+            came_from = f"goes on after step {event['step']} from {event['resumed_from']}"
+            lines.insert(1, Line(f"attempt {event['attempt']}: {came_from}", "yellow"))
+        lines += [Line(f"note: {' '.join(note.split())}", "dim") for note in event["notes"]]
+        return [*lines, Line(self._header(), "bold")]
+
+    def _goal(self) -> str:
+        start = self._start
+        network = f"{start['structure/blocks']} blocks, {format_si(start['flops/forward'], 'FLOPs')} an image"
+        if not start["gated"]:
+            return f"dense run: {network}; nothing is gated or removed"
+        return (
+            f"to keep: {format_percent(start['budget_target'])} of the dense {cost_name(start['budget_unit'])}; "
+            f"now {network}, {start['structure/gates']} gates"
+        )
+
+    def _take_train(self, event: Event) -> list[Line]:
+        steps, seconds = self._interval
+        new_steps = event["step"] - self._now["step"]
+        step_time_s: float = event["train/step_time_s"]
+        self._interval = (steps + new_steps, seconds + new_steps * step_time_s)
+        self._now = event
+        self._mark(event)
+        return []
+
+    def _take_epoch(self, event: Event) -> list[Line]:
+        line = Line(self._epoch_line(event))
+        self._accuracy = event["eval/accuracy"]
+        self._epoch_started_j = event["energy/total_j"]
+        self._interval = (0, 0.0)
+        self._now = {**self._now, **event}
+        self._mark(event)
+        return [line]
+
+    def _take_interrupt(self, event: Event) -> list[Line]:
+        checkpoint = Path(event["checkpoint"]).name
+        return [Line(f"{event['signal']} after step {event['step']}: checkpoint {checkpoint} is written", "yellow")]
+
+    def _mark(self, event: Event) -> None:
+        """Remember when a step was reached, over as many steps as an epoch has, so that pauses count in full."""
+        self._marks.append((event["time"], event["step"]))
+        while len(self._marks) > 2 and event["step"] - self._marks[1][1] >= self._start["steps_per_epoch"]:
+            self._marks.popleft()
+
+    # Lines in columns.
+
+    def _columns(self, *cells: str) -> str:
+        widths = (max(5, 2 * len(str(self._start["epochs"])) + 1), 10, 8, 8, 8, 8, 7, 5)
+        return "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+
+    def _header(self) -> str:
+        kind = "val acc" if self._start["accuracy_kind"] == "validation" else f"{self._start['accuracy_kind']} acc"
+        return self._columns("epoch", "train loss", kind, "images/s", "J epoch", "J total", "blocks", "FLOPs")
+
+    def _epoch_line(self, event: Event) -> str:
+        steps, seconds = self._interval
+        total_j = event["energy/total_j"]
+        known = total_j is not None and self._epoch_started_j is not None
+        return self._columns(
+            f"{event['epoch']}/{self._start['epochs']}",
+            _format_float(event["train/loss"], 4),
+            format_percent(event["eval/accuracy"], 2),
+            _format_float(steps * self._start["batch_size"] / seconds if seconds else None, 0),
+            format_joules(total_j - self._epoch_started_j if known else None),
+            format_joules(total_j),
+            f"{event['structure/blocks']}/{len(self._start['units'])}",
+            format_share(event["flops/forward"], self._start["flops/forward_dense"]),
+        )
+
+    def _structure(self) -> str:
+        share = format_share(self._now["flops/forward"], self._start["flops/forward_dense"])
+        blocks = f"{self._now['structure/blocks']} of {len(self._start['units'])} blocks"
+        gates = self._now["structure/gates"]
+        return f"{blocks}, {gates} {'gate' if gates == 1 else 'gates'}, {share} of the dense FLOPs"
+
+    # The present state.
+
+    def panel(self) -> RenderableType:
+        """The present state, a few lines high."""
+        if not self._start:
+            return Text("")
+        lines: list[RenderableType] = [
+            self._course(),
+            Text(self._learning()),
+            Text(self._spending()),
+            Text(self._network()),
+        ]
+        return Panel(Group(*lines), title=Text(self._start["run"]), width=_PANEL_WIDTH, border_style="dim")
+
+    def _course(self) -> Table:
+        per_epoch, epochs = self._start["steps_per_epoch"], self._start["epochs"]
+        step, steps = self._now["step"], per_epoch * epochs
+        epoch = max(1, math.ceil(step / per_epoch))
+        row = Table.grid(expand=True, padding=(0, 1))
+        row.add_column(no_wrap=True)
+        row.add_column(ratio=1)
+        row.add_column(no_wrap=True)
+        bar = ProgressBar(total=steps, completed=step)
+        row.add_row(f"epoch {epoch}/{epochs}", bar, f"step {step:,}/{steps:,}  {self._remaining(steps - step)} left")
+        return row
+
+    def _remaining(self, steps: int) -> str:
+        (first_s, first), (last_s, last) = self._marks[0], self._marks[-1]
+        if last == first:
+            return "?"
+        return str(timedelta(seconds=round(steps * (last_s - first_s) / (last - first))))
+
+    def _learning(self) -> str:
+        now = self._now
+        if "train/loss" not in now:
+            return "waiting for the first steps"
+        evaluated = ""
+        if self._accuracy is not None:
+            evaluated = f", {self._start['accuracy_kind']} {format_percent(self._accuracy, 2)}"
+        return (
+            f"loss {_format_float(now['train/loss'], 4)} · "
+            f"accuracy {format_percent(now['train/accuracy'], 1)} (training{evaluated}) · "
+            f"{_format_float(now.get('train/samples_per_s'), 0)} images/s"
+        )
+
+    def _spending(self) -> str:
+        sources = _format_sources(self._start["energy_sources"])
+        if "energy/total_j" not in self._now:
+            return f"energy not read yet ({sources})"
+        power_w, energy_j, co2_g = (self._now[f"energy/{key}"] for key in ("power_w", "total_j", "co2_g"))
+        power = "power unknown" if power_w is None else f"{power_w:,.0f} W"
+        energy = "energy unknown" if energy_j is None else format_joules(energy_j)
+        co2 = "" if co2_g is None else f" · {format_si(co2_g, 'g')} CO2e"
+        return f"{power} · {energy} ({sources}){co2}"
+
+    def _network(self) -> str:
+        if not self._start["gated"]:
+            return f"dense run, {self._now['structure/blocks']} blocks"
+        price = self._now.get("gate/price") if self._now["structure/gates"] else None
+        return self._structure().replace(", ", " · ") + ("" if price is None else f" · price {price:.3g}")
+
+
+def _format_epoch(epoch: float) -> str:
+    return f"{epoch:.2f}".rstrip("0").rstrip(".")
+
+
+# Where it is shown.
 
 
 class Display:
-    def __call__(self, event: Event) -> None:
-        k = event["kind"]
-        if k in ("epoch", "removal", "freeze"):
-            print(
-                {a: (round(b, 4) if isinstance(b, float) else b) for a, b in event.items() if a != "time"}, flush=True
-            )
+    """Shows a run as its events come: a live panel on a terminal, plain lines elsewhere.
 
-    def close(self) -> None: ...
+    The panel is drawn from the calling thread, and only as events come, so that it takes no time from training in
+    between. When the terminal or pipe is gone the display falls silent: the run is worth more than its view.
+
+    Args:
+        stream: Where to write.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._status = RunStatus()
+        self._console = Console(file=stream, highlight=False, soft_wrap=True)
+        # The panel is drawn with characters that not every encoding has.
+        unicode = (stream.encoding or "").lower().startswith("utf")
+        self._on_terminal = stream.isatty() and unicode and not self._console.is_dumb_terminal
+        self._live: Live | None = None
+        self._drawn_s = -math.inf
+        self._open = True
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if not self._open:
+            return
+        try:
+            self._write(self._status.take(event))
+            if self._on_terminal:
+                self._draw()
+        except OSError:
+            self._open = False
+            self._stop()
+
+    def close(self) -> None:
+        """Take the panel away and give the terminal back; may be called twice, and whatever has happened."""
+        if self._open:
+            self._open = False
+            with contextlib.suppress(OSError):
+                self._write(self._status.flush())
+        self._stop()
+
+    def _stop(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            with contextlib.suppress(OSError):
+                live.stop()
+
+    def _draw(self) -> None:
+        if self._live is None:
+            self._live = Live(
+                console=self._console, get_renderable=self._status.panel, auto_refresh=False, transient=True
+            )
+            self._live.start()
+        if time.monotonic() - self._drawn_s >= _REFRESH_S:
+            self._live.refresh()
+            self._drawn_s = time.monotonic()
+
+    def _write(self, lines: list[Line]) -> None:
+        for line in lines:
+            if self._on_terminal:
+                self._console.print(Text(self._fold(line.text), line.style))
+            else:
+                encoding = self._stream.encoding or "utf-8"
+                print(line.text.encode(encoding, "replace").decode(encoding), file=self._stream, flush=True)
+
+    def _fold(self, text: str) -> str:
+        if len(text) <= self._console.width:
+            return text
+        return textwrap.fill(
+            text, self._console.width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        )
 
 
 def open_display() -> Display:
-    return Display()
+    """A display on standard output. Whoever opens it closes it, also when training fails."""
+    return Display(sys.stdout)

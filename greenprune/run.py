@@ -65,9 +65,11 @@ def train(config: Config, data_root: str | None, display: Callable[[], Display])
         if folder.summary.exists():
             return RunResult(yaml.safe_load(folder.summary.read_text()), folder, engine.is_main)
         with ExitStack() as stack:
-            mirrors = _start_mirrors(config, engine, folder, stack, display)
+            mirrors, notes = _start_mirrors(config, engine, folder, stack, display)
+            if carbon is None:
+                notes.append("CO2 is unknown: set energy.country to the country whose grid feeds this machine")
             meter = stack.enter_context(_open_meter(config, engine))
-            trainer = Trainer(config, data, engine, network, Records(folder, meter, carbon, mirrors), resume)
+            trainer = Trainer(config, data, engine, network, Records(folder, meter, carbon, mirrors, notes), resume)
             return RunResult(trainer.fit(), folder, engine.is_main)
     finally:
         engine.finish()
@@ -90,18 +92,18 @@ def _open_meter(config: Config, engine: Engine) -> Meter:
 
 def _start_mirrors(
     config: Config, engine: Engine, folder: RunFolder, stack: ExitStack, display: Callable[[], Display]
-) -> list[Callable[[Event], None]]:
-    """What shows the run's events while it goes on; on rank 0 only."""
+) -> tuple[list[Callable[[Event], None]], list[str]]:
+    """What shows the run's events while it goes on, and notes about it; on rank 0 only."""
     if not engine.is_main:
-        return []
+        return [], []
     with folder.provenance.open("a") as file:
         file.write(json.dumps(collect_provenance(engine.world_size, engine.device)) + "\n")
     shown = display()
     stack.callback(shown.close)
-    mirrors: list[Callable[[Event], None]] = [shown]
     if "wandb" in config.tracking.trackers:
-        mirrors.append(start_wandb(engine, config, folder, group=None))
-    return mirrors
+        mirror, note = start_wandb(engine, config, folder)
+        return [shown, mirror], [note]
+    return [shown], []
 
 
 def _open_run(config: Config, engine: Engine) -> tuple[RunFolder, tuple[Path, Checkpoint] | None]:

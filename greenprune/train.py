@@ -8,6 +8,9 @@ if __name__ == "__main__" and os.path.basename(sys.path[0]) == "greenprune":
     del sys.path[0]
 
 from greenprune.command import run_command
+from greenprune.interrupt import end_with_launcher
 
 if __name__ == "__main__":
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch
+        end_with_launcher()
     sys.exit(run_command(sys.argv[1:], os.environ, prog="train.py"))

@@ -44,12 +44,14 @@ class Records:
         meter: Meter of this process's share of the devices.
         carbon: What a joule costs in CO2, if the country is known.
         mirrors: Called with every event on rank 0.
+        notes: What the user should know of them, one line each.
     """
 
     folder: RunFolder
     meter: Meter
     carbon: CarbonIntensity | None
     mirrors: list[Callable[[Event], None]]
+    notes: list[str]
 
 
 class Trainer:
@@ -79,6 +81,7 @@ class Trainer:
         self.folder = records.folder
         self.meter = records.meter
         self.carbon = records.carbon
+        self.notes = records.notes
         self.total_steps = config.optim.epochs * data.steps_per_epoch
         self.step = 0
         self.structure = Structure()
@@ -179,8 +182,9 @@ class Trainer:
             steps_per_epoch=self.data.steps_per_epoch,
             units=list(self.costs.units),
             energy_sources=[list(source) for rank in sources for source in rank],
-            notes=list(self.meter.notes),
+            notes=[*self.meter.notes, *self.notes],
             **self._structure_numbers(),
+            **self._spending_numbers(self.ledger.energy_j, None),
             flops__forward_dense=self.unit_table.dense.flops_forward,
             structure__params_dense=self.unit_table.dense.params,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from greenprune.config import Config
@@ -14,7 +15,7 @@ _MIRRORED = ("train", "epoch", "removal", "freeze")
 _INIT_TIMEOUT_S = 20
 
 
-def start_wandb(engine: Engine, config: Config, folder: RunFolder, group: str | None) -> Callable[[Event], None]:
+def start_wandb(engine: Engine, config: Config, folder: RunFolder) -> tuple[Callable[[Event], None], str]:
     """Start a W&B run on rank 0; never asks anything and needs no network.
 
     Accuracy is drawn over joules: the metric ``energy/total_j`` is the x-axis of everything under ``eval/``.
@@ -23,10 +24,9 @@ def start_wandb(engine: Engine, config: Config, folder: RunFolder, group: str | 
         engine: The run's engine.
         config: The run.
         folder: The run's folder; W&B writes its files below it.
-        group: Group of runs that this one belongs to, if any.
 
     Returns:
-        The mirror to give to the event log.
+        The mirror to give to the event log, and one line that says where the run is to be seen.
     """
     import wandb
 
@@ -36,7 +36,6 @@ def start_wandb(engine: Engine, config: Config, folder: RunFolder, group: str | 
         "name": folder.path.name,
         "id": f"{folder.path.name}-{config.identity()}",
         "resume": "allow" if online else None,
-        "group": group,
         "job_type": "gated" if config.gate.enabled else "dense",
         "dir": str(folder.path),
         "mode": "online" if online else "offline",
@@ -60,7 +59,11 @@ def start_wandb(engine: Engine, config: Config, folder: RunFolder, group: str | 
         elif event["kind"] == "end":
             run.summary.update({key: value for key, value in event["summary"].items() if not isinstance(value, list)})
 
-    return mirror
+    if run.settings._offline:
+        note = f"W&B is offline; to upload: wandb sync {Path(run.dir).parent}"
+    else:
+        note = f"W&B: {run.url}"
+    return mirror, note
 
 
 def _logged_in() -> bool:

@@ -26,11 +26,11 @@ budget: {target: 0.5}
 removal: {window: 11, decide_by: 0.6}
 """
 
-CONTRACT = (
-    "accuracy accuracy_kind params params_dense flops_forward flops_forward_dense flops_train flops_train_dense "
-    "kept_cost budget_target gates_left removals energy_j energy_quality energy_by_phase_j co2_g time_s step_time_s "
-    "attempts samples world_size"
-).split()
+CONTRACT = """
+    accuracy accuracy_kind params params_dense flops_forward flops_forward_dense flops_train flops_train_dense
+    kept_cost budget_target gates_left removals energy_j energy_quality energy_by_phase_j co2_g time_s step_time_s
+    attempts samples world_size
+"""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def final_tensors(folder: Path) -> dict:
 
 def test_a_gated_run_meets_its_budget_and_leaves_no_gate(finished: Path) -> None:
     summary = read_summary(finished)
-    assert set(CONTRACT) <= summary.keys()
+    assert set(CONTRACT.split()) <= summary.keys()
     assert summary["budget_target"] - summary["cheapest_unit_cost"] < summary["kept_cost"] <= summary["budget_target"]
     assert summary["kept_cost"] == pytest.approx(summary["flops_forward"] / summary["flops_forward_dense"])
     assert summary["gates_left"] == 0
@@ -184,6 +184,24 @@ def test_exit_code_and_advice_after_an_interrupt(config: Path, tmp_path: Path) -
     assert process.returncode == 128 + signal.SIGINT
     assert "stopped by SIGINT" in message
     assert "Traceback" not in message
+
+
+def test_stopping_the_launcher_stops_the_training_in_good_order(config: Path, tmp_path: Path) -> None:
+    """accelerate launch forwards no signal to a single process; it must not leave an orphan behind."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file"]
+    args = ["--config", str(config), "--output_dir", str(tmp_path), "--run_name", "cut", "--optim.epochs", "500"]
+    process = subprocess.Popen(
+        [*launcher, str(ROOT / "launch" / "cpu.yaml"), str(TRAIN), *args], env=environment(), stdout=subprocess.DEVNULL
+    )
+    events = tmp_path / "cut" / "events.jsonl"
+    while process.poll() is None and not (events.exists() and '"epoch"' in events.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=30)
+    deadline = time.monotonic() + 30
+    while read_events(tmp_path / "cut")[-1]["kind"] != "interrupt":
+        assert time.monotonic() < deadline, "the training went on without its launcher"
+        time.sleep(0.1)
 
 
 def test_a_finished_run_is_not_done_again(config: Path, finished: Path) -> None:

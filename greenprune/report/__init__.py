@@ -1,5 +1,6 @@
-"""Reports."""
+"""What came out of a run, and how runs compare."""
 
+from greenprune.report.comparison import ComparedRun, Comparison, compare_runs
+from greenprune.report.summary import print_summary, summary_table
 
-def print_summary(summary, path):
-    print({k: v for k, v in summary.items() if k not in ("removals",)}, path)
+__all__ = ["ComparedRun", "Comparison", "compare_runs", "print_summary", "summary_table"]

@@ -66,7 +66,7 @@ def main(config_path: str, output: str) -> None:
         folder.create(config)
     engine.wait()
     with open_meter(gpu_uuids=[], host=False) as meter:
-        trainer = Trainer(config, data, engine, network, Records(folder, meter, None, []), None)
+        trainer = Trainer(config, data, engine, network, Records(folder, meter, None, [], []), None)
         trainer.fit()
     if engine.is_main:
         (folder.path / "gradients.json").write_text(json.dumps(engine.gradients))

@@ -1,0 +1,123 @@
+"""The ``greenprune`` command: train, compare runs, and look over the machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+_DESCRIPTION = """\
+Train a network and remove the blocks it does not need while it trains, with every joule accounted for.
+
+commands:
+  train      do one run: all its settings from a YAML file and flags
+  compare    set runs side by side, each against its dense twin
+  doctor     say what this machine has and what is missing
+
+examples:
+  greenprune train --config configs/digits.yaml --budget.target 0.3
+  greenprune compare runs/
+
+Each command has its own --help. Several processes: accelerate launch greenprune/train.py (see launch/)."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"greenprune: error: {message}; see {self.prog} --help\n")
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import importlib.metadata
+
+        print(f"greenprune {importlib.metadata.version('greenprune')}")
+        parser.exit()
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        prog="greenprune", usage="greenprune COMMAND ...", description=_DESCRIPTION, formatter_class=formatter
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(
+        prog="greenprune", dest="command", metavar="COMMAND", required=True, help=argparse.SUPPRESS
+    )
+    commands.add_parser("train", add_help=False)  # has a parser of its own: here it is only a valid name
+    compare = commands.add_parser("compare", description="Set runs side by side, each against its dense twin.")
+    compare.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run's folder, its summary.json, or a folder that holds runs",
+    )
+    doctor = commands.add_parser("doctor", description="Say what this machine has and what is missing.")
+    for command in (compare, doctor):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from greenprune.config import UserError
+    from greenprune.progress import open_console
+    from greenprune.report import compare_runs
+
+    try:
+        comparison = compare_runs(arguments.runs)
+    except UserError as error:
+        print(f"greenprune: error: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        print(json.dumps(comparison.to_dict(), indent=2))
+    else:
+        open_console().print(comparison)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from greenprune.doctor import diagnose, is_fit, print_findings
+
+    findings = diagnose(os.environ)
+    if arguments.json:
+        print(json.dumps({"fit": is_fit(findings), "findings": [vars(finding) for finding in findings]}, indent=2))
+    else:
+        print_findings(findings)
+    return 0 if is_fit(findings) else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Carry out one command line.
+
+    Args:
+        argv: Arguments without the program's name; None: those of the process.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: Help or the version was asked for (0), or the arguments are wrong (2).
+    """
+    args = sys.argv[1:] if argv is None else argv
+    parser = _build_parser()
+    if not args:
+        parser.print_help()
+        return 0
+    if args[0] == "train":
+        # Its flags are the fields of the config, which argparse must not touch.
+        from greenprune.command import run_command
+
+        return run_command(args[1:], os.environ, "greenprune train")
+    arguments = parser.parse_args(args)
+    return _compare(arguments) if arguments.command == "compare" else _doctor(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,343 @@
+"""Runs side by side, and each gated run against its dense twin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from greenprune.config import UserError
+from greenprune.progress import UNKNOWN, format_joules, format_percent, format_seconds, format_si, worst_quality
+from greenprune.timing import StepTimes
+from greenprune.tracking import Event, RunFolder, read_events
+
+_TWIN_KEYS = ("model", "data", "seed", "epochs", "batch_size", "precision")
+_RUN_FILES = ("summary.json", "events.jsonl", "config.yaml")
+_EXPECTED = "expected a run's folder, its summary.json, or a folder that holds runs"
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One run of a comparison.
+
+    Attributes:
+        path: The run's folder.
+        name: The folder's name, or its whole path where two of the compared runs have the same name.
+        summary: Content of summary.json; of a run that is not finished, what its events tell under the same keys.
+        state: ``finished``, or how far it came.
+        hardware: What it ran on, as its provenance tells; None if that is missing.
+        twin: Name of its dense twin among the compared runs, if there is one.
+        against_twin: Differences and ratios to the twin by name; None where one is unknown or would compare machines.
+    """
+
+    path: Path
+    name: str
+    summary: dict[str, Any]
+    state: str
+    hardware: tuple[str, ...] | None
+    twin: str | None = None
+    against_twin: dict[str, float | None] | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has a summary."""
+        return self.state == "finished"
+
+    @property
+    def standing(self) -> str:
+        """What it is among the compared runs, in a few words."""
+        if not self.is_finished:
+            return self.state
+        if not self.summary.get("gated"):
+            return "dense"
+        return "gated, no dense twin here" if self.twin is None else f"against {self.twin}"
+
+    @property
+    def step_time_s(self) -> float | None:
+        """Median seconds of a step of the network as it is now: after the last removal, if there was one."""
+        times = self.summary.get("step_time_s") or {}
+        after: float | None = times.get("after")
+        before: float | None = times.get("before")
+        return before if after is None else after
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "path": str(self.path),
+            "name": self.name,
+            "state": self.state,
+            "finished": self.is_finished,
+            "summary": self.summary,
+            "twin": self.twin,
+            "against_twin": self.against_twin,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side; rich prints it as a table.
+
+    Attributes:
+        runs: The runs, in the order they were asked for.
+        notes: What a reader of the ratios must know.
+    """
+
+    runs: tuple[ComparedRun, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"runs": [run.to_dict() for run in self.runs], "notes": list(self.notes)}
+
+    def __rich__(self) -> RenderableType:
+        columns = [column for column in _COLUMNS if column.header != "CO2e" or self._knows_co2]
+        table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+        table.add_column("run", overflow="fold")
+        for column in columns:
+            table.add_column(column.header, justify="right", no_wrap=True)  # names give way to figures
+        for run in self.runs:
+            table.add_row(Text(run.name), *(column.value(run) for column in columns))
+            ratios = [_ratio_cell(run, column.ratio) for column in columns]
+            table.add_row(Text(f"  {run.standing}"), *ratios, style="green" if run.twin else "dim")
+        notes = [Text(f"note: {note}", style="dim") for note in self.notes]
+        return Group(table, *notes)
+
+    @property
+    def _knows_co2(self) -> bool:
+        return any(run.summary.get("co2_g") is not None for run in self.runs)
+
+
+def compare_runs(paths: Sequence[Path]) -> Comparison:
+    """Read runs and set each gated one against its dense twin.
+
+    The twin is the run that differs in its gating alone: ``gated`` is false, and model, data, seed, epochs, batch size
+    and precision are the same.
+
+    Args:
+        paths: Runs' folders, their summary.json, or folders that hold runs.
+
+    Raises:
+        UserError: There is no run at a path, or a file of one cannot be read.
+    """
+    folders = dict.fromkeys(folder for path in paths for folder in _find_runs(path))
+    names = [folder.name for folder in folders]
+    runs = [_read_run(path, path.name if names.count(path.name) == 1 else str(path)) for path in folders]
+    notes: list[str] = []
+    compared = tuple(_set_against_twin(run, runs, notes) for run in runs)
+    return Comparison(compared, tuple(notes))
+
+
+# Reading.
+
+
+def _find_runs(path: Path) -> list[Path]:
+    if path.name == "summary.json" and path.is_file():
+        return [path.parent]
+    if not path.is_dir():
+        what = "is not a summary.json" if path.exists() else "does not exist"
+        raise UserError(f"RUN: {str(path)!r} {what}; {_EXPECTED}")
+    if _is_run(path):
+        return [path]
+    runs = sorted(child for child in path.iterdir() if child.is_dir() and _is_run(child))
+    if not runs:
+        raise UserError(f"RUN: {str(path)!r} holds no run ({', '.join(_RUN_FILES)}); {_EXPECTED}")
+    return runs
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _RUN_FILES)
+
+
+def _read_run(path: Path, name: str) -> ComparedRun:
+    folder = RunFolder(path)
+    if folder.summary.is_file():
+        summary = _read_object(folder.summary)
+        return ComparedRun(path, name, summary, "finished", _read_hardware(folder))
+    try:
+        events = read_events(folder.events)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"RUN: {str(folder.events)!r} cannot be read ({error}); expected one JSON object a line"
+        ) from None
+    summary, state = _unfinished(events)
+    return ComparedRun(path, name, summary, state, _read_hardware(folder))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"RUN: {str(path)!r} cannot be read ({error}); expected a run's summary") from None
+    if not isinstance(values, dict):
+        raise UserError(f"RUN: {str(path)!r} holds no summary; expected one JSON object with a run's figures")
+    return values
+
+
+def _read_hardware(folder: RunFolder) -> tuple[str, ...] | None:
+    """What the last attempt ran on: its GPUs, or its processor."""
+    if not folder.provenance.is_file():
+        return None
+    try:
+        attempts = read_events(folder.provenance)  # also one JSON object a line
+    except ValueError:
+        return None
+    if not attempts:
+        return None
+    last = attempts[-1]
+    return tuple(last.get("gpus") or [str(last.get("cpu"))])
+
+
+_FROM_EVENTS = {
+    "accuracy": "eval/accuracy",
+    "loss": "eval/loss",
+    "params": "structure/params",
+    "params_dense": "structure/params_dense",
+    "flops_forward": "flops/forward",
+    "flops_forward_dense": "flops/forward_dense",
+    "flops_train": "flops/train",
+    "flops_train_dense": "flops/train_dense",
+    "kept_cost": "structure/kept_cost",
+    "gates_left": "structure/gates",
+    "blocks": "structure/blocks",
+    "energy_j": "energy/total_j",
+    "co2_g": "energy/co2_g",
+    "time_s": "time_s",
+    "steps": "step",
+}
+_FROM_START = (
+    "run",
+    "model",
+    "data",
+    "gated",
+    "accuracy_kind",
+    "budget_target",
+    "budget_unit",
+    "epochs",
+    "batch_size",
+    "precision",
+    "device",
+    "world_size",
+)
+
+
+def _unfinished(events: list[Event]) -> tuple[dict[str, Any], str]:
+    """What the events of a run tell under the keys of a summary, and how far the run came."""
+    start = next((event for event in reversed(events) if event["kind"] == "start"), None)
+    if start is None:
+        return {}, "unfinished: nothing is recorded yet"
+    last: Event = {}
+    step_times = StepTimes()
+    for event in events:
+        last.update(event)
+        if event["kind"] == "train":
+            step_times.add(event["train/step_time_s"])
+        elif event["kind"] == "removal":
+            step_times.cut()
+    summary: dict[str, Any] = {key: start.get(key) for key in _FROM_START}
+    summary |= {key: last.get(name) for key, name in _FROM_EVENTS.items()}
+    summary["blocks_dense"] = len(start["units"])
+    summary["energy_quality"] = worst_quality(quality for _, _, quality in start["energy_sources"])
+    summary["step_time_s"] = step_times.medians()
+    state = f"unfinished: step {last['step']:,} of {start['epochs'] * start['steps_per_epoch']:,}"
+    return summary, state + (f", stopped by {last['signal']}" if events[-1]["kind"] == "interrupt" else "")
+
+
+# Comparing.
+
+
+def _set_against_twin(run: ComparedRun, runs: list[ComparedRun], notes: list[str]) -> ComparedRun:
+    if not run.is_finished or not run.summary.get("gated"):
+        return run
+    twins = [other for other in runs if _is_twin(other, run)]
+    # Of several, one that was measured on the same hardware tells more.
+    twin = next((other for other in twins if _same_machine(run, other)), twins[0] if twins else None)
+    if twin is None:
+        notes.append(f"{run.name} has no dense twin here: the same config with --gate.enabled false")
+        return run
+    return replace(run, twin=twin.name, against_twin=_ratios(run, twin, notes))
+
+
+def _is_twin(other: ComparedRun, run: ComparedRun) -> bool:
+    same = all(other.summary.get(key) == run.summary.get(key) for key in _TWIN_KEYS)
+    return other.is_finished and other.summary.get("gated") is False and same
+
+
+def _same_machine(run: ComparedRun, other: ComparedRun) -> bool:
+    same = all(run.summary.get(key) == other.summary.get(key) for key in ("device", "world_size"))
+    known = run.hardware is not None and other.hardware is not None
+    return same and (not known or run.hardware == other.hardware)
+
+
+def _ratios(run: ComparedRun, twin: ComparedRun, notes: list[str]) -> dict[str, float | None]:
+    """Accuracy in points above the twin's, everything else as a multiple of it."""
+    mine, theirs = run.summary, twin.summary
+    ratios: dict[str, float | None] = {
+        key: _ratio(mine.get(key), theirs.get(key))
+        for key in ("params", "flops_forward", "flops_train", "energy_j", "co2_g", "time_s")
+    }
+    ratios["step_time_s"] = _ratio(run.step_time_s, twin.step_time_s)
+    ratios["accuracy_points"] = None
+    if mine.get("accuracy_kind") == theirs.get("accuracy_kind"):
+        ratios["accuracy_points"] = _points(mine.get("accuracy"), theirs.get("accuracy"))
+    else:
+        notes.append(
+            f"{run.name} and {twin.name} were not evaluated on the same set: no difference in accuracy is given"
+        )
+    if not _same_machine(run, twin):
+        notes.append(f"{run.name} and {twin.name} ran on different hardware: no ratios of joules, CO2e and seconds")
+        ratios |= dict.fromkeys(("energy_j", "co2_g", "time_s", "step_time_s"))
+    elif mine.get("energy_quality") != theirs.get("energy_quality"):
+        notes.append(f"{run.name} and {twin.name} were not metered alike: no ratios of joules and CO2e")
+        ratios |= dict.fromkeys(("energy_j", "co2_g"))
+    return ratios
+
+
+def _ratio(mine: float | None, theirs: float | None) -> float | None:
+    return None if mine is None or not theirs else mine / theirs
+
+
+def _points(mine: float | None, theirs: float | None) -> float | None:
+    return None if mine is None or theirs is None else 100 * (mine - theirs)
+
+
+# Showing.
+
+
+class _Column(NamedTuple):
+    """A column of the table: a figure of a run and, below it, how it stands to its twin."""
+
+    header: str
+    value: Callable[[ComparedRun], str]
+    ratio: str | None = None
+
+
+_COLUMNS = (
+    _Column("accuracy", lambda run: format_percent(run.summary.get("accuracy"), 2), "accuracy_points"),
+    _Column("blocks", lambda run: _blocks(run.summary)),
+    _Column("FLOPs,\n1 image", lambda run: format_si(run.summary.get("flops_forward")), "flops_forward"),
+    _Column("FLOPs,\ntraining", lambda run: format_si(run.summary.get("flops_train")), "flops_train"),
+    _Column("energy", lambda run: format_joules(run.summary.get("energy_j")), "energy_j"),
+    _Column("energy\nby", lambda run: (run.summary.get("energy_quality") or UNKNOWN).replace(" ", "\n")),
+    _Column("CO2e", lambda run: format_si(run.summary.get("co2_g"), "g"), "co2_g"),
+    _Column("time", lambda run: format_seconds(run.summary.get("time_s")), "time_s"),
+    _Column("a step", lambda run: format_seconds(run.step_time_s), "step_time_s"),
+)
+
+
+def _blocks(summary: dict[str, Any]) -> str:
+    return f"{summary['blocks']}/{summary['blocks_dense']}" if "blocks_dense" in summary else UNKNOWN
+
+
+def _ratio_cell(run: ComparedRun, key: str | None) -> str:
+    if run.against_twin is None or key is None:
+        return ""
+    ratio = run.against_twin[key]
+    if ratio is None:
+        return "-"
+    return f"{ratio:+.2f} pts" if key == "accuracy_points" else f"{ratio:.2f}x"

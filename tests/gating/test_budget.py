@@ -1,0 +1,331 @@
+"""The budget: shares of cost, rates over all ranks, the price of keeping too much, and the penalty made of them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, RemovalConfig
+from greenprune.gating import (
+    BudgetController,
+    GatePolicy,
+    UnitCosts,
+    Verdict,
+    gate_parameters,
+    gated_units,
+    global_rates,
+    polarization,
+    take_decisions,
+)
+from greenprune.surgery import freeze_unit, remove_unit
+
+CPU = torch.device("cpu")
+
+
+def controller(target: float = 0.4, **changes: int) -> BudgetController:
+    steps = {"total_steps": 1000, "warmup_end": 100, "ramp_end": 500, **changes}
+    return BudgetController(target, **steps, device=CPU)
+
+
+def pay(budget: BudgetController, kept: float, step: int) -> tuple[float, float]:
+    """The penalty and its gradient for a kept cost."""
+    rho = torch.tensor(kept, requires_grad=True)
+    penalty = budget.penalty(rho, step)
+    penalty.backward()
+    return penalty.item(), rho.grad.item()
+
+
+# Costs.
+
+
+def test_fixed_and_unit_shares_sum_to_one() -> None:
+    costs = UnitCosts.of({"a": 30, "b": 20, "c": 10}, 100)
+    assert costs.units == pytest.approx({"a": 0.3, "b": 0.2, "c": 0.1})
+    assert costs.fixed + sum(costs.units.values()) == pytest.approx(1.0, abs=1e-12)
+    assert costs.cheapest == pytest.approx(0.1)
+
+
+def test_kept_counts_present_units_and_what_has_no_gate() -> None:
+    costs = UnitCosts.of({"a": 30, "b": 20, "c": 10}, 100)
+    assert costs.kept({"a", "b", "c"}) == pytest.approx(1.0)
+    assert costs.kept({"b"}) == pytest.approx(0.6)
+    assert costs.kept(frozenset()) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("target", [0.4, 0.41, 1.0])
+def test_a_target_that_can_be_met_is_accepted(target: float) -> None:
+    UnitCosts(fixed=0.4, units={"a": 0.6}).check_target(target)
+
+
+def test_an_impossible_target_is_refused_by_its_key() -> None:
+    with pytest.raises(ConfigError, match=r"^budget\.target: 0\.39 .*0\.400.*expected a share from 0\.400 to 1"):
+        UnitCosts(fixed=0.4, units={"a": 0.6}).check_target(0.39)
+
+
+@pytest.mark.parametrize("fixed", [0.0664, 0.0666, 0.12345])
+def test_the_share_that_the_message_names_can_be_met(fixed: float) -> None:
+    costs = UnitCosts(fixed=fixed, units={"a": 1 - fixed})
+    with pytest.raises(ConfigError) as refused:
+        costs.check_target(0.01)
+    advised = re.search(r"expected a share from ([\d.]+) to 1", str(refused.value))
+    costs.check_target(float(advised[1]))
+
+
+# Rates.
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"), [([0.0], 0.0), ([1.0], 0.0), ([0.5], 1.0), ([0.0, 1.0, 0.5, 0.25], 0.4375)]
+)
+def test_polarization(rates: list[float], expected: float) -> None:
+    assert polarization(torch.tensor(rates)).item() == pytest.approx(expected)
+
+
+def test_polarization_pushes_a_rate_to_its_nearer_end() -> None:
+    rates = torch.tensor([0.2, 0.5, 0.8], requires_grad=True)
+    polarization(rates).backward()
+    below, middle, above = rates.grad.tolist()
+    assert below > 0  # a step goes against the gradient: down
+    assert middle == 0
+    assert above < 0
+
+
+def test_the_rate_is_that_of_the_global_batch() -> None:
+    local = torch.tensor([0.25, 1.0], requires_grad=True)
+    shared = torch.tensor([0.5, 0.75])
+    assert torch.equal(global_rates(local, shared), shared)
+
+
+def loss_of_rates(rates: Tensor, costs: Tensor, price: float) -> Tensor:
+    return 0.3 * polarization(rates) + price * (costs @ rates - 0.4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_ranks_mean_gradient_is_that_of_one_process(dtype: torch.dtype, ranks: int) -> None:
+    samples, units = 16, 5
+    decisions = (torch.rand(units, samples) < torch.rand(units, 1)).to(dtype)
+    costs = torch.rand(units, dtype=dtype)
+    whole = decisions.clone().requires_grad_()
+    loss_of_rates(whole.mean(1), costs, 2.5).backward()
+
+    # A parameter that all samples share, such as a gate's bias, gets the sum over its samples on each rank.
+    per_sample = torch.randn(units, samples, dtype=dtype)
+    expected = (whole.grad * per_sample).sum(1)
+    shares = decisions.chunk(ranks, 1)
+    shared = torch.stack([share.mean(1) for share in shares]).mean(0)
+    total = torch.zeros(units, dtype=dtype)
+    for share, factor in zip(shares, per_sample.chunk(ranks, 1), strict=True):
+        mine = share.clone().requires_grad_()
+        rates = global_rates(mine.mean(1), shared)
+        torch.testing.assert_close(rates.detach(), decisions.mean(1))
+        loss_of_rates(rates, costs, 2.5).backward()
+        total += (mine.grad * factor).sum(1)
+    torch.testing.assert_close(total / ranks, expected)
+
+
+def test_gates_get_the_gradient_of_one_process_through_two_emulated_ranks(
+    make_network: Callable[..., nn.Module],
+) -> None:
+    """The gates themselves, with their bounded gradient."""
+    model = make_network()
+    for parameter in gate_parameters(model):
+        nn.init.normal_(parameter, std=0.3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()  # its statistics are a rank's own in data-parallel training
+    images = torch.randn(8, 3, 8, 8)
+    costs = torch.rand(9)
+
+    def gradient(batch: Tensor, shared: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        task = model(batch).logsumexp(1).mean()
+        local, _ = take_decisions([block.gate for block in gated_units(model).values()])
+        rates = global_rates(local, local.detach() if shared is None else shared)
+        (task + loss_of_rates(rates, costs, 5.0)).backward()
+        return local.detach(), [parameter.grad.clone() for parameter in gate_parameters(model)]
+
+    rates, expected = gradient(images, None)
+    assert 0 < rates.mean() < 1
+    _, left = gradient(images[:4], rates)
+    _, right = gradient(images[4:], rates)
+    for one, two, whole in zip(left, right, expected, strict=True):
+        torch.testing.assert_close((one + two) / 2, whole, rtol=1e-4, atol=1e-7)
+
+
+# The controller.
+
+
+def test_the_target_is_ramped_from_one() -> None:
+    budget = controller(0.4)
+    assert budget.target_at(0) == budget.target_at(99) == 1.0
+    assert budget.target_at(100) == 1.0
+    assert budget.target_at(300) == pytest.approx(0.7)
+    assert budget.target_at(500) == pytest.approx(0.4)
+    assert budget.target_at(999) == pytest.approx(0.4)
+    assert budget.target_at(-50) == 1.0
+
+
+def test_a_ramp_without_length_jumps_to_the_target() -> None:
+    budget = controller(0.4, warmup_end=100, ramp_end=100)
+    assert budget.target_at(99) == 1.0
+    assert budget.target_at(101) == pytest.approx(0.4)
+
+
+def test_nothing_is_paid_while_no_more_is_kept_than_the_ramp_allows() -> None:
+    budget = controller(0.4)
+    assert pay(budget, 1.0, 100) == (0.0, 0.0)  # the ramp still allows all
+    for step in (300, 301, 302):
+        assert pay(budget, 0.5, step) == (0.0, 0.0)
+    assert budget.price.item() == 0
+
+
+def test_keeping_too_much_is_paid_for_at_the_price() -> None:
+    budget = controller(0.4)
+    penalty, gradient = pay(budget, 0.6, 600)
+    assert gradient == pytest.approx(budget.price.item())
+    assert gradient > 0
+    assert penalty == pytest.approx(gradient * 0.2, rel=1e-5)
+
+
+def test_the_price_rises_while_too_much_is_kept_and_falls_when_it_is_not() -> None:
+    budget = controller(0.4)
+    rising = [pay(budget, 0.9, step)[1] for step in range(600, 650)]
+    assert all(later > earlier for earlier, later in itertools.pairwise(rising))
+    falling = [pay(budget, 0.35, step)[1] for step in range(650, 660)]
+    assert falling[0] < rising[-1]
+    assert all(later < earlier for earlier, later in itertools.pairwise(falling))
+
+
+def test_the_price_is_never_negative_and_does_not_wind_up_below_zero() -> None:
+    budget = controller(0.4)
+    prices = [pay(budget, 0.1, step)[1] for step in range(500, 600)]
+    assert prices == [0.0] * 100
+    assert pay(budget, 0.5, 600)[1] == pytest.approx(pay(controller(0.4), 0.5, 600)[1])
+
+
+def test_a_run_twice_as_long_pays_the_same_price_over_its_course() -> None:
+    short, long = controller(total_steps=1000), controller(total_steps=2000)
+    for step in range(600, 700):
+        pay(short, 0.8, step)
+    for step in range(600, 800):
+        pay(long, 0.8, step)
+    assert long.price.item() == pytest.approx(short.price.item(), rel=1e-4)
+
+
+def test_the_gradient_of_a_step_is_that_of_its_own_price() -> None:
+    """The next step's price does not reach back into a loss that is not yet differentiated."""
+    budget = controller()
+    rho = torch.tensor(0.8, requires_grad=True)
+    loss = budget.penalty(rho, 600)
+    price = budget.price.item()
+    pay(budget, 0.9, 601)
+    loss.backward()
+    assert rho.grad.item() == pytest.approx(price)
+
+
+def test_a_controller_goes_on_from_its_state() -> None:
+    first = controller()
+    for step in range(600, 620):
+        pay(first, 0.7, step)
+    second = controller()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.price.item() == first.price.item() > 0
+    assert [pay(second, 0.6, step) for step in range(620, 640)] == [pay(first, 0.6, step) for step in range(620, 640)]
+
+
+# The policy that puts them together.
+
+
+def policy_of(model: nn.Module, target: float = 0.5, *, total_steps: int = 100, window: int = 10) -> GatePolicy:
+    names = list(gated_units(model))
+    config = Config(
+        budget=BudgetConfig(target=target), gate=GateConfig(warmup=0.1), removal=RemovalConfig(decide_by=0.5)
+    )
+    costs = UnitCosts.of(dict.fromkeys(names, 1), len(names) + 1)
+    return GatePolicy(config, model, costs, set(names), total_steps=total_steps, window=window, device=CPU)
+
+
+def same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def test_there_is_no_penalty_in_the_warm_up(make_network: Callable[..., nn.Module]) -> None:
+    model = make_network()
+    policy = policy_of(model)
+    images = torch.randn(4, 3, 8, 8)
+    for step, paid in ((0, False), (9, False), (10, True), (30, True)):
+        model(images)
+        penalty = policy.penalty(step, 4, same)
+        assert (penalty is not None) == paid
+    assert penalty.item() > 0  # all units on, half of them too many
+    penalty.backward()
+    assert all(parameter.grad.item() > 0 for parameter in gate_parameters(model) if parameter.ndim == 1)
+
+
+def test_the_warm_up_counts_towards_the_window(make_network: Callable[..., nn.Module]) -> None:
+    model = make_network()
+    policy = policy_of(model)
+    for step in range(3):
+        model(torch.randn(4, 3, 8, 8))
+        policy.penalty(step, 4, same)
+    window, verdicts = policy.close_window(3)
+    assert {(unit.on, unit.samples) for unit in window.values()} == {(12, 12)}
+    assert verdicts == []
+
+
+def test_boundaries_are_every_window_and_the_deadline(make_network: Callable[..., nn.Module]) -> None:
+    policy = policy_of(make_network(), window=20)
+    assert [step for step in range(1, 101) if policy.at_boundary(step)] == [20, 40, 50, 60, 80, 100]
+
+
+def test_after_the_deadline_no_gate_is_left(make_network: Callable[..., nn.Module]) -> None:
+    model = make_network()
+    policy = policy_of(model)
+    model(torch.randn(4, 3, 8, 8))
+    policy.penalty(49, 4, same)
+    _, verdicts = policy.close_window(50)
+    assert {verdict.unit for verdict in verdicts} == set(gated_units(model))
+    for verdict in verdicts:
+        (remove_unit if verdict.action == "remove" else freeze_unit)(model, verdict.unit)
+    policy.carried_out(model, verdicts)
+    assert not policy.active
+    assert not any(policy.at_boundary(step) for step in range(51, 101))
+    assert policy.kept_cost == pytest.approx(0.5)  # one of ten equal shares is fixed, four units stay
+
+
+def test_the_policy_follows_surgery(make_network: Callable[..., nn.Module]) -> None:
+    model = make_network()
+    policy = policy_of(model)
+    names = list(gated_units(model))
+    remove_unit(model, names[1])
+    freeze_unit(model, names[2])
+    policy.carried_out(model, [Verdict(names[1], "remove", "off"), Verdict(names[2], "freeze", "on")])
+    assert policy.kept_cost == pytest.approx(0.9)
+    model(torch.randn(4, 3, 8, 8))
+    policy.penalty(20, 4, same)
+    window, _ = policy.close_window(21)
+    assert list(window) == [names[0], *names[3:]]
+
+
+def test_a_policy_goes_on_from_its_state(make_network: Callable[..., nn.Module]) -> None:
+    model = make_network()
+    first = policy_of(model)
+    for step in (30, 31, 32):
+        model(torch.randn(4, 3, 8, 8))
+        first.penalty(step, 4, same)
+    second = policy_of(model)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    images = torch.randn(4, 3, 8, 8)
+    penalties = []
+    for policy in (first, second):
+        model(images)
+        penalties.append(policy.penalty(33, 4, same).item())
+    assert penalties[0] == penalties[1] > 0
+    assert first.close_window(40) == second.close_window(40)

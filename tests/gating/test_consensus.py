@@ -1,0 +1,362 @@
+"""Consensus: exact counts over a window, and what is removed, frozen and settled at its end."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from torch import nn
+
+from greenprune.gating import Consensus, UnitCosts, UnitWindow, Verdict, decide, settle
+from greenprune.network import UnitTable
+
+CPU = torch.device("cpu")
+TOLERANCE = 1e-8
+TARGETS = [round(0.2 + 0.05 * step, 2) for step in range(15)]
+
+
+def unit(on: int = 50, *, samples: int = 100, openness: float = 0.5, always_on: int = 0) -> UnitWindow:
+    return UnitWindow(on, samples, openness, always_on)
+
+
+def equal_costs(units: int, fixed: float = 0.0) -> UnitCosts:
+    return UnitCosts(fixed, {f"u{index}": (1 - fixed) / units for index in range(units)})
+
+
+def verdicts_of(
+    window: dict[str, UnitWindow],
+    costs: UnitCosts,
+    target: float,
+    *,
+    present: Iterable[str] | None = None,
+    ceiling: float = 1.0,
+    freeze_after: int = 2,
+    final: bool = False,
+) -> list[Verdict]:
+    everything = set(costs.units) if present is None else set(present)
+    return decide(window, everything, costs, target, ceiling=ceiling, freeze_after=freeze_after, final=final)
+
+
+def removed(verdicts: list[Verdict]) -> list[str]:
+    return [verdict.unit for verdict in verdicts if verdict.action == "remove"]
+
+
+def frozen(verdicts: list[Verdict]) -> list[str]:
+    return [verdict.unit for verdict in verdicts if verdict.action == "freeze"]
+
+
+# Counting.
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_counts_are_exact_over_many_steps_of_odd_batches(ranks: int) -> None:
+    consensus = Consensus(["a", "b", "c"], CPU)
+    expected, samples = torch.zeros(3, dtype=torch.int64), 0
+    for step in range(300):
+        batch = ranks * (1, 3, 7, 37, 129, 333)[step % 6]
+        decisions = torch.rand(3, batch) < torch.tensor([[0.003], [0.5], [0.997]])
+        rates = torch.stack([share.float().mean(1) for share in decisions.chunk(ranks, 1)]).mean(0)
+        consensus.observe(rates, torch.tensor([0.1, 0.5, 0.9]), batch)
+        expected += decisions.sum(1)
+        samples += batch
+    window = consensus.close_window()
+    assert [window[name].on for name in "abc"] == expected.tolist()
+    assert {window[name].samples for name in "abc"} == {samples}
+    assert [window[name].openness for name in "abc"] == pytest.approx([0.1, 0.5, 0.9], abs=1e-4)
+
+
+@pytest.mark.parametrize("batch", [7, 49, 4096, 65_537])
+def test_one_sample_among_many_is_not_lost(batch: int) -> None:
+    consensus = Consensus(["almost off", "almost on", "off", "on"], CPU)
+    rates = torch.tensor([1 / batch, (batch - 1) / batch, 0.0, 1.0])
+    for _ in range(100):
+        consensus.observe(rates, torch.zeros(4), batch)
+    counts = [unit.on for unit in consensus.close_window().values()]
+    assert counts == [100, 100 * (batch - 1), 0, 100 * batch]
+
+
+def test_a_closed_window_is_over() -> None:
+    consensus = Consensus(["a"], CPU)
+    consensus.observe(torch.tensor([1.0]), torch.tensor([0.9]), 8)
+    assert consensus.close_window() == {"a": UnitWindow(8, 8, pytest.approx(0.9), 1)}
+    consensus.observe(torch.tensor([0.25]), torch.tensor([0.5]), 4)
+    second = consensus.close_window()["a"]
+    assert second == UnitWindow(1, 4, 0.5, 0)
+    assert second.rate == 0.25
+
+
+def test_windows_of_being_on_count_only_in_a_row() -> None:
+    consensus = Consensus(["a", "b"], CPU)
+    seen = []
+    for rates in ([1.0, 1.0], [1.0, 1.0], [0.75, 1.0], [1.0, 1.0]):
+        consensus.observe(torch.tensor([1.0, 1.0]), torch.ones(2), 4)
+        consensus.observe(torch.tensor(rates), torch.ones(2), 4)
+        window = consensus.close_window()
+        seen.append((window["a"].always_on, window["b"].always_on))
+    assert seen == [(1, 1), (2, 2), (0, 3), (1, 4)]
+
+
+def test_dropped_units_are_forgotten_and_the_others_kept_apart() -> None:
+    consensus = Consensus(["a", "b", "c"], CPU)
+    consensus.observe(torch.tensor([1.0, 0.5, 1.0]), torch.ones(3), 4)
+    consensus.close_window()
+    consensus.drop({"b"})
+    consensus.observe(torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.75]), 4)
+    window = consensus.close_window()
+    assert window == {"a": UnitWindow(2, 4, 0.5, 0), "c": UnitWindow(4, 4, 0.75, 2)}
+
+
+def test_a_window_goes_on_from_its_state() -> None:
+    first = Consensus(["a", "b"], CPU)
+    first.observe(torch.tensor([1.0, 0.5]), torch.ones(2), 4)
+    first.close_window()
+    first.observe(torch.tensor([1.0, 0.0]), torch.tensor([0.9, 0.2]), 5)
+    second = Consensus(["a", "b"], CPU)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for consensus in (first, second):
+        consensus.observe(torch.tensor([1.0, 1.0]), torch.tensor([0.7, 0.6]), 3)
+    window = second.close_window()
+    assert window == first.close_window()
+    assert (window["a"].on, window["a"].always_on) == (8, 2)
+    assert (window["b"].on, window["b"].samples, window["b"].openness) == (3, 8, pytest.approx(0.4))
+
+
+def test_the_state_of_other_units_is_refused() -> None:
+    state = Consensus(["a", "b"], CPU).state_dict()
+    with pytest.raises(AssertionError):
+        Consensus(["a", "c"], CPU).load_state_dict(state)
+
+
+# Deciding in the course of the run.
+
+
+def test_units_off_for_every_sample_are_removed_and_no_others() -> None:
+    window = {"u0": unit(0), "u1": unit(1), "u2": unit(100), "u3": unit(0), "u4": unit(99)}
+    verdicts = verdicts_of(window, equal_costs(5), 0.2)
+    assert set(removed(verdicts)) == {"u0", "u3"}
+    assert {verdict.reason for verdict in verdicts} == {"off"}
+    assert frozen(verdicts) == []
+
+
+def test_the_least_open_unit_goes_first_and_none_once_the_budget_is_met() -> None:
+    window = {f"u{index}": unit(0, openness=0.4 - index / 100) for index in range(10)}
+    verdicts = verdicts_of(window, equal_costs(10), 0.7)
+    assert removed(verdicts) == ["u9", "u8", "u7"]
+
+
+def test_no_removal_takes_the_kept_cost_below_the_target_by_more_than_the_cheapest_unit() -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        costs = random_costs(rng)
+        names = list(costs.units)
+        window = {name: unit(rng.choice((0, 0, 1, 60, 100)), openness=rng.random()) for name in names}
+        target = rng.uniform(0.1, 1.0)
+        ceiling = rng.uniform(target, 1.0)
+        gone = removed(verdicts_of(window, costs, target, ceiling=ceiling))
+        assert len(set(gone)) == len(gone)
+        if gone:
+            assert costs.kept(set(names) - set(gone)) > target - costs.cheapest - TOLERANCE
+
+
+def test_units_over_the_ceiling_are_settled_by_rate_and_then_by_openness() -> None:
+    window = {
+        "u0": unit(80, openness=0.1),
+        "u1": unit(30, openness=0.9),
+        "u2": unit(30, openness=0.6),
+        "u3": unit(0, openness=0.4),
+        "u4": unit(100, openness=0.95),
+    }
+    assert verdicts_of(window, equal_costs(5), 0.2, ceiling=0.4) == [
+        Verdict("u3", "remove", "off"),
+        Verdict("u2", "remove", "settled"),
+        Verdict("u1", "remove", "settled"),
+    ]
+    assert verdicts_of(window, equal_costs(5), 0.2, ceiling=0.8) == [Verdict("u3", "remove", "off")]
+    assert verdicts_of(window, equal_costs(5), 0.2, ceiling=0.79)[1:] == [Verdict("u2", "remove", "settled")]
+
+
+def test_no_unit_is_settled_below_the_ceiling() -> None:
+    window = {f"u{index}": unit(1) for index in range(5)}
+    assert verdicts_of(window, equal_costs(5), 0.2, ceiling=1.0) == []
+
+
+def test_absent_units_cost_nothing_and_frozen_ones_are_kept_for_good() -> None:
+    costs = equal_costs(10)
+    window = {name: unit(0) for name in ("u0", "u1", "u2", "u3")}
+    present = [*window, "u4", "u5"]  # two are frozen, four are gone
+    assert len(removed(verdicts_of(window, costs, 0.5, present=present))) == 1
+    assert len(removed(verdicts_of(window, costs, 0.2, present=present))) == 4
+    assert removed(verdicts_of(window, costs, 0.6, present=present)) == []
+
+
+def test_units_freeze_only_once_the_budget_is_met() -> None:
+    window = {
+        "u0": unit(100, always_on=2),
+        "u1": unit(100, always_on=1),
+        "u2": unit(100, always_on=7),
+        "u3": unit(50),
+    }
+    costs = equal_costs(4)
+    assert verdicts_of(window, costs, 0.75) == []
+    assert verdicts_of(window, costs, 1.0) == [Verdict("u0", "freeze", "on"), Verdict("u2", "freeze", "on")]
+    met_by_this_window = {**window, "u3": unit(0)}
+    assert verdicts_of(met_by_this_window, costs, 0.75) == [
+        Verdict("u3", "remove", "off"),
+        Verdict("u0", "freeze", "on"),
+        Verdict("u2", "freeze", "on"),
+    ]
+
+
+# Deciding at the deadline.
+
+
+def test_the_deadline_leaves_nothing_undecided_and_meets_the_target() -> None:
+    rng = random.Random(2)
+    for _ in range(200):
+        costs = equal_costs(rng.randint(1, 27), fixed=rng.uniform(0, 0.3))
+        target = rng.uniform(costs.fixed, 1.0)
+        window = {name: unit(rng.randint(0, 100), openness=rng.random()) for name in costs.units if rng.random() < 0.8}
+        present = set(window) | {name for name in costs.units if rng.random() < 0.1}
+        if costs.kept(present - set(window)) > target:
+            continue
+        verdicts = verdicts_of(window, costs, target, present=present, final=True)
+        assert sorted(verdict.unit for verdict in verdicts) == sorted(window)
+        kept = costs.kept(present - set(removed(verdicts)))
+        assert kept <= target + TOLERANCE
+        if frozen(verdicts) and removed(verdicts):
+            assert kept > target - costs.cheapest - TOLERANCE
+
+
+def test_the_deadline_keeps_the_units_of_the_highest_rate_and_says_why() -> None:
+    window = {
+        "u0": unit(0, openness=0.1),
+        "u1": unit(100, openness=0.9),
+        "u2": unit(60, openness=0.6),
+        "u3": unit(60, openness=0.5),
+        "u4": unit(0, openness=0.3),
+    }
+    assert verdicts_of(window, equal_costs(5), 0.4, final=True) == [
+        Verdict("u0", "remove", "off"),
+        Verdict("u4", "remove", "off"),
+        Verdict("u3", "remove", "settled"),
+        Verdict("u1", "freeze", "on"),
+        Verdict("u2", "freeze", "settled"),
+    ]
+
+
+def test_a_unit_that_was_off_stays_where_the_target_has_room_for_it() -> None:
+    window = {"u0": unit(0), "u1": unit(100)}
+    assert verdicts_of(window, equal_costs(2), 1.0, final=True) == [
+        Verdict("u0", "freeze", "settled"),
+        Verdict("u1", "freeze", "on"),
+    ]
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_equal_inputs_give_equal_verdicts_whatever_their_order(final: bool) -> None:
+    rng = random.Random(3)
+    costs = random_costs(rng)
+    names = list(costs.units)
+    window = {name: unit(rng.choice((0, 40)), openness=rng.choice((0.3, 0.4))) for name in names}
+    expected = verdicts_of(window, costs, 0.5, ceiling=0.6, final=final)
+    assert removed(expected)
+    for _ in range(20):
+        rng.shuffle(names)
+        shuffled = {name: window[name] for name in names}
+        present = sorted(names, key=lambda _: rng.random())
+        found = verdicts_of(shuffled, costs, 0.5, present=present, ceiling=0.6, final=final)
+        assert removed(found) == removed(expected)
+        assert sorted(found, key=lambda v: v.unit) == sorted(expected, key=lambda v: v.unit)
+
+
+# Settling.
+
+
+def random_costs(rng: random.Random) -> UnitCosts:
+    """Like those of a residual network: few distinct costs. Or any."""
+    units = rng.randint(1, 30)
+    few = [rng.choice((0.5, 0.75, 1.0, 1.5)) for _ in range(rng.randint(1, 3))]
+    weights = [rng.choice(few) if rng.random() < 0.5 else rng.uniform(0.1, 5) for _ in range(units)]
+    if rng.random() < 0.6:
+        weights = [rng.choice(few) for _ in range(units)]
+    return UnitCosts.of({f"u{index}": w for index, w in enumerate(weights)}, sum(weights) * rng.uniform(1, 1.3))
+
+
+def settled_cost(costs: UnitCosts, order: list[str], target: float) -> float:
+    chosen = settle(order, costs, costs.fixed, target)
+    assert chosen <= set(order)
+    return costs.fixed + sum(costs.units[name] for name in chosen)
+
+
+def test_whatever_the_costs_the_target_is_never_exceeded() -> None:
+    rng = random.Random(4)
+    for _ in range(800):
+        costs = random_costs(rng)
+        target = rng.uniform(costs.fixed, 1.0)
+        order = rng.sample(list(costs.units), len(costs.units))
+        chosen = settle(order, costs, costs.fixed, target)
+        kept = costs.kept(chosen)
+        assert kept <= target + TOLERANCE
+        # Nothing that was left out would still fit.
+        assert all(kept + costs.units[name] > target - TOLERANCE for name in set(order) - chosen)
+
+
+def test_units_of_equal_cost_leave_no_room_for_another() -> None:
+    rng = random.Random(5)
+    for _ in range(300):
+        costs = equal_costs(rng.randint(1, 54), fixed=rng.uniform(0, 0.3))
+        target = rng.uniform(costs.fixed, 1.0)
+        order = rng.sample(list(costs.units), len(costs.units))
+        assert target - costs.cheapest - TOLERANCE < settled_cost(costs, order, target) <= target + TOLERANCE
+
+
+@functools.cache
+def table_of(make: Callable[..., nn.Module], name: str, shortcut: str) -> UnitTable:
+    with torch.device("meta"):
+        return UnitTable.of(make(name, shortcut=shortcut, kind=None), (3, 32, 32))
+
+
+@pytest.mark.parametrize("cost", ["flops_forward", "params"])
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+@pytest.mark.parametrize("name", ["resnet20", "resnet38", "resnet56"])
+def test_a_cifar_network_settles_within_its_cheapest_unit_of_the_target(
+    make_network: Callable[..., nn.Module], name: str, shortcut: str, cost: str
+) -> None:
+    table = table_of(make_network, name, shortcut)
+    units = {unit: getattr(branch, cost) for unit, branch in table.branches.items()}
+    assert len(units) == 3 * (int(name[6:]) - 2) // 6
+    costs = UnitCosts.of(units, getattr(table.dense, cost))
+    rng = random.Random(6)
+    missed = []
+    for target in TARGETS:
+        for _ in range(25):
+            order = rng.sample(list(units), len(units))
+            kept = settled_cost(costs, order, target)
+            if not target - costs.cheapest - TOLERANCE < kept <= target + TOLERANCE:
+                missed.append((target, kept))
+    assert missed == []
+
+
+def test_of_equal_costs_the_most_wanted_are_kept() -> None:
+    order = [f"u{index}" for index in (3, 1, 4, 0, 2)]
+    assert settle(order, equal_costs(5), 0.0, 0.6) == {"u4", "u0", "u2"}
+
+
+def test_an_exchange_uses_the_room_that_the_greedy_choice_leaves() -> None:
+    costs = UnitCosts.of({"a": 1.0, "b": 0.75, "c": 0.75, "d": 1.0}, 3.5)
+    # b and c fit, and leave room for 0.25 more than the cheapest unit costs: one of them makes way for a.
+    chosen = settle(["a", "d", "c", "b"], costs, 0.0, 2.35 / 3.5)
+    assert costs.kept(chosen) > 2.35 / 3.5 - costs.cheapest
+    assert costs.kept(chosen) <= 2.35 / 3.5
+
+
+def test_nothing_is_kept_if_what_stays_for_good_is_too_much() -> None:
+    assert settle(["u0", "u1"], equal_costs(4), 0.5, 0.4) == set()
+
+
+def test_an_empty_order_settles_to_nothing() -> None:
+    assert settle([], equal_costs(2), 0.2, 0.9) == set()

@@ -1,0 +1,239 @@
+"""Runs side by side."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from greenprune.config import UserError
+from greenprune.report import Comparison, compare_runs
+
+DENSE: dict[str, Any] = {
+    "model": "resnet38",
+    "data": "digits",
+    "seed": 0,
+    "epochs": 6,
+    "batch_size": 64,
+    "precision": "no",
+    "device": "cpu",
+    "world_size": 1,
+    "gated": False,
+    "accuracy": 0.98,
+    "accuracy_kind": "test",
+    "params": 1000,
+    "flops_forward": 2000,
+    "flops_train": 8000,
+    "energy_j": 200.0,
+    "energy_quality": "counter",
+    "co2_g": None,
+    "time_s": 10.0,
+    "step_time_s": {"before": 0.04, "after": None},
+    "blocks": 18,
+    "blocks_dense": 18,
+}
+GATED = DENSE | {
+    "gated": True,
+    "accuracy": 0.97,
+    "flops_forward": 1000,
+    "flops_train": 6000,
+    "energy_j": 130.0,
+    "time_s": 8.0,
+    "step_time_s": {"before": 0.05, "after": 0.02},
+    "blocks": 9,
+}
+
+
+def write_run(folder: Path, summary: dict[str, Any], cpu: str = "a CPU") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "provenance.jsonl").write_text(json.dumps({"cpu": cpu, "gpus": []}) + "\n")
+    return folder
+
+
+def render(comparison: Comparison, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(comparison)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_gated_run_is_set_against_its_dense_twin(tmp_path: Path) -> None:
+    write_run(tmp_path / "dense", DENSE)
+    write_run(tmp_path / "gated", GATED)
+    dense, gated = compare_runs([tmp_path]).runs
+    assert dense.twin is None
+    assert gated.twin == "dense"
+    assert gated.against_twin == pytest.approx(
+        {
+            "accuracy_points": -1.0,
+            "params": 1.0,
+            "flops_forward": 0.5,
+            "flops_train": 0.75,
+            "energy_j": 0.65,
+            "co2_g": None,
+            "time_s": 0.8,
+            "step_time_s": 0.5,  # after the last removal, against the twin's only figure
+        }
+    )
+
+
+def test_the_table_shows_figures_ratios_and_the_meter(tmp_path: Path) -> None:
+    text = render(compare_runs([write_run(tmp_path / "dense", DENSE), write_run(tmp_path / "gated", GATED)]))
+    for fact in ("98.00 %", "-1.00 pts", "0.50x", "0.65x", "9/18", "130 J", "counter", "20.0 ms", "against dense"):
+        assert fact in text
+    assert "CO2e" not in text  # nobody knows it here
+    assert "\x1b" not in text
+
+
+def test_figures_are_whole_at_80_columns(tmp_path: Path) -> None:
+    name = "digits-resnet38-block-0.5-seed0"
+    paths = [write_run(tmp_path / f"{name}-dense", DENSE), write_run(tmp_path / name, GATED)]
+    text = render(compare_runs(paths), width=80)
+    for fact in ("97.00 %", "-1.00 pts", "130 J", "20.0 ms", "counter"):
+        assert fact in text
+    assert "…" not in text
+
+
+@pytest.mark.parametrize("key", ["model", "data", "seed", "epochs", "batch_size", "precision"])
+def test_a_dense_run_of_another_config_is_no_twin(tmp_path: Path, key: str) -> None:
+    write_run(tmp_path / "dense", DENSE | {key: "another"})
+    write_run(tmp_path / "gated", GATED)
+    comparison = compare_runs([tmp_path])
+    assert [run.twin for run in comparison.runs] == [None, None]
+    assert "gated has no dense twin here" in comparison.notes[0]
+
+
+def test_seconds_and_joules_of_other_hardware_are_not_compared(tmp_path: Path) -> None:
+    write_run(tmp_path / "dense", DENSE, cpu="another CPU")
+    write_run(tmp_path / "gated", GATED)
+    comparison = compare_runs([tmp_path])
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert [against[key] for key in ("energy_j", "co2_g", "time_s", "step_time_s")] == [None] * 4
+    assert against["flops_train"] == 0.75
+    assert "different hardware" in comparison.notes[0]
+
+
+def test_of_several_twins_the_one_on_the_same_hardware_counts(tmp_path: Path) -> None:
+    write_run(tmp_path / "dense-1", DENSE, cpu="another CPU")
+    write_run(tmp_path / "dense-2", DENSE)
+    write_run(tmp_path / "gated", GATED)
+    assert compare_runs([tmp_path]).runs[2].twin == "dense-2"
+
+
+def test_an_estimate_is_not_compared_with_a_counter(tmp_path: Path) -> None:
+    write_run(tmp_path / "dense", DENSE | {"energy_quality": "estimate"})
+    write_run(tmp_path / "gated", GATED)
+    comparison = compare_runs([tmp_path])
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert against["energy_j"] is None
+    assert against["time_s"] == pytest.approx(0.8)
+    assert "not metered alike" in comparison.notes[0]
+
+
+def test_validation_and_test_accuracy_are_not_compared(tmp_path: Path) -> None:
+    write_run(tmp_path / "dense", DENSE | {"accuracy_kind": "validation"})
+    write_run(tmp_path / "gated", GATED)
+    against = compare_runs([tmp_path]).runs[1].against_twin
+    assert against is not None
+    assert against["accuracy_points"] is None
+
+
+def test_unknown_energy_gives_no_ratio(tmp_path: Path) -> None:
+    write_run(tmp_path / "dense", DENSE | {"energy_j": None, "energy_quality": None})
+    write_run(tmp_path / "gated", GATED | {"energy_j": None, "energy_quality": None})
+    comparison = compare_runs([tmp_path])
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert against["energy_j"] is None
+    assert "unknown" in render(comparison)
+
+
+def test_an_unfinished_run_is_told_from_its_events(tmp_path: Path) -> None:
+    start = {
+        "time": 0.0,
+        "step": 0,
+        "kind": "start",
+        "run": "half",
+        "model": "resnet38",
+        "data": "digits",
+        "gated": True,
+        "epochs": 6,
+        "steps_per_epoch": 22,
+        "units": ["a", "b", "c"],
+        "energy_sources": [["cpu", "RAPL counter", "counter"], ["dram", "CodeCarbon: constant 20 W", "estimate"]],
+        "structure/blocks": 3,
+        "flops/forward": 2000,
+    }
+    train = {"time": 1.0, "step": 10, "kind": "train", "train/step_time_s": 0.03, "energy/total_j": 12.0}
+    removal = {"time": 1.0, "step": 10, "kind": "removal", "unit": "b", "structure/blocks": 2, "flops/forward": 1500}
+    stop = {"time": 2.0, "step": 10, "kind": "interrupt", "signal": "SIGTERM"}
+    (tmp_path / "half").mkdir()
+    lines = [json.dumps(event) + "\n" for event in (start, train, removal, stop)]
+    (tmp_path / "half" / "events.jsonl").write_text("".join(lines) + '{"cut off')
+    comparison = compare_runs([tmp_path / "half"])
+    run = comparison.runs[0]
+    assert run.state == "unfinished: step 10 of 132, stopped by SIGTERM"
+    assert not run.is_finished
+    assert run.summary["energy_j"] == 12.0
+    assert run.summary["energy_quality"] == "estimate"
+    assert run.summary["blocks"] == 2
+    assert run.summary["flops_forward"] == 1500
+    assert run.summary["accuracy"] is None
+    assert "unfinished: step 10 of 132" in render(comparison)
+
+
+def test_a_run_that_only_has_a_config_has_done_nothing_yet(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    assert compare_runs([tmp_path]).runs[0].state == "unfinished: nothing is recorded yet"
+
+
+def test_a_run_named_twice_is_shown_once_and_equal_names_by_path(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "a" / "run", DENSE)
+    two = write_run(tmp_path / "b" / "run", DENSE)
+    runs = compare_runs([one, one / "summary.json", two]).runs
+    assert [run.name for run in runs] == [str(one), str(two)]
+
+
+def test_json_holds_everything(tmp_path: Path) -> None:
+    write_run(tmp_path / "dense", DENSE)
+    write_run(tmp_path / "gated", GATED)
+    values = json.loads(json.dumps(compare_runs([tmp_path]).to_dict()))
+    assert values["runs"][1]["summary"] == GATED
+    assert values["runs"][1]["twin"] == "dense"
+    assert values["runs"][0]["against_twin"] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ({}, "holds no run"),
+        ({"notes.txt": "x"}, "holds no run"),
+        ({"summary.json": "{"}, "cannot be read"),
+        ({"summary.json": "[1]"}, "holds no summary"),
+        ({"events.jsonl": "nonsense\n"}, "cannot be read"),
+    ],
+)
+def test_what_is_no_run_is_named(tmp_path: Path, content: dict[str, str] | None, message: str) -> None:
+    folder = tmp_path / "it"
+    if content is not None:
+        folder.mkdir()
+        for name, text in content.items():
+            (folder / name).write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        compare_runs([folder])
+    assert str(folder) in str(error.value)
+    assert "expected" in str(error.value)
+
+
+def test_another_file_is_not_a_run(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match="is not a summary"):
+        compare_runs([tmp_path / "notes.txt"])

@@ -1,0 +1,109 @@
+"""The greenprune command, as a process."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from greenprune.cli import main
+
+
+def greenprune(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    left_out = ("GREENPRUNE_DATA", "FORCE_COLOR", "TTY_COMPATIBLE")
+    environment = {key: value for key, value in os.environ.items() if key not in left_out}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "greenprune.cli", *args]
+    return subprocess.run(command, check=False, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("args", [[], ["--help"]])
+def test_help_explains_the_program(tmp_path: Path, args: list[str]) -> None:
+    done = greenprune(*args, cwd=tmp_path)
+    assert done.returncode == 0
+    for word in ("train ", "compare ", "doctor ", "examples:", "greenprune train --config", "greenprune compare runs/"):
+        assert word in done.stdout
+    assert "usage: greenprune COMMAND" in done.stdout
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys, greenprune.cli; print([m for m in ('torch', 'rich', 'jsonargparse') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_version(tmp_path: Path) -> None:
+    done = greenprune("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"greenprune {importlib.metadata.version('greenprune')}\n")
+
+
+@pytest.mark.parametrize("args", [["tarin"], ["--nonsense"], ["compare"], ["doctor", "--nonsense"]])
+def test_wrong_arguments_are_one_line(tmp_path: Path, args: list[str]) -> None:
+    done = greenprune(*args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("greenprune: error: ")
+    assert done.stderr.count("\n") == 1
+    assert "--help" in done.stderr
+
+
+def test_compare_names_a_path_that_is_no_run(tmp_path: Path) -> None:
+    done = greenprune("compare", "nowhere", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("greenprune: error: RUN: 'nowhere' does not exist")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_doctor_as_json(tmp_path: Path) -> None:
+    done = greenprune("doctor", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["fit"] is True
+    assert {"area", "name", "state", "detail", "advice", "needed"} == set(report["findings"][0])
+
+
+def test_the_doctor_fails_where_no_run_could_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert main(["doctor"]) == 1
+    assert "not ready" in capsys.readouterr().out
+
+
+def test_train_shows_all_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "greenprune train" in text
+    for field in ("--budget.target", "--energy.country", "--removal.decide_by", "--config"):
+        assert field in text
+
+
+def test_train_refuses_a_wrong_key_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert main(["train", "--budget.taget", "0.3"]) == 2
+    assert "did you mean budget.target" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_trained_and_compared_with_its_twin(tmp_path: Path) -> None:
+    flags = ["--model.name", "resnet20", "--optim.epochs", "2", "--data.batch_size", "256", "--device", "cpu"]
+    gated = greenprune("train", *flags, cwd=tmp_path)
+    assert gated.returncode == 0, gated.stderr
+    assert "\x1b" not in gated.stdout
+    assert "The run's files are in runs/" in gated.stdout
+    dense = greenprune("train", *flags, "--gate.enabled", "false", cwd=tmp_path)
+    assert dense.returncode == 0, dense.stderr
+    done = greenprune("compare", "runs", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    runs = {run["summary"]["gated"]: run for run in json.loads(done.stdout)["runs"]}
+    assert runs[True]["twin"] == runs[False]["name"]
+    assert runs[True]["against_twin"]["flops_forward"] <= 1
+    assert runs[False]["against_twin"] is None
