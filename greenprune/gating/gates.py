@@ -20,14 +20,17 @@ from greenprune.models import ResidualBlock, residual_blocks
 # is then a known, short way from its threshold. Unbounded, it drifts so far that no price brings it back.
 BOUND = 3.0
 
+# Largest gradient of one decision, for a loss summed over the batch. Early in training single samples pull a hundred
+# times harder than the rest; unbounded, they close gates at random before the network has learnt anything.
 GRADIENT_BOUND = 1.0
 
 
 class _StraightThrough(torch.autograd.Function):
     """The decision 1[a > 0] of a logit; its gradient goes straight to the logit, past threshold and sigmoid.
 
-    At the bounds only the part of the gradient that moves the logit inward passes. The sigmoid's own derivative is
-    left out because it all but vanishes near the bounds and would lock the gate there (our choice).
+    At the bounds only the part of the gradient that moves the logit inward passes, and no sample pulls harder than
+    GRADIENT_BOUND. The sigmoid's own derivative is left out because it all but vanishes near the bounds and would
+    lock the gate there (our choice).
     """
 
     @staticmethod
@@ -61,8 +64,9 @@ def straight_through(logit: Tensor) -> Tensor:
 class Gate(nn.Module):
     """Decides one unit for each input: ``s = sigmoid(a)``, ``g = 1[s > 1/2]``.
 
-    Conditional gates compute ``a = w . norm(GAP(x)) + b``; the pooled input is layer-normalised, so that the gate
-    sees a direction and not a scale that differs from layer to layer (our choice). Static gates have ``a = b``.
+    Conditional gates compute ``a = w . norm(GAP(x)) + b``; the pooled input is layer-normalised and scaled to length
+    1, so that the gate sees a direction and not a scale that differs from layer to layer, and ``w`` learns no faster
+    than ``b`` (our choice). Static gates have ``a = b``.
     ``w`` starts at zero: at first every input gets the same decision, open.
 
     Args:

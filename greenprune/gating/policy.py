@@ -13,8 +13,12 @@ from greenprune.gating.budget import BudgetController, UnitCosts, global_rates, 
 from greenprune.gating.consensus import Consensus, UnitWindow, Verdict, decide
 from greenprune.gating.gates import Gate, gated_units, take_decisions
 
-# The ramp of the target ends a little before the deadline, so that gates can still come to rest.
+# Share of the time from the warm-up to the deadline in which the target is ramped down (our choice): gates then have
+# the rest to come to rest, and the last to go still leave in time to save much.
 RAMP_SHARE = 0.6
+
+# Windows that removals may trail the ramped target before undecided units are settled to catch up (our choice). A
+# unit that is off is removed a whole window later at the earliest; with less, gates would never decide for themselves.
 LAG = 2
 
 

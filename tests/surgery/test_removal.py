@@ -39,7 +39,8 @@ def batch_of(image_size: int, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 def mask_unit(model: nn.Module, name: str) -> None:
     gate = model.get_submodule(name).gate
-    nn.init.zeros_(gate.weight)
+    if gate.weight is not None:
+        nn.init.zeros_(gate.weight)
     nn.init.constant_(gate.bias, -100.0)
 
 
@@ -62,7 +63,7 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, T
     gates = [block.gate for block in gated_units(model).values()]
     if gates and model.training:
         rates, _ = take_decisions(gates)
-        loss = loss + 0.1 * (rates * torch.linspace(0.5, 1, len(gates))).sum() / 20
+        loss = loss + 0.02 * rates.sum()
     return logits.detach(), loss
 
 
@@ -298,7 +299,8 @@ def test_the_survivors_optimizer_state_is_untouched_and_the_rest_forgotten(
 @pytest.mark.parametrize("steps_after", [1, 3])
 def test_training_goes_on_as_that_of_the_masked_network(make_network: MakeNetwork, name: str, steps_after: int) -> None:
     units = ["stages.0.2", "stages.2.0"]
-    masked = make_network(shortcut="B")
+    # A conditional gate sends a straight-through gradient to its input, even while it is off.
+    masked = make_network(shortcut="B", kind="static")
     for unit in units:
         mask_unit(masked, unit)
     optimizer = build_optimizer(config_of(name), masked, STEPS)
@@ -310,7 +312,7 @@ def test_training_goes_on_as_that_of_the_masked_network(make_network: MakeNetwor
     train_steps(pruned, pruned_optimizer, range(3, 3 + steps_after))
     expected = dict(masked.named_parameters())
     survivors = list(pruned.parameters())
-    assert len(survivors) == len(expected) - 2 * (6 + 2)
+    assert len(survivors) == len(expected) - 2 * (6 + 1)
     for parameter in survivors:
         torch.testing.assert_close(parameter, expected[names[parameter]], rtol=1e-5, atol=1e-7)
 
@@ -321,7 +323,7 @@ def test_an_optimizer_steps_on_when_no_gate_is_left(make_network: MakeNetwork, n
     optimizer = build_optimizer(config_of(name), model, STEPS)
     schedule = build_schedule(config_of(name), optimizer, STEPS)
     train_steps(model, optimizer, range(3), schedule)
-    operate(model, optimizer, ["stages.0.1"], list(gated_units(model)))
+    operate(model, optimizer, ["stages.0.1"], [unit for unit in gated_units(model) if unit != "stages.0.1"])
     assert [len(group["params"]) for group in optimizer.param_groups][2] == 0
     before = [parameter.detach().clone() for parameter in model.parameters()]
     train_steps(model, optimizer, range(3, 5), schedule)

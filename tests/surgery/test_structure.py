@@ -150,13 +150,11 @@ def test_a_structure_that_does_not_fit_the_network_is_refused(
     ],
     ids=lambda change: next(iter(change)),
 )
-@pytest.mark.parametrize("index", [0, -1])
+@pytest.mark.parametrize("index", [0, 2])
 def test_the_checksum_sees_any_change_of_an_operation(change: dict[str, Any], index: int) -> None:
     other = copy.deepcopy(CIFAR)
     assert other.checksum() == CIFAR.checksum()
     other.operations[index] = replace(other.operations[index], **change)
-    if other == CIFAR:
-        pytest.fail("the change changes nothing")
     assert other.checksum() != CIFAR.checksum()
 
 

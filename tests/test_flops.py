@@ -1,0 +1,115 @@
+"""FLOPs: the counter agrees with the literature and with arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from greenprune.flops import Cost, count_costs, subtract
+from greenprune.gating import gated_units
+from greenprune.models import residual_blocks
+
+MakeNetwork = Callable[..., nn.Module]
+
+PUBLISHED = [  # name, shortcut, image side, classes, million multiply-adds
+    ("resnet20", "A", 32, 10, 40.55),
+    ("resnet20", "B", 32, 10, 40.81),
+    ("resnet56", "A", 32, 10, 125.49),
+    ("resnet18", "A", 224, 1000, 1814.0),  # torchvision's own figures for its weights
+    ("resnet50", "A", 224, 1000, 4089.0),
+]
+
+
+def meta_network(make: MakeNetwork, name: str, shortcut: str, side: int, classes: int, kind: str | None) -> nn.Module:
+    with torch.device("meta"):
+        return make(name, shortcut=shortcut, kind=kind, image_size=side, classes=classes)
+
+
+@pytest.mark.parametrize(("name", "shortcut", "side", "classes", "millions"), PUBLISHED)
+def test_a_forward_pass_costs_what_is_published(
+    make_network: MakeNetwork, name: str, shortcut: str, side: int, classes: int, millions: float
+) -> None:
+    model = meta_network(make_network, name, shortcut, side, classes, None)
+    cost = count_costs(model, (3, side, side))[""]
+    assert cost.flops_forward == pytest.approx(2e6 * millions, rel=2e-3)
+    assert cost.params == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["conditional", None])
+@pytest.mark.parametrize(
+    ("name", "shortcut", "side", "stem"),
+    [
+        ("resnet20", "A", 32, 2 * 9 * 3 * 16 * 32 * 32),
+        ("resnet20", "B", 32, 2 * 9 * 3 * 16 * 32 * 32),
+        ("resnet18", "A", 32, 2 * 9 * 3 * 64 * 32 * 32),
+        ("resnet50", "A", 224, 2 * 49 * 3 * 64 * 112 * 112),
+    ],
+)
+def test_training_costs_three_forward_passes_without_the_gradient_of_the_images(
+    make_network: MakeNetwork, name: str, shortcut: str, side: int, stem: int, kind: str | None
+) -> None:
+    model = meta_network(make_network, name, shortcut, side, 10, kind)
+    cost = count_costs(model, (3, side, side))[""]
+    assert cost.flops_train == 3 * cost.flops_forward - stem
+
+
+def test_a_count_by_hand() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
+    convolution, linear = 2 * 9 * 3 * 4 * 36, 2 * 144 * 5
+    costs = count_costs(model, (3, 6, 6), ["", "0", "1", "3"])
+    assert costs[""] == Cost(convolution + linear, 2 * convolution + 3 * linear, 3 * 9 * 4 + 4 + 144 * 5 + 5)
+    assert costs["0"] == Cost(convolution, 2 * convolution, 3 * 9 * 4 + 4)
+    assert costs["1"] == Cost()
+    assert costs["3"] == Cost(linear, 3 * linear, 144 * 5 + 5)
+
+
+@pytest.mark.parametrize(("kind", "flops", "params"), [("conditional", 1, 1), ("static", 0, 0)])
+@pytest.mark.parametrize("name", ["resnet20", "resnet50"])
+def test_the_count_of_a_gated_network_includes_its_gates(
+    make_network: MakeNetwork, name: str, kind: str, flops: int, params: int
+) -> None:
+    gated = meta_network(make_network, name, "A", 32, 10, kind)
+    plain = meta_network(make_network, name, "A", 32, 10, None)
+    channels = [
+        next(module for module in block.branch.modules() if isinstance(module, nn.Conv2d)).in_channels
+        for block in residual_blocks(plain).values()
+    ]
+    with_gates, without = count_costs(gated, (3, 32, 32))[""], count_costs(plain, (3, 32, 32))[""]
+    assert with_gates.flops_forward - without.flops_forward == flops * 2 * sum(channels)
+    assert with_gates.flops_train - without.flops_train == flops * 6 * sum(channels)
+    assert with_gates.params - without.params == params * sum(channels) + len(channels)
+
+
+@pytest.mark.parametrize("kind", ["conditional", "static"])
+def test_a_gate_costs_what_the_network_costs_less_without_it(make_network: MakeNetwork, kind: str) -> None:
+    model = meta_network(make_network, "resnet20", "B", 16, 10, kind)
+    names = [f"{name}.gate" for name in gated_units(model)]
+    costs = count_costs(model, (3, 16, 16), ["", *names])
+    for block in residual_blocks(model).values():
+        block.gate = None
+    assert subtract(costs.pop(""), costs.values()) == count_costs(model, (3, 16, 16))[""]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_counting_leaves_the_network_alone(make_network: MakeNetwork, training: bool) -> None:
+    model = make_network().train(training)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    count_costs(model, (3, 8, 8))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert {module.training for module in model.modules()} == {training}
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(block.gate.decision is None for block in gated_units(model).values())
+
+
+def test_frozen_parameters_are_not_trainable(make_network: MakeNetwork) -> None:
+    model = make_network(kind=None)
+    model.head.requires_grad_(False)
+    assert count_costs(model, (3, 8, 8))[""].params == 269_722 - 650
+
+
+def test_subtraction() -> None:
+    assert subtract(Cost(10, 30, 5), [Cost(1, 3, 2), Cost(2, 6, 0)]) == Cost(7, 21, 3)
+    assert subtract(Cost(10, 30, 5), iter([])) == Cost(10, 30, 5)
