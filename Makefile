@@ -41,6 +41,10 @@ types: $(STAMP)
 contracts: $(STAMP)
 	$(BIN)/lint-imports
 
+bench: $(STAMP)
+	$(BIN)/python benchmarks/twins.py configs/digits.yaml --targets 0.5 0.3 --seeds 0 1 2 3 4
+	$(BIN)/python benchmarks/step_time.py $(foreach seed,0 1 2 3 4,runs/benchmarks/digits/gated-0.5-seed$(seed))
+
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .

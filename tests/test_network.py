@@ -51,12 +51,12 @@ def random_structure(rng: random.Random, units: list[str]) -> Structure:
 @pytest.mark.parametrize(
     ("name", "shortcut", "kind", "side", "structures"),
     [
-        ("resnet20", "A", "conditional", 32, 6),
-        ("resnet20", "B", "conditional", 8, 6),
-        ("resnet20", "B", "static", 8, 6),
-        ("resnet18", "A", "conditional", 32, 4),
-        ("resnet50", "A", "conditional", 64, 3),
-        ("resnet50", "A", "static", 224, 2),
+        ("resnet20", "A", "conditional", 32, 3),
+        ("resnet20", "B", "conditional", 8, 3),
+        ("resnet20", "B", "static", 8, 3),
+        ("resnet18", "A", "conditional", 32, 3),
+        ("resnet50", "A", "conditional", 64, 2),
+        ("resnet50", "A", "static", 224, 1),
         ("resnet20", "A", None, 8, 3),
     ],
 )

@@ -1,0 +1,84 @@
+"""What only a GPU can show. Run with: python -m pytest -m gpu tests/gpu"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+from launching import TRAIN, run
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = """
+model: {name: resnet20, channels_last: true}
+data: {name: digits, batch_size: 64}
+optim: {epochs: 6, lr: 0.05}
+removal: {window: 11, decide_by: 0.6}
+"""
+
+
+@pytest.fixture(scope="module", params=["no", "bf16", "fp16"])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    assert torch.cuda.is_available(), "the gpu tests were asked for, but there is no GPU"
+    folder = tmp_path_factory.mktemp(f"gpu-{request.param}")
+    config = folder / "config.yaml"
+    config.write_text(CONFIG)
+    args = ["--config", str(config), "--output_dir", str(folder), "--run_name", "run", "--precision", request.param]
+    done = run(TRAIN, args)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "run"
+
+
+def test_a_run_on_the_gpu_is_metered_by_its_counter(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["device"].startswith("cuda")
+    gpu = [name for name in summary["energy_by_device_j"] if name.startswith("GPU-")]
+    assert len(gpu) == 1
+    assert "NVML" in gpu[0]
+    joules = summary["energy_by_device_j"][gpu[0]]
+    # An idle data-centre GPU draws tens of watts, a busy one hundreds.
+    assert 20 < joules / summary["time_s"] < 1000
+
+
+def test_the_budget_is_met_on_the_gpu(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["budget_target"] - summary["cheapest_unit_cost"] < summary["kept_cost"] <= summary["budget_target"]
+    assert summary["gates_left"] == 0
+    assert summary["accuracy"] > 0.8
+
+
+def test_a_training_step_does_not_wait_for_the_gpu() -> None:
+    """Between two reads nothing on the step's path makes the host wait."""
+    from greenprune.config import Config, DataConfig, ModelConfig, OptimConfig
+    from greenprune.data import open_data
+    from greenprune.energy import open_meter
+    from greenprune.engine import Engine
+    from greenprune.network import prepare_network
+    from greenprune.tracking import RunFolder
+    from greenprune.trainer import Records, Trainer
+
+    config = Config(model=ModelConfig(name="resnet20"), data=DataConfig(batch_size=64), optim=OptimConfig(epochs=24))
+    engine = Engine(config)
+    data = open_data(config.data, None, 0).to(engine.device)
+    network = prepare_network(config, data)
+    with open_meter(gpu_uuids=[], host=False) as meter:
+        engine.rank = 1  # writes no files
+        records = Records(RunFolder(Path("unused")), meter, None, [], [])
+        trainer = Trainer(config, data, engine, network, records, None)
+        batches = list(data.train_batches(0))
+        for images, labels in batches[:3]:
+            trainer._train_step(images, labels)
+        trainer.step = trainer.policy.warmup_end + 1
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for images, labels in batches[3:10]:
+                trainer._train_step(images, labels)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    engine.finish()

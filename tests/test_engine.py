@@ -1,0 +1,279 @@
+"""The engine on one process: what it takes over, and what a rebuild leaves as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from greenprune.config import Config, ConfigError, GateConfig, OptimConfig
+from greenprune.engine import Engine
+from greenprune.gating import gated_units, take_decisions
+from greenprune.optimization import build_optimizer, build_schedule
+from greenprune.surgery import drop_optimizer_state, freeze_unit, remove_unit
+
+MakeNetwork = Callable[..., nn.Module]
+MakeEngine = Callable[[Config], Engine]
+CONFIG = Config(device="cpu", optim=OptimConfig(lr=0.05, warmup=0.0), gate=GateConfig(lr=0.5))
+UNITS = ["stages.0.1", "stages.1.0", "stages.1.2", "stages.2.2", "stages.0.0"]
+
+
+def forget_process_state() -> None:
+    """Accelerate keeps precision and device for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def make_engine() -> Iterator[MakeEngine]:
+    forget_process_state()
+    made: list[Engine] = []
+
+    def make(config: Config) -> Engine:
+        made.append(Engine(config))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.finish()
+    forget_process_state()
+
+
+def removal_of(*units: str) -> Callable[[nn.Module, Optimizer], None]:
+    def operate(model: nn.Module, optimizer: Optimizer) -> None:
+        for unit in units:
+            remove_unit(model, unit)
+        drop_optimizer_state(optimizer, model)
+
+    return operate
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(4, 3, 8, 8, generator=generator), torch.arange(4)
+
+
+def train_step(engine: Engine, seed: int) -> float:
+    images, labels = batch(seed)
+    logits = engine.model(images)
+    assert logits.dtype == torch.float32
+    loss = functional.cross_entropy(logits, labels)
+    gates = [block.gate for block in gated_units(engine.module).values()]
+    if gates:
+        loss = loss + 0.01 * take_decisions(gates)[0].sum()
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
+
+
+def wrappers_of(forward: object) -> int:
+    """How many times a forward method is wrapped."""
+    depth = 0
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+        depth += 1
+    return depth
+
+
+def nodes_of(tensor: Tensor) -> int:
+    """Size of the autograd graph behind a tensor."""
+    seen, waiting = set(), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    return len(seen)
+
+
+def test_one_process_is_the_whole_run(make_engine: MakeEngine) -> None:
+    engine = make_engine(CONFIG)
+    assert (engine.rank, engine.world_size, engine.is_main) == (0, 1, True)
+    assert (engine.device.type, engine.gpu_uuid) == ("cpu", None)
+    values = torch.tensor([1.0, 2.0])
+    assert engine.mean(values) is values
+    assert engine.sum(values) is values
+    assert values.tolist() == [1.0, 2.0]
+    item = {"a": object()}
+    assert engine.gather_objects(item) == [item]
+    assert engine.from_main(item) is item
+    engine.check_agreement("the structure", "abc")
+    engine.wait()
+    engine.synchronize()
+    assert engine.scaler_state() is None
+    engine.load_scaler_state(None)
+    with engine.local_main_first():
+        pass
+
+
+def test_half_precision_is_refused_on_a_cpu(make_engine: MakeEngine) -> None:
+    with pytest.raises(ConfigError, match=r"^precision: 'fp16' is not valid on a CPU; expected no or bf16"):
+        make_engine(replace(CONFIG, precision="fp16"))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_training_through_the_engine_is_plain_training(
+    make_network: MakeNetwork, make_engine: MakeEngine, name: str
+) -> None:
+    config = replace(CONFIG, optim=OptimConfig(name=name, lr=0.05, warmup=0.0))  # type: ignore[arg-type]
+    model = make_network()
+    plain = copy.deepcopy(model)
+    engine = make_engine(config)
+    engine.prepare(model, build_optimizer(config, model, 20))
+    assert engine.module is model
+    optimizer = build_optimizer(config, plain, 20)
+    for seed in range(3):
+        train_step(engine, seed)
+        images, labels = batch(seed)
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(plain(images), labels)
+        rates, _ = take_decisions([block.gate for block in gated_units(plain).values()])
+        (loss + 0.01 * rates.sum()).backward()
+        optimizer.step()
+    for one, other in zip(engine.module.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_step_leaves_no_gradient(make_network: MakeNetwork, make_engine: MakeEngine) -> None:
+    engine = make_engine(CONFIG)
+    model = make_network()
+    engine.prepare(model, build_optimizer(CONFIG, model, 20))
+    train_step(engine, 0)
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("clip_norm", "length"), [(1e-3, 1e-3), (1e6, None), (None, None)])
+def test_the_whole_gradient_is_clipped(
+    make_network: MakeNetwork, make_engine: MakeEngine, clip_norm: float | None, length: float | None
+) -> None:
+    optim = OptimConfig(lr=1.0, momentum=0.0, weight_decay=0.0, warmup=0.0, clip_norm=clip_norm)
+    config = replace(CONFIG, optim=optim, gate=GateConfig(enabled=False))
+    model = make_network(kind=None)
+    engine = make_engine(config)
+    engine.prepare(model, build_optimizer(config, model, 20))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    train_step(engine, 0)
+    moved = torch.stack(
+        [(new - old).norm() for new, old in zip(model.parameters(), before, strict=True)]
+    ).norm()  # with a rate of 1, the length of the gradient used
+    if length is None:
+        assert moved.item() > 0.01
+    else:
+        assert moved.item() == pytest.approx(length, rel=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_rebuilding_keeps_what_must_stay(make_network: MakeNetwork, make_engine: MakeEngine, precision: str) -> None:
+    config = replace(CONFIG, precision=precision)  # type: ignore[arg-type]
+    model = make_network()
+    optimizer = build_optimizer(config, model, 20)
+    schedule = build_schedule(config, optimizer, 20)
+    engine = make_engine(config)
+    engine.prepare(model, optimizer)
+    images, _ = batch(0)
+    depth = wrappers_of(engine.model.forward)
+    assert (depth > 0) == (precision == "bf16")
+    for rebuild, unit in enumerate(UNITS):
+        train_step(engine, rebuild)
+        schedule.step()
+        survivors = {p: optimizer.state[p]["momentum_buffer"] for p in model.parameters()}
+        engine.rebuild(removal_of(unit))
+        assert engine.module is model
+        assert engine.optimizer is optimizer
+        assert set(optimizer.state) == set(model.parameters())
+        assert all(optimizer.state[p]["momentum_buffer"] is survivors[p] for p in model.parameters())
+        assert wrappers_of(engine.model.forward) == depth
+        assert [engine._accelerator.unwrap_model(m, keep_fp32_wrapper=True) for m in engine._accelerator._models] == [
+            model
+        ]
+        assert len(engine._accelerator._optimizers) == 1
+        assert engine.model(images).dtype == torch.float32
+        take_decisions([block.gate for block in gated_units(model).values()])
+        assert engine.optimizer.param_groups[0]["lr"] == schedule.get_last_lr()[0]
+    assert len(gated_units(model)) == 9 - len(UNITS)
+    train_step(engine, 9)
+
+
+def test_a_rebuilt_network_still_computes_in_its_precision(make_network: MakeNetwork, make_engine: MakeEngine) -> None:
+    config = replace(CONFIG, precision="bf16")
+    model = make_network()
+    engine = make_engine(config)
+    engine.prepare(model, build_optimizer(config, model, 20))
+    seen = []
+    model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    images, _ = batch(0)
+    for unit in UNITS:
+        engine.rebuild(removal_of(unit))
+        engine.model(images)
+        engine.module.eval()(images)  # evaluation calls the module itself
+        engine.module.train()
+    assert set(seen) == {torch.bfloat16}
+    assert len(seen) == 2 * len(UNITS)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_rebuild_that_changes_nothing_changes_nothing(make_network: MakeNetwork, make_engine: MakeEngine) -> None:
+    config = replace(CONFIG, precision="bf16")
+    engine = make_engine(config)
+    model = make_network()
+    engine.prepare(model, build_optimizer(config, model, 20))
+    for seed in range(2):
+        train_step(engine, seed)
+    images, _ = batch(7)
+    before, size = engine.model(images), nodes_of(engine.model(images))
+    for _ in range(5):
+        engine.rebuild(removal_of())
+    assert torch.equal(engine.model(images), before)
+    assert nodes_of(engine.model(images)) == size
+
+
+def test_a_network_without_gates_trains_on_after_a_rebuild(make_network: MakeNetwork, make_engine: MakeEngine) -> None:
+    engine = make_engine(CONFIG)
+    model = make_network()
+    engine.prepare(model, build_optimizer(CONFIG, model, 20))
+    train_step(engine, 0)
+
+    def freeze_all(inner: nn.Module, optimizer: Optimizer) -> None:
+        for unit in gated_units(inner):
+            freeze_unit(inner, unit)
+        drop_optimizer_state(optimizer, inner)
+
+    engine.rebuild(freeze_all)
+    losses = [train_step(engine, 1) for _ in range(10)]
+    assert losses[-1] < losses[0]
+
+
+def test_no_gradient_outlives_a_rebuild(make_network: MakeNetwork, make_engine: MakeEngine) -> None:
+    engine = make_engine(CONFIG)
+    model = make_network()
+    engine.prepare(model, build_optimizer(CONFIG, model, 20))
+    engine.backward(engine.model(batch(0)[0]).sum())
+    take_decisions([block.gate for block in gated_units(model).values()])
+    engine.rebuild(removal_of("stages.0.1"))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_an_engine_can_be_finished_at_any_time(
+    make_network: MakeNetwork, make_engine: MakeEngine, prepared: bool
+) -> None:
+    engine = make_engine(CONFIG)
+    if prepared:
+        model = make_network()
+        engine.prepare(model, build_optimizer(CONFIG, model, 20))
+        train_step(engine, 0)
+    engine.finish()
+    engine.finish()
+    assert not hasattr(engine, "model")
+
+
+def test_another_run_in_the_same_process_has_its_own_precision(make_engine: MakeEngine) -> None:
+    make_engine(CONFIG).finish()
+    make_engine(replace(CONFIG, precision="bf16"))
