@@ -60,7 +60,8 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep_last: 
     """
     target = folder / f"step-{step:09d}"
     temporary = folder / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left_over in folder.glob(".step-*.tmp"):  # of a save that was cut short
+        shutil.rmtree(left_over)
     temporary.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in checkpoint.model.items()}, temporary / _MODEL)
     torch.save(checkpoint.training, temporary / _TRAINING)
@@ -71,11 +72,16 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep_last: 
         _flush(path)
     _flush(temporary)
     if target.exists():  # the same step again, after a resume: the one on disk may be damaged
-        shutil.rmtree(target)
+        target.rename(folder / f".{target.name}.old.tmp")
     temporary.rename(target)
     _flush(folder)
-    for old in list_checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
+    # Steps beyond this one are of a course that was left for an earlier checkpoint.
+    checkpoints = list_checkpoints(folder)
+    position = checkpoints.index(target)
+    for path in [*checkpoints[position + 1 :], *checkpoints[: max(0, position + 1 - keep_last)]]:
+        shutil.rmtree(path)
+    for aside in folder.glob(".step-*.old.tmp"):
+        shutil.rmtree(aside)
     return target
 
 
@@ -101,7 +107,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    named = [(int(found[1]), path) for path in folder.iterdir() if (found := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(named)]
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -120,13 +127,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 raise CheckpointCorrupt(f"{path / name}: size or checksum differs from the manifest")
         return Checkpoint(
             model=load_file(path / _MODEL),
-            training=torch.load(path / _TRAINING, map_location="cpu", weights_only=True),
+            training=_load_training(path / _TRAINING),
             state=json.loads((path / _STATE).read_text()),
         )
     except OSError as error:
         raise CheckpointCorrupt(f"{error.filename or path}: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointCorrupt(f"{path}: not a checkpoint ({' '.join(str(error).split())[:200]})") from None
+
+
+def _load_training(path: Path) -> dict[str, Any]:
+    """Tensors and plain values only; anything that would run code is refused."""
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, IndexError) as error:
+        raise CheckpointCorrupt(f"{path}: not a training state ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(values, dict):
+        raise CheckpointCorrupt(f"{path}: not a training state")
+    return values
 
 
 def load_newest(folder: Path) -> tuple[Path, Checkpoint, list[str]] | None:

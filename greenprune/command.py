@@ -20,21 +20,22 @@ def run_command(args: list[str], environment: Mapping[str, str], prog: str) -> i
     Returns:
         Exit code: 0 done, 1 diverged or damaged, 2 not runnable as asked, 128 + n stopped by signal n.
     """
-    code, message = _outcome(args, environment, prog)
-    if message and int(environment.get("RANK", "0")) == 0:
+    code, message, for_rank_0 = _outcome(args, environment, prog)
+    if message and (int(environment.get("RANK", "0")) == 0 or not for_rank_0):
         with suppress(OSError):  # the terminal may be gone, and with it the reader
             print(f"greenprune: {message}", file=sys.stderr, flush=True)
     return code
 
 
-def _outcome(args: list[str], environment: Mapping[str, str], prog: str) -> tuple[int, str]:
-    """Exit code and last words of a run."""
+def _outcome(args: list[str], environment: Mapping[str, str], prog: str) -> tuple[int, str, bool]:
+    """Exit code and last words of a run, and whether all ranks have the same, so that rank 0 can speak for them."""
     try:
         config = parse_config(args, prog)
     except UserError as error:
-        return 2, f"error: {error}"
+        return 2, f"error: {error}", True
 
     from greenprune.checkpoint import CheckpointCorrupt
+    from greenprune.engine import RankMismatch
     from greenprune.interrupt import Interrupted
     from greenprune.progress import open_display
     from greenprune.report import print_summary
@@ -43,12 +44,13 @@ def _outcome(args: list[str], environment: Mapping[str, str], prog: str) -> tupl
 
     try:
         result = train(config, environment.get("GREENPRUNE_DATA"), open_display)
-    except UserError as error:
-        return 2, f"error: {error}"
     except Interrupted as stop:
-        return 128 + stop.signal, stop.advice
-    except (TrainingDiverged, CheckpointCorrupt) as error:
-        return 1, f"error: {error}"
+        return 128 + stop.signal, stop.advice, True
+    except TrainingDiverged as error:
+        return 1, f"error: {error}", True
+    except (UserError, CheckpointCorrupt, RankMismatch, OSError) as error:
+        code = 2 if isinstance(error, UserError) else 1
+        return code, f"error: {error}", getattr(error, "known_to_all", False)
     if result.is_main:
         print_summary(result.summary, result.folder.path)
-    return 0, ""
+    return 0, "", True

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,32 @@ from typing import Any, Literal, get_args
 
 import jsonargparse
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the booleans and floats of version 1.2: ``precision: no`` is a word, ``lr: 5e-4`` a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^([-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
+set_loader("greenprune", _load_yaml, exceptions=(yaml.YAMLError,))
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -38,7 +63,7 @@ Precision = Literal["no", "bf16", "fp16"]
 
 
 def _require(condition: bool, key: str, value: object, valid: str) -> None:
-    if not condition:
+    if not condition or value == math.inf:
         raise ConfigError(f"{key}: {value!r} is not valid; expected {valid}")
 
 
@@ -138,9 +163,9 @@ class GateConfig:
     units: list[UnitKind] = field(default_factory=lambda: list(get_args(UnitKind)))
     """What a gate switches: block (a residual branch)."""
     kind: GateKind = "conditional"
-    """conditional: the decision depends on the input (the paper's gate); static: one logit for all inputs."""
+    """conditional: the decision depends on the input, as in the paper; static: one logit for all inputs."""
     warmup: float = 0.1
-    """Share of the run without any penalty on the gates."""
+    """Share of the run without any penalty on the gates. This and the other defaults are our choice."""
     openness: float = 0.9
     """Openness of every gate at the start, in (0.5, 1)."""
     lr: float = 30.0
@@ -330,22 +355,26 @@ def config_parser(prog: str = "train.py") -> ArgumentParser:
         prog=prog,
         description="Train a gated network and remove what it does not need while it trains.",
         exit_on_error=False,
+        parser_mode="greenprune",
     )
     parser.add_argument("--config", action="config", help="YAML file with one complete run; later flags override it")
     parser.add_class_arguments(Config, nested_key=None)
     return parser
 
 
-def _field_names(cls: type, prefix: str = "") -> list[str]:
-    """All dotted field names of a config dataclass."""
-    names: list[str] = []
+def _fields(cls: type, prefix: str = "") -> dict[str, bool]:
+    """All dotted field names of a config dataclass, and whether each may be null."""
+    found: dict[str, bool] = {}
     for item in dataclasses.fields(cls):
         default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
         if dataclasses.is_dataclass(default):
-            names += _field_names(type(default), f"{prefix}{item.name}.")
+            found |= _fields(type(default), f"{prefix}{item.name}.")
         else:
-            names.append(prefix + item.name)
-    return names
+            found[prefix + item.name] = "None" in str(item.type)
+    return found
+
+
+_FIELDS = _fields(Config)
 
 
 def _check_file(path: Path) -> None:
@@ -355,24 +384,32 @@ def _check_file(path: Path) -> None:
         ConfigError: The file is missing, is not YAML, or has a key that no field has.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = _load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config: cannot read {str(path)!r} ({error.strerror}); expected a YAML file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config: {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config: {str(path)!r} holds no fields; expected one YAML mapping with a complete run")
-    known = _field_names(Config)
+    known = list(_FIELDS)
     sections = {name.split(".")[0] for name in known if "." in name}
     for key, value in values.items():
         if key in sections and isinstance(value, dict):
-            for name in value:
+            for name, item in value.items():
                 _check_key(f"{key}.{name}", known)
+                _check_null(f"{key}.{name}", item)
         elif key in sections:
             valid = [name for name in known if name.startswith(f"{key}.")]
             raise ConfigError(f"{key}: {value!r} is not valid; expected a mapping of {', '.join(valid)}")
         else:
             _check_key(str(key), known)
+            _check_null(str(key), value)
+
+
+def _check_null(key: str, value: object) -> None:
+    """Refuse null (a key with nothing after it) where a field needs a value."""
+    if value is None and not _FIELDS[key]:
+        raise ConfigError(f"{key}: null is not valid; expected a value, or no such line to have the default")
 
 
 def _check_key(key: str, known: list[str]) -> None:
@@ -397,7 +434,7 @@ def parse_config(args: list[str], prog: str = "train.py") -> Config:
         ConfigError: Any key, type or value is wrong.
         SystemExit: ``--help`` was asked for (code 0).
     """
-    known = _field_names(Config)
+    known = list(_FIELDS)
     for index, arg in enumerate(args):
         if arg == "--config" and index + 1 < len(args):
             _check_file(Path(args[index + 1]))
@@ -428,7 +465,8 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
     Raises:
         ConfigError: Any key, type or value is wrong.
     """
-    flags = [f"--{key}={json.dumps(value)}" for key, value in (overrides or {}).items()]
+    words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (overrides or {}).items()}
+    flags = [f"--{key}={word}" for key, word in words.items()]
     return parse_config([f"--config={path}", *flags])
 
 
@@ -441,4 +479,6 @@ def _plain(error: BaseException) -> str:
     """One line from the parser's message, without its own preamble."""
     text = " ".join(str(error).split())
     found = re.search(r'[Kk]ey "?([\w.]+)"?:? ?(.*)', text)
-    return f"{found[1]}: {found[2]}" if found else text
+    text = f"{found[1]}: {found[2]}" if found else text
+    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
+    return re.sub(r"Expected an? <class '(\w+)'>", r"Expected a value of type \1", text)

@@ -10,11 +10,12 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import filter_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -28,6 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from greenprune.config import Config, ConfigError, UserError
+
+T = TypeVar("T")
 
 
 class RankMismatch(RuntimeError):
@@ -63,7 +66,9 @@ class Engine:
             step_scheduler_with_optimizer=False,
         )
         if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise UserError("the launcher asks for DeepSpeed, which is not supported yet; use launch/ddp.yaml")
+            raise UserError(
+                "the launcher asks for DeepSpeed, which is not supported yet; use one of the files in launch/"
+            )
         if announced != self._accelerator.num_processes:
             raise UserError(
                 f"the launcher announced {announced} processes but {self._accelerator.num_processes} came together; "
@@ -188,6 +193,49 @@ class Engine:
         if odd:
             raise RankMismatch(f"{what} differs from rank 0 on {', '.join(odd)}; the run cannot go on")
 
+    def together(self, work: Callable[[], T], *, main_only: bool = False) -> T:
+        """Do something that may fail on some ranks only, and fail on all of them if it does.
+
+        Args:
+            work: What to do; may not talk to other ranks.
+            main_only: Do it on rank 0 only, and give its result (picklable) to all.
+
+        Returns:
+            This rank's result, or rank 0's.
+
+        Raises:
+            UserError, RuntimeError, OSError: What the first failing rank raised, on every rank, so that none is left
+                waiting in a collective.
+        """
+        result, error = None, None
+        if self.is_main or not main_only:
+            try:
+                result = work()
+            except (UserError, RuntimeError, OSError) as caught:
+                error = caught
+        if self.world_size == 1:
+            if error is not None:
+                raise error
+            return cast(T, result)
+        errors = self.gather_objects(error)
+        first = next((rank for rank, found in enumerate(errors) if found is not None), None)
+        if first is not None:
+            found = errors[first]
+            found.known_to_all = True
+            raise found
+        return cast(T, self.from_main(result) if main_only else result)
+
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """Factor by which the loss is scaled in fp16, a scalar on the device that follows the scaler; else None."""
+        scaler = self._accelerator.scaler
+        if scaler is None:
+            return None
+        if scaler._scale is None:  # made when first used; reading it through get_scale() would wait for the device
+            scaler._lazy_init_scale_growth_tracker(self.device)
+        scale: Tensor = scaler._scale
+        return scale
+
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""
         if self.device.type == "cuda":
@@ -236,3 +284,6 @@ class Engine:
         self._accelerator.free_memory()
         gc.collect()
         self._accelerator.end_training()
+        # Accelerate's state is shared by all of a process; a later engine starts afresh.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()

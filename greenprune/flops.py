@@ -69,10 +69,11 @@ def count_costs(model: nn.Module, image_shape: tuple[int, int, int], names: Iter
         key = f"{root}.{name}" if name else "Global"
         flops_forward = sum(in_forward.get(key, {}).values()) // _BATCH
         flops_train = sum(in_training.get(key, {}).values()) // _BATCH
-        if name.endswith(".gate"):
-            # The counter books the branch's backward under the gate beside it. A gate is one linear layer, whose
-            # backward is two products of the size of its forward.
-            flops_train = 3 * flops_forward
+        if name:
+            # The counter books the backward of neighbours under each other (a shortcut's under the branch beside it).
+            # Inside a network the backward of a product or convolution is two more of its size: by input and by weight.
+            # A gate's is one: nothing goes back into its input.
+            flops_train = (2 if name.endswith(".gate") else 3) * flops_forward
         params = sum(p.numel() for p in model.get_submodule(name).parameters() if p.requires_grad)
         costs[name] = Cost(flops_forward, flops_train, params)
     return costs

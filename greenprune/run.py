@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 from collections.abc import Callable
@@ -10,19 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from greenprune.checkpoint import Checkpoint, load_checkpoint, load_newest
-from greenprune.config import Config, UserError, shaping_values
-from greenprune.data import open_data
+from greenprune.checkpoint import load_checkpoint, load_newest
+from greenprune.config import Config, ConfigError, UserError, load_config, shaping_values
+from greenprune.data import ImageData, open_data
 from greenprune.energy import Meter, carbon_intensity, open_meter
 from greenprune.engine import Engine
 from greenprune.network import prepare_network
 from greenprune.progress import Display
 from greenprune.provenance import collect_provenance
-from greenprune.tracking import Event, RunFolder, default_run_name
+from greenprune.tracking import Event, FolderLock, RunFolder, default_run_name
 from greenprune.trainer import Records, Trainer
-from greenprune.wandb_mirror import start_wandb
+from greenprune.wandb_mirror import check_wandb, start_wandb
 
 
 @dataclass(frozen=True)
@@ -54,25 +53,41 @@ def train(config: Config, data_root: str | None, display: Callable[[], Display])
         TrainingDiverged: The loss is not finite.
     """
     carbon = carbon_intensity(config.energy.country, config.energy.region)
+    if "wandb" in config.tracking.trackers:
+        check_wandb(config)
     engine = Engine(config)
-    try:
+    with ExitStack() as stack:
+        stack.callback(engine.finish)
+        data = _open_data(config, data_root, engine)
+        network = engine.together(lambda: prepare_network(config, data))
+        claim = engine.together(lambda: _claim(config, stack), main_only=True)
+        folder = RunFolder(claim.path)
+        if claim.finished:
+            return RunResult(json.loads(folder.summary.read_text()), folder, engine.is_main)
+        resume = None
+        if claim.checkpoint is not None:
+            path = claim.checkpoint
+            resume = path, engine.together(lambda: load_checkpoint(path))
+        mirrors, notes = engine.together(lambda: _start_mirrors(config, engine, folder, stack, display))
+        notes += claim.notes
+        if carbon is None:
+            notes.append("CO2 is unknown: set energy.country to the country whose grid feeds this machine")
+        meter = stack.enter_context(_open_meter(config, engine))
+        trainer = Trainer(config, data, engine, network, Records(folder, meter, carbon, mirrors, notes), resume)
+        stack.callback(trainer.events.close)
+        return RunResult(trainer.fit(), folder, engine.is_main)
+
+
+def _open_data(config: Config, data_root: str | None, engine: Engine) -> ImageData:
+    """The data set, on the device; where it may be downloaded, one process a node goes first."""
+
+    def open_and_move() -> ImageData:
         with engine.local_main_first() if config.data.download else nullcontext():
             data = open_data(config.data, config.data.root or data_root, config.seed)
         data.check_world(engine.world_size)
-        data.to(engine.device, config.model.channels_last)
-        network = prepare_network(config, data)
-        folder, resume = _open_run(config, engine)
-        if folder.summary.exists():
-            return RunResult(yaml.safe_load(folder.summary.read_text()), folder, engine.is_main)
-        with ExitStack() as stack:
-            mirrors, notes = _start_mirrors(config, engine, folder, stack, display)
-            if carbon is None:
-                notes.append("CO2 is unknown: set energy.country to the country whose grid feeds this machine")
-            meter = stack.enter_context(_open_meter(config, engine))
-            trainer = Trainer(config, data, engine, network, Records(folder, meter, carbon, mirrors, notes), resume)
-            return RunResult(trainer.fit(), folder, engine.is_main)
-    finally:
-        engine.finish()
+        return data.to(engine.device, config.model.channels_last)
+
+    return engine.together(open_and_move)
 
 
 def _open_meter(config: Config, engine: Engine) -> Meter:
@@ -106,68 +121,84 @@ def _start_mirrors(
     return [shown], []
 
 
-def _open_run(config: Config, engine: Engine) -> tuple[RunFolder, tuple[Path, Checkpoint] | None]:
-    """Choose the run's folder, check that it may be used, and find the checkpoint to go on from.
+@dataclass(frozen=True)
+class _Claim:
+    """The folder that a run has taken, and where in it to go on.
 
-    Rank 0 decides and creates; the others follow, or fail with the same message.
+    Attributes:
+        path: The folder.
+        finished: Whether the run in it is done.
+        checkpoint: Checkpoint to go on from, if any.
+        notes: What the user should know, one line each.
     """
-    outcome: tuple[str, object]
-    if engine.is_main:
-        try:
-            folder, checkpoint = _claim(config)
-            outcome = ("ok", (str(folder.path), str(checkpoint) if checkpoint else None))
-        except UserError as error:
-            outcome = ("error", str(error))
-    else:
-        outcome = ("", None)
-    kind, value = engine.from_main(outcome)
-    if kind == "error":
-        raise UserError(value)
-    path, checkpoint_path = value
-    resume = (Path(checkpoint_path), load_checkpoint(Path(checkpoint_path))) if checkpoint_path else None
-    return RunFolder(Path(path)), resume
+
+    path: Path
+    finished: bool = False
+    checkpoint: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
-def _claim(config: Config) -> tuple[RunFolder, Path | None]:
-    """The run's folder, created, and the checkpoint to go on from if any.
+def _claim(config: Config, stack: ExitStack) -> _Claim:
+    """Take a folder for the run, new or to go on in, and hold it until the stack is closed.
 
     Raises:
-        UserError: The folder holds another run, or cannot be written, or there is no such checkpoint.
+        UserError: The folder holds another run or is in use, cannot be written, or there is no such checkpoint.
+        CheckpointCorrupt: No checkpoint of the run is whole.
     """
     if config.resume not in ("auto", "never"):
-        return _claim_checkpoint(config, Path(config.resume))
+        return _claim_checkpoint(config, stack, Path(config.resume))
+    folder = _new_or_same_folder(config)
+    if not folder.config.is_file():
+        raise UserError(f"run_name: {str(folder.path)!r} is not the folder of a run; expected another run_name")
+    if folder.summary.exists():
+        return _Claim(folder.path, finished=True)
+    _hold(folder, stack)
+    newest = load_newest(folder.checkpoints)
+    if newest is None:
+        return _Claim(folder.path)
+    path, _, damaged = newest
+    notes = tuple(f"going on from {path.name}, because {line}" for line in damaged)
+    return _Claim(folder.path, checkpoint=path, notes=notes)
+
+
+def _new_or_same_folder(config: Config) -> RunFolder:
+    """A new folder with the config in it, or that of the same run to go on with."""
     name = config.run_name or default_run_name(config)
-    folder = RunFolder(Path(config.output_dir) / name)
-    number = 1
-    while folder.exists and config.run_name is None and not _can_go_on(config, folder):
-        number += 1
-        folder = RunFolder(Path(config.output_dir) / f"{name}-{number}")
-    if not folder.exists:
-        folder.create(config)
-        return folder, None
+    for number in itertools.count(1):
+        folder = RunFolder(Path(config.output_dir) / (name if number == 1 else f"{name}-{number}"))
+        try:
+            folder.create(config)
+            return folder
+        except FileExistsError:
+            pass
+        if config.run_name is not None:
+            break
+        if config.resume == "auto" and not folder.summary.exists() and not _differences(config, folder):
+            return folder
     if config.resume == "never":
         raise UserError(
             f"run_name: {str(folder.path)!r} already holds a run; expected --resume auto to go on with it, "
             "another run_name, or none to have one chosen"
         )
     _check_same_run(config, folder)
-    newest = load_newest(folder.checkpoints)
-    return folder, newest[0] if newest else None
+    return folder
 
 
-def _can_go_on(config: Config, folder: RunFolder) -> bool:
-    """Whether ``resume: auto`` without a name may take up this run: the same run, not finished."""
-    if config.resume != "auto" or folder.summary.exists():
-        return False
-    return not _differences(config, folder)
+def _hold(folder: RunFolder, stack: ExitStack) -> None:
+    stack.callback(FolderLock(folder).release)
 
 
-def _claim_checkpoint(config: Config, path: Path) -> tuple[RunFolder, Path | None]:
+def _claim_checkpoint(config: Config, stack: ExitStack, path: Path) -> _Claim:
     if not (path / "manifest.json").is_file():
         raise UserError(f"resume: {config.resume!r} is not a checkpoint; expected never, auto or a folder step-<n>")
     folder = RunFolder(path.resolve().parent.parent)
     _check_same_run(config, folder)
-    return folder, path
+    if folder.summary.exists():
+        raise UserError(
+            f"resume: the run in {str(folder.path)!r} is finished; expected a checkpoint of one that is not"
+        )
+    _hold(folder, stack)
+    return _Claim(folder.path, checkpoint=path.resolve())
 
 
 def _check_same_run(config: Config, folder: RunFolder) -> None:
@@ -181,8 +212,9 @@ def _check_same_run(config: Config, folder: RunFolder) -> None:
 
 def _differences(config: Config, folder: RunFolder) -> list[str]:
     """Keys that shape the result and differ between a config and the one a folder's run was started with."""
-    if not folder.config.is_file():
-        return ["config.yaml, which is missing"]
-    saved = yaml.safe_load(folder.config.read_text())
-    mine, theirs = shaping_values(config.to_dict()), shaping_values(saved)
+    try:
+        theirs = shaping_values(load_config(folder.config).to_dict())
+    except ConfigError as error:
+        return [f"config.yaml, which cannot be read: {error}"]
+    mine = shaping_values(config.to_dict())
     return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))

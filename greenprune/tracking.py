@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -57,24 +59,58 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    @property
-    def exists(self) -> bool:
-        """Whether the folder holds anything."""
-        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
-
     def create(self, config: Config) -> None:
-        """Make the folder and write the resolved config into it.
+        """Make the folder, which must not be there, and write the resolved config into it.
 
         Raises:
+            FileExistsError: The folder is there; another process may have made it just now.
             UserError: The folder cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True)
             write_atomically(self.config, dump_config(config))
+        except FileExistsError:
+            if not self.path.is_dir():
+                raise UserError(f"output_dir: {str(self.path)!r} is a file; expected a folder") from None
+            raise
         except OSError as error:
             raise UserError(
                 f"output_dir: cannot write {str(self.path)!r} ({error.strerror}); expected a folder you can write to"
             ) from None
+
+
+class FolderLock:
+    """Holds a run's folder for this process and its host; the system lets go of it when the process ends, however.
+
+    Args:
+        folder: The run's folder.
+
+    Raises:
+        UserError: Another process holds it, or it cannot be written.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        path = folder.path / ".lock"
+        try:
+            self._file = path.open("a+")
+        except OSError as error:
+            raise UserError(f"output_dir: cannot write {str(path)!r} ({error.strerror})") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            owner = self._file.read().strip()
+            self._file.close()
+            raise UserError(
+                f"run_name: {str(folder.path)!r} is in use by another process ({owner}); expected one that has stopped"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let go of the folder."""
+        self._file.close()
 
 
 def default_run_name(config: Config) -> str:
@@ -167,6 +203,7 @@ class Ledger:
         time_s: Wall-clock seconds of all attempts.
         energy_by_phase_j: Joules by phase on all ranks; None for a phase with nothing that could be read.
         energy_by_device_j: Joules by device, with the source in the name.
+        energy_quality: Quality of the worst source that any attempt used; None if nothing could be read.
         attempts: Times the run was started.
         energy_lost_j: Joules of attempts spent after their last checkpoint: the work was done again.
     """
@@ -177,6 +214,7 @@ class Ledger:
     time_s: float = 0.0
     energy_by_phase_j: dict[str, float | None] = field(default_factory=dict)
     energy_by_device_j: dict[str, float | None] = field(default_factory=dict)
+    energy_quality: str | None = None
     attempts: int = 0
     energy_lost_j: float = 0.0
 
@@ -184,7 +222,7 @@ class Ledger:
     def energy_j(self) -> float | None:
         """Joules of all attempts and ranks, those of lost work included; None if nothing could be read."""
         known = [joules for joules in self.energy_by_phase_j.values() if joules is not None]
-        return sum(known) + self.energy_lost_j if known else None
+        return sum(known) + self.energy_lost_j if known or self.energy_lost_j else None
 
     def add_step(self, samples: int, flops: int, flops_dense: int) -> None:
         """Add one training step.

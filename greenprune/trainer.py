@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ from greenprune.optimization import build_optimizer, build_schedule
 from greenprune.surgery import Operation, Structure, drop_optimizer_state, freeze_unit, remove_unit, replay
 from greenprune.timing import IntervalClock, StepTimes
 from greenprune.tracking import Event, EventLog, Ledger, RunFolder, read_events, write_json
+
+_WORST_FIRST = ("estimate", "integrated power", "counter")
 
 
 class TrainingDiverged(RuntimeError):
@@ -84,6 +87,7 @@ class Trainer:
         self.notes = records.notes
         self.total_steps = config.optim.epochs * data.steps_per_epoch
         self.step = 0
+        self._saved_step = -1
         self.structure = Structure()
         self.ledger = Ledger()
         self.step_times = StepTimes()
@@ -93,11 +97,10 @@ class Trainer:
         self.unit_table = network.table
         self.costs = network.costs
         self._build(network.model, resume[1] if resume else None)
-        previous = read_events(self.folder.events) if resume else []
+        previous = read_events(self.folder.events)
         self.events = EventLog(self.folder.events if engine.is_main else None, records.mirrors)
         self._started = time.monotonic()
-        self._account_lost_work(previous)
-        self.ledger.attempts += 1
+        self._account_earlier_attempts(previous)
         self._record_start(resume[0] if resume else None)
 
     # Setting up.
@@ -115,9 +118,9 @@ class Trainer:
         self.engine.prepare(model, optimizer)
         self.schedule = build_schedule(config, self.engine.optimizer, self.total_steps)
         self.policy = self._new_policy() if config.gate.enabled else None
+        self._structure_changed()
         if checkpoint is not None:
             self._load(checkpoint)
-        self.cost = self.unit_table.cost_of(self.structure)
 
     def _new_policy(self) -> GatePolicy:
         removed = {operation.unit for operation in self.structure.removed()}
@@ -141,20 +144,21 @@ class Trainer:
             self.policy.load_state_dict(training["policy"])
         if self.engine.is_main:  # sums over all ranks
             self._totals.copy_(training["totals"])
-        self.step = state["step"]
+        self.step = self._saved_step = state["step"]
         self.ledger = Ledger(**state["ledger"])
         self.step_times = StepTimes(**state["step_times"])
         if state["evaluation"] is not None:
             self.last_evaluation = Evaluation(**state["evaluation"])
         torch.set_rng_state(training["random"][min(self.engine.rank, len(training["random"]) - 1)])
 
-    def _account_lost_work(self, previous: list[Event]) -> None:
-        """Add what the last attempt spent after the checkpoint this one goes on from."""
+    def _account_earlier_attempts(self, previous: list[Event]) -> None:
+        """Add what earlier attempts spent after the checkpoint, if any, that this one goes on from."""
+        self.ledger.attempts = 1 + sum(event["kind"] == "start" for event in previous)
         spent = next((event for event in reversed(previous) if "energy/total_j" in event), None)
         if spent is None:
             return
-        if spent["energy/total_j"] is not None and self.ledger.energy_j is not None:
-            self.ledger.energy_lost_j += max(0.0, spent["energy/total_j"] - self.ledger.energy_j)
+        if spent["energy/total_j"] is not None:
+            self.ledger.energy_lost_j += max(0.0, spent["energy/total_j"] - (self.ledger.energy_j or 0.0))
         self.ledger.time_s = max(self.ledger.time_s, spent["time_s"])
 
     def _record_start(self, resumed_from: Path | None) -> None:
@@ -183,7 +187,7 @@ class Trainer:
             units=list(self.costs.units),
             energy_sources=[list(source) for rank in sources for source in rank],
             notes=[*self.meter.notes, *self.notes],
-            **self._structure_numbers(),
+            **self._structure_numbers,
             **self._spending_numbers(self.ledger.energy_j, None),
             flops__forward_dense=self.unit_table.dense.flops_forward,
             structure__params_dense=self.unit_table.dense.params,
@@ -211,6 +215,8 @@ class Trainer:
                     self._train_epoch(epoch)
                 with self.meter.window("eval"):
                     self.last_evaluation = evaluate(self.engine, self.data)
+                if not math.isfinite(self.last_evaluation.loss):
+                    self._diverged(self.last_evaluation.loss)
                 self._record_epoch(epoch)
                 last = epoch + 1 == self.config.optim.epochs
                 if last or (epoch + 1) % self.config.checkpoint.every == 0:
@@ -249,6 +255,8 @@ class Trainer:
             loss = task if penalty is None else task + penalty
         self.engine.backward(loss)
         self.engine.step()
+        if self.policy is not None and self.policy.active:
+            self.policy.after_step()
         self.schedule.step()
         self._totals += torch.stack([task.detach() * len(labels), (logits.argmax(1) == labels).sum()])
         self.step += 1
@@ -288,7 +296,7 @@ class Trainer:
 
         self.engine.rebuild(operate)
         self.policy.carried_out(self.engine.module, verdicts)
-        self.cost = self.unit_table.cost_of(self.structure)
+        self._structure_changed()
         if any(verdict.action == "remove" for verdict in verdicts):
             self.step_times.cut()
         if self.engine.is_main:
@@ -301,20 +309,24 @@ class Trainer:
                 epoch=epoch,
                 unit=operation.unit,
                 reason=operation.reason,
-                **self._structure_numbers(),
+                **self._structure_numbers,
             )
         self.events.record("surgery", self.step, pause_s=time.monotonic() - started)
 
-    # Recording.
-
-    def _structure_numbers(self) -> dict[str, object]:
-        return {
+    def _structure_changed(self) -> None:
+        """Take up what depends on the structure: its cost, and the numbers that events tell of it."""
+        self.cost = self.unit_table.cost_of(self.structure)
+        if self.policy is not None:
+            self.policy.scale_losses_by(self.engine.loss_scale)
+        self._structure_numbers = {
             "structure__blocks": len(residual_blocks(self.engine.module)),
             "structure__gates": len(gated_units(self.engine.module)),
             "structure__params": self.cost.params,
             "structure__kept_cost": self.policy.kept_cost if self.policy is not None else 1.0,
             "flops__forward": self.cost.flops_forward,
         }
+
+    # Recording.
 
     def _spending_numbers(self, energy_j: float | None, power_w: float | None) -> dict[str, object]:
         return {
@@ -332,7 +344,8 @@ class Trainer:
         Returns:
             The signal that asked any rank to stop, or 0.
         """
-        loss, hits, energy_j, power_w, stop = self._read()
+        loss, hits, price, stop = self._read()
+        energy_j, power_w = self._read_meters()
         step_s = clock.seconds_per_step()
         self.step_times.add(step_s)
         clock.restart()
@@ -348,32 +361,36 @@ class Trainer:
             train__lr=self.schedule.get_last_lr()[0],
             train__samples_per_s=self.config.data.batch_size / step_s,
             train__step_time_s=step_s,
-            gate__price=self.policy.controller.price.item() if self.policy is not None else None,
-            **self._structure_numbers(),
+            gate__price=price,
+            **self._structure_numbers,
             **self._spending_numbers(energy_j, power_w),
         )
-        return int(stop)
+        return stop
 
     def _samples_in_epoch(self) -> int:
         in_epoch = self.step % self.data.steps_per_epoch or self.data.steps_per_epoch
         return in_epoch * self.config.data.batch_size
 
-    def _read(self) -> tuple[float, float, float | None, float | None, float]:
-        """Loss and hits of this epoch, joules and watts so far, and the stop signal, over all ranks."""
-        numbers = [
-            _or_nan(self.meter.total().energy_j),
-            _or_nan(self.meter.power_w()),
-            float(self.interrupt.signal),
-        ]
-        here = torch.tensor(numbers, dtype=torch.float64, device=self.engine.device)
-        loss, hits, energy_j, power_w, stop = self.engine.sum(torch.cat([self._totals, here])).tolist()
-        if not math.isnan(energy_j):
-            energy_j += self.ledger.energy_j or 0.0
-        return loss, hits, _or_none(energy_j), _or_none(power_w), stop
+    def _read(self) -> tuple[float, float, float | None, int]:
+        """Loss and hits of this epoch over all ranks, the price, any rank's stop signal; waits for the device."""
+        price = self.policy.controller.price if self.policy is not None else torch.zeros((), device=self.engine.device)
+        asked = torch.tensor(float(self.interrupt.signal), device=self.engine.device)
+        shared = self.engine.sum(torch.cat([self._totals, asked.double().view(1)]))
+        loss, hits, stop, price_now = torch.cat([shared, price.double().view(1)]).tolist()
+        return loss, hits, price_now if self.policy is not None else None, int(stop)
+
+    def _read_meters(self) -> tuple[float | None, float | None]:
+        """Joules so far and present watts over all ranks; None only where no rank can read anything."""
+        known = [_known(self.meter.total().energy_j), _known(self.meter.power_w())]
+        here = torch.tensor(known, dtype=torch.float64, device=self.engine.device)
+        (energy_j, some_j), (power_w, some_w) = self.engine.sum(here).tolist()
+        spent = self.ledger.energy_j or 0.0
+        return energy_j + spent if some_j else self.ledger.energy_j, power_w if some_w else None
 
     def _record_epoch(self, epoch: int) -> None:
         assert self.last_evaluation is not None
-        loss, hits, energy_j, power_w, _ = self._read()
+        loss, hits, _, _ = self._read()
+        energy_j, power_w = self._read_meters()
         samples = self._samples_in_epoch()
         self.events.record(
             "epoch",
@@ -383,7 +400,7 @@ class Trainer:
             train__accuracy=hits / samples,
             eval__loss=self.last_evaluation.loss,
             eval__accuracy=self.last_evaluation.accuracy,
-            **self._structure_numbers(),
+            **self._structure_numbers,
             **self._spending_numbers(energy_j, power_w),
         )
         self._totals.zero_()
@@ -392,42 +409,61 @@ class Trainer:
         good = list_checkpoints(self.folder.checkpoints)
         where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
         raise TrainingDiverged(
-            f"the loss is {loss} after step {self.step}; {where}. A smaller optim.lr or optim.clip_norm may help"
+            f"the loss or a weight is {loss} after step {self.step}; {where}. "
+            "A smaller optim.lr or optim.clip_norm may help"
         )
 
     # Saving and stopping.
 
     def _ledger_now(self) -> Ledger:
         """The ledger with this attempt's joules and seconds so far, of all ranks."""
-        shares = self.engine.gather_objects((self.meter.by_phase_j(), self.meter.total().readings))
+        host = socket.gethostname()
+        shares = self.engine.gather_objects((host, self.meter.by_phase_j(), self.meter.total().readings))
+        several = len({host for host, _, _ in shares}) > 1
         phases, devices = dict(self.ledger.energy_by_phase_j), dict(self.ledger.energy_by_device_j)
-        for by_phase, readings in shares:
+        qualities = {self.ledger.energy_quality}
+        for host, by_phase, readings in shares:
             for phase, joules in by_phase.items():
                 phases[phase] = _add(phases.get(phase), joules)
             for reading in readings:
-                name = f"{reading.device} ({reading.source})" if reading.source else reading.device
+                qualities.add(reading.quality)
+                name = f"{host}: {reading.device}" if several else reading.device
+                name = f"{name} ({reading.source})" if reading.source else name
                 devices[name] = _add(devices.get(name), reading.joules)
         seconds = self.ledger.time_s + time.monotonic() - self._started
-        return replace(self.ledger, energy_by_phase_j=phases, energy_by_device_j=devices, time_s=seconds)
+        return replace(
+            self.ledger,
+            energy_by_phase_j=phases,
+            energy_by_device_j=devices,
+            energy_quality=next((quality for quality in _WORST_FIRST if quality in qualities), None),
+            time_s=seconds,
+        )
 
     def _checkpoint(self) -> Path:
-        """Write a checkpoint; rank 0 writes, the others wait."""
+        """Write a checkpoint, unless this step has one; rank 0 writes, the others wait.
+
+        Raises:
+            TrainingDiverged: A parameter is not finite.
+        """
+        path = self.folder.checkpoints / f"step-{self.step:09d}"
+        if self._saved_step == self.step:
+            return path
         started = time.monotonic()
         with self.meter.window("checkpoint"):
+            size = float(torch.nn.utils.get_total_norm(self.engine.module.parameters()))
+            if not math.isfinite(size):
+                self._diverged(size)
             self.engine.sync_buffers()
             random = self.engine.gather_objects(torch.get_rng_state())
             totals = self.engine.sum(self._totals)
-            ledger = self._ledger_now()
-            path = self.folder.checkpoints / f"step-{self.step:09d}"
-            if self.engine.is_main:
-                save_checkpoint(
-                    self.folder.checkpoints,
-                    self.step,
-                    self._snapshot(random, totals, ledger),
-                    self.config.checkpoint.keep_last,
-                )
-            self.engine.wait()
-        self.events.record("checkpoint", self.step, path=str(path), pause_s=time.monotonic() - started)
+            snapshot = self._snapshot(random, totals, self._ledger_now())
+            keep = self.config.checkpoint.keep_last
+            self.engine.together(
+                lambda: save_checkpoint(self.folder.checkpoints, self.step, snapshot, keep), main_only=True
+            )
+        self._saved_step = self.step
+        spent = self._spending_numbers(*self._read_meters())
+        self.events.record("checkpoint", self.step, path=str(path), pause_s=time.monotonic() - started, **spent)
         return path
 
     def _snapshot(self, random: list[Tensor], totals: Tensor, ledger: Ledger) -> Checkpoint:
@@ -441,7 +477,6 @@ class Trainer:
         }
         state = {
             "step": self.step,
-            "identity": self.config.identity(),
             "structure": self.structure.to_dict(),
             "ledger": ledger.to_dict(),
             "step_times": vars(self.step_times),
@@ -458,7 +493,8 @@ class Trainer:
         path = self._checkpoint()
         number = max(self.engine.gather_objects(self.interrupt.signal)) or signal.SIGTERM
         name = signal.Signals(number).name
-        self.events.record("interrupt", self.step, signal=name, checkpoint=str(path))
+        spent = self._spending_numbers(*self._read_meters())
+        self.events.record("interrupt", self.step, signal=name, checkpoint=str(path), **spent)
         raise Interrupted(
             number,
             f"stopped by {name} after step {self.step} of {self.total_steps}; {path} is written. "
@@ -478,8 +514,6 @@ class Trainer:
     def _summary(self, ledger: Ledger) -> dict[str, Any]:
         config, dense = self.config, self.unit_table.dense
         assert self.last_evaluation is not None
-        qualities = self.engine.gather_objects([reading.quality for reading in self.meter.total().readings])
-        known = {quality for rank in qualities for quality in rank if quality is not None}
         energy_j = ledger.energy_j
         return {
             "run": self.folder.path.name,
@@ -507,7 +541,7 @@ class Trainer:
                 {"unit": o.unit, "step": o.step, "epoch": o.epoch, "reason": o.reason} for o in self.structure.removed()
             ],
             "energy_j": energy_j,
-            "energy_quality": next((q for q in ("estimate", "integrated power", "counter") if q in known), None),
+            "energy_quality": ledger.energy_quality,
             "energy_by_phase_j": ledger.energy_by_phase_j,
             "energy_by_device_j": ledger.energy_by_device_j,
             "energy_lost_j": ledger.energy_lost_j,
@@ -526,12 +560,9 @@ class Trainer:
         }
 
 
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def _known(value: float | None) -> tuple[float, float]:
+    """A value for a sum over ranks, and whether it is known."""
+    return (0.0, 0.0) if value is None else (value, 1.0)
 
 
 def _add(left: float | None, right: float | None) -> float | None:

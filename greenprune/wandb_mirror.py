@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from greenprune.config import Config
+from greenprune.config import Config, ConfigError
 from greenprune.engine import Engine
 from greenprune.tracking import Event, RunFolder
 
@@ -30,8 +29,7 @@ def start_wandb(engine: Engine, config: Config, folder: RunFolder) -> tuple[Call
     """
     import wandb
 
-    online = config.tracking.mode == "online" or (config.tracking.mode == "auto" and _logged_in())
-    os.environ.setdefault("WANDB_SILENT", "true")
+    online = config.tracking.mode != "offline" and _logged_in()
     options: dict[str, Any] = {
         "name": folder.path.name,
         "id": f"{folder.path.name}-{config.identity()}",
@@ -39,12 +37,12 @@ def start_wandb(engine: Engine, config: Config, folder: RunFolder) -> tuple[Call
         "job_type": "gated" if config.gate.enabled else "dense",
         "dir": str(folder.path),
         "mode": "online" if online else "offline",
-        "settings": wandb.Settings(init_timeout=_INIT_TIMEOUT_S, console="off"),
+        "settings": wandb.Settings(init_timeout=_INIT_TIMEOUT_S, console="off", silent=True),
     }
     try:
         engine.start_trackers(config.tracking.trackers, config.tracking.project, config.to_dict(), {"wandb": options})
-    except wandb.errors.CommError:
-        # Logged in, but the server does not answer: the run is worth more than its live view.
+    except wandb.errors.Error:
+        # The server does not answer or does not know the key: the run is worth more than its live view.
         options |= {"mode": "offline", "resume": None}
         engine.start_trackers(config.tracking.trackers, config.tracking.project, config.to_dict(), {"wandb": options})
     run = engine.tracker("wandb")
@@ -64,6 +62,18 @@ def start_wandb(engine: Engine, config: Config, folder: RunFolder) -> tuple[Call
     else:
         note = f"W&B: {run.url}"
     return mirror, note
+
+
+def check_wandb(config: Config) -> None:
+    """Refuse to go online without a key, which W&B would ask for.
+
+    Raises:
+        ConfigError: ``tracking.mode`` is online and nobody is logged in.
+    """
+    if config.tracking.mode == "online" and not _logged_in():
+        raise ConfigError(
+            "tracking.mode: 'online' is not valid without a W&B login; expected auto or offline, or run: wandb login"
+        )
 
 
 def _logged_in() -> bool:

@@ -28,6 +28,12 @@ def meta_network(make: MakeNetwork, name: str, shortcut: str, side: int, classes
         return make(name, shortcut=shortcut, kind=kind, image_size=side, classes=classes)
 
 
+def input_channels(model: nn.Module) -> list[int]:
+    """Of every block's input."""
+    branches = [block.branch for block in residual_blocks(model).values()]
+    return [next(m for m in branch.modules() if isinstance(m, nn.Conv2d)).in_channels for branch in branches]
+
+
 @pytest.mark.parametrize(("name", "shortcut", "side", "classes", "millions"), PUBLISHED)
 def test_a_forward_pass_costs_what_is_published(
     make_network: MakeNetwork, name: str, shortcut: str, side: int, classes: int, millions: float
@@ -48,12 +54,38 @@ def test_a_forward_pass_costs_what_is_published(
         ("resnet50", "A", 224, 2 * 49 * 3 * 64 * 112 * 112),
     ],
 )
-def test_training_costs_three_forward_passes_without_the_gradient_of_the_images(
+def test_training_costs_three_forward_passes_without_the_gradients_of_the_images_and_of_what_gates_see(
     make_network: MakeNetwork, name: str, shortcut: str, side: int, stem: int, kind: str | None
 ) -> None:
     model = meta_network(make_network, name, shortcut, side, 10, kind)
     cost = count_costs(model, (3, side, side))[""]
-    assert cost.flops_train == 3 * cost.flops_forward - stem
+    gates = 2 * sum(input_channels(model)) if kind == "conditional" else 0
+    assert cost.flops_train == 3 * cost.flops_forward - stem - gates
+
+
+@pytest.mark.parametrize(
+    ("name", "shortcut"), [("resnet20", "A"), ("resnet20", "B"), ("resnet18", "A"), ("resnet50", "A")]
+)
+def test_a_part_costs_two_backward_products_a_forward_one_and_a_gate_one(
+    make_network: MakeNetwork, name: str, shortcut: str
+) -> None:
+    model = meta_network(make_network, name, shortcut, 32, 10, "conditional")
+    blocks = residual_blocks(model)
+    parts = [f"{name}.{part}" for name in blocks for part in ("branch", "gate", "shortcut")]
+    costs = count_costs(model, (3, 32, 32), parts)
+    for name_, channels in zip(blocks, input_channels(model), strict=True):
+        gate, branch, beside = (costs[f"{name_}.{part}"] for part in ("gate", "branch", "shortcut"))
+        assert gate == Cost(2 * channels, 4 * channels, channels + 1)
+        assert branch.flops_train == 3 * branch.flops_forward > 0
+        assert beside.flops_train == 3 * beside.flops_forward
+
+
+def test_a_branch_costs_the_same_whatever_the_shortcut_beside_it(make_network: MakeNetwork) -> None:
+    networks = {shortcut: meta_network(make_network, "resnet20", shortcut, 32, 10, "conditional") for shortcut in "AB"}
+    branches = [f"{name}.branch" for name in residual_blocks(networks["A"])]
+    without, projected = (count_costs(network, (3, 32, 32), ["", *branches]) for network in networks.values())
+    assert projected.pop("").flops_train > without.pop("").flops_train
+    assert projected == without
 
 
 def test_a_count_by_hand() -> None:
@@ -61,7 +93,8 @@ def test_a_count_by_hand() -> None:
     convolution, linear = 2 * 9 * 3 * 4 * 36, 2 * 144 * 5
     costs = count_costs(model, (3, 6, 6), ["", "0", "1", "3"])
     assert costs[""] == Cost(convolution + linear, 2 * convolution + 3 * linear, 3 * 9 * 4 + 4 + 144 * 5 + 5)
-    assert costs["0"] == Cost(convolution, 2 * convolution, 3 * 9 * 4 + 4)
+    # As inside a network, where its input has a gradient.
+    assert costs["0"] == Cost(convolution, 3 * convolution, 3 * 9 * 4 + 4)
     assert costs["1"] == Cost()
     assert costs["3"] == Cost(linear, 3 * linear, 144 * 5 + 5)
 
@@ -73,13 +106,10 @@ def test_the_count_of_a_gated_network_includes_its_gates(
 ) -> None:
     gated = meta_network(make_network, name, "A", 32, 10, kind)
     plain = meta_network(make_network, name, "A", 32, 10, None)
-    channels = [
-        next(module for module in block.branch.modules() if isinstance(module, nn.Conv2d)).in_channels
-        for block in residual_blocks(plain).values()
-    ]
+    channels = input_channels(plain)
     with_gates, without = count_costs(gated, (3, 32, 32))[""], count_costs(plain, (3, 32, 32))[""]
     assert with_gates.flops_forward - without.flops_forward == flops * 2 * sum(channels)
-    assert with_gates.flops_train - without.flops_train == flops * 6 * sum(channels)
+    assert with_gates.flops_train - without.flops_train == flops * 4 * sum(channels)
     assert with_gates.params - without.params == params * sum(channels) + len(channels)
 
 

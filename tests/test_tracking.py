@@ -18,6 +18,7 @@ from greenprune.config import BudgetConfig, Config, DataConfig, GateConfig, Mode
 from greenprune.tracking import (
     Event,
     EventLog,
+    FolderLock,
     Ledger,
     RunFolder,
     default_run_name,
@@ -157,7 +158,7 @@ def test_the_ledger_counts_samples_and_flops() -> None:
     ("phases", "lost", "total"),
     [
         ({}, 0.0, None),
-        ({"train": None, "eval": None}, 5.0, None),
+        ({"train": None, "eval": None}, 5.0, 5.0),
         ({"train": 10.0, "eval": None}, 0.0, 10.0),
         ({"train": 10.0, "eval": 2.5}, 1.0, 13.5),
         ({"train": 0.0}, 0.0, 0.0),
@@ -225,16 +226,22 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.Mon
 # The folder.
 
 
-def test_a_folder_exists_once_it_holds_something(tmp_path: Path) -> None:
+def test_a_folder_is_made_once(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "runs" / "one")
-    assert not folder.exists
-    folder.path.mkdir(parents=True)
-    assert not folder.exists
     folder.create(Config(seed=3))
-    assert folder.exists
     assert yaml.safe_load(folder.config.read_text()) == Config(seed=3).to_dict()
-    (tmp_path / "file").touch()
-    assert RunFolder(tmp_path / "file").exists
+    with pytest.raises(FileExistsError):
+        folder.create(Config(seed=3))
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "one")
+    folder.create(Config())
+    lock = FolderLock(folder)
+    with pytest.raises(UserError, match=rf"in use by another process \(process {os.getpid()} on "):
+        FolderLock(folder)
+    lock.release()
+    FolderLock(folder).release()
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:

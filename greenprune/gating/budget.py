@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -52,10 +53,11 @@ class UnitCosts:
         Raises:
             ConfigError: The part of the network that has no gate costs more than the target.
         """
+        least = math.ceil(self.fixed * 1000) / 1000
         if self.fixed > target:
             raise ConfigError(
-                f"budget.target: {target} cannot be met; {self.fixed:.3f} of this network's cost has no gate, "
-                f"expected a share from {self.fixed:.3f} to 1"
+                f"budget.target: {target} cannot be met; {least} of this network's cost has no gate, "
+                f"expected a share from {least} to 1"
             )
 
 
@@ -111,14 +113,15 @@ class BudgetController:
         share = min(1.0, (step - self.warmup_end) / max(1, self.ramp_end - self.warmup_end))
         return 1.0 - share * (1.0 - self.target)
 
-    def penalty(self, kept: Tensor, step: int) -> Tensor:
+    def penalty(self, kept: Tensor, kept_by_all: Tensor, step: int) -> Tensor:
         """``price * (rho - tau(t))``, after the price has moved by this step's error.
 
         Args:
             kept: Kept cost rho, a scalar with gradient.
+            kept_by_all: The same value, computed alike on every rank to the last bit, so that prices never drift apart.
             step: Step of the run, from 0; after the warm-up.
         """
-        error = kept.detach() - self.target_at(step)
+        error = kept_by_all - self.target_at(step)
         self.integral.add_(error, alpha=INTEGRAL / self.total_steps).clamp_(min=0.0)
         # A new tensor: the graph of this step's loss holds on to the price it was computed with.
         self.price = (self.integral + PROPORTIONAL * error).clamp(min=0.0)

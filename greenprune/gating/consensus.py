@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from greenprune.gating.budget import UnitCosts
 
 Reason = Literal["off", "settled", "on"]
+
+FloatArray = npt.NDArray[np.float64]
 
 _ROUNDING = 1e-9  # shares of cost are sums of floats
 
@@ -84,6 +89,7 @@ class Consensus:
 
     def close_window(self) -> dict[str, UnitWindow]:
         """Read the counts (one transfer from the device) and start the next window."""
+        assert self._samples > 0, "a window without a step"
         on = self._on.tolist()
         openness = (self._openness / max(1, self._steps)).tolist()
         window = {}
@@ -139,10 +145,10 @@ def decide(
 ) -> list[Verdict]:
     """What is removed and frozen at the end of a window.
 
-    Units that were off for every sample go, the least open first, as long as the kept cost can still end in
-    ``(target - cheapest unit, target]``. Where more than ``ceiling`` is kept even then, the units of the lowest rate
-    (then openness) are settled: removed though undecided, so that the saving comes when the ramped budget says. At
-    the deadline (``final``) everything is settled against the target and what stays is frozen.
+    Units that were off for every sample go, the least open first, as long as the units left can still be settled to
+    end in ``(target - cheapest unit, target]``. Where more than ``ceiling`` is kept even then, the units of the lowest
+    rate (then openness) are settled: removed though undecided, so that the saving comes when the ramped budget says.
+    At the deadline (``final``) everything is settled against the target and what stays is frozen.
 
     Args:
         window: The gated units' counts.
@@ -164,7 +170,6 @@ def decide(
     def kept() -> float:
         return kept_for_good + sum(costs.units[name] for name in staying)
 
-    floor = target - costs.cheapest + _ROUNDING
     if final:
         chosen = settle(order, costs, kept_for_good, target)
         for name in order:
@@ -174,7 +179,9 @@ def decide(
         return verdicts + [Verdict(name, "freeze", "on" if window[name].rate == 1 else "settled") for name in frozen]
     for name in order:
         off = window[name].on == 0
-        if (off or kept() > ceiling + _ROUNDING) and kept() - costs.units[name] > floor:
+        if not off and kept() <= ceiling + _ROUNDING:
+            continue
+        if can_settle([costs.units[other] for other in staying - {name}], costs, kept_for_good, target):
             staying.remove(name)
             verdicts.append(Verdict(name, "remove", "off" if off else "settled"))
     if kept() <= target + _ROUNDING:
@@ -184,11 +191,53 @@ def decide(
     return verdicts
 
 
-def settle(order: list[str], costs: UnitCosts, kept_for_good: float, target: float) -> set[str]:
-    """Choose the units to keep: as many of the most wanted as the target allows, and no room left unused.
+_MANY_SUMS = 100_000
 
-    Units are taken from the most wanted on, each that still fits. If more than the cheapest unit's cost is left
-    over then, wanted units are exchanged for costlier ones until it is not.
+
+def _add_unit(sums: FloatArray, cost: float) -> FloatArray:
+    """All sums of some units' costs, with one unit more to choose from; equal ones once.
+
+    Networks have few distinct costs, so there are few sums. Where there are many, sums closer than 1e-6 stand for each
+    other: a choice may then be missed, but none is imagined, since each number is the sum of a real choice.
+    """
+    both = np.concatenate([sums, sums + cost])
+    digits = 12 if len(both) < _MANY_SUMS else 6
+    _, first = np.unique(both.round(digits), return_index=True)
+    return both[first]
+
+
+class _Window:
+    """Where the sum of the chosen units' costs has to end: (target - cheapest, target] without what is kept anyway."""
+
+    def __init__(self, costs: UnitCosts, kept_for_good: float, target: float) -> None:
+        self.high = target - kept_for_good + _ROUNDING
+        self.low = self.high - costs.cheapest
+
+    def reached_by(self, sums: FloatArray) -> bool:
+        """Whether one of the sums ends in the window."""
+        return bool(((sums > self.low) & (sums <= self.high)).any())
+
+
+def can_settle(undecided: Iterable[float], costs: UnitCosts, kept_for_good: float, target: float) -> bool:
+    """Whether some choice among undecided units ends with the kept cost in (target - cheapest unit, target].
+
+    Args:
+        undecided: Costs of the units among which is chosen.
+        costs: Shares of the dense cost.
+        kept_for_good: Share that is kept whatever is chosen.
+        target: Share to keep at most.
+    """
+    sums = np.zeros(1)
+    for cost in undecided:
+        sums = _add_unit(sums, cost)
+    return _Window(costs, kept_for_good, target).reached_by(sums)
+
+
+def settle(order: list[str], costs: UnitCosts, kept_for_good: float, target: float) -> set[str]:
+    """Choose the units to keep: the most wanted, as far as the kept cost can then still end where it should.
+
+    Going from the most wanted unit to the least, each is kept if the rest can still be chosen such that the kept cost
+    ends in ``(target - cheapest, target]``, else dropped. Where no choice does, the most wanted that fit are kept.
 
     Args:
         order: Undecided units, the least wanted first.
@@ -197,27 +246,20 @@ def settle(order: list[str], costs: UnitCosts, kept_for_good: float, target: flo
         target: Share to keep at most.
 
     Returns:
-        Units to keep; with them the kept cost lies in (target - cheapest, target] wherever such a choice is found.
+        Units to keep.
     """
+    window = _Window(costs, kept_for_good, target)
+    sums_below = {}  # for each unit, the sums of those less wanted
+    sums = np.zeros(1)
+    for name in order:
+        sums_below[name] = sums
+        sums = _add_unit(sums, costs.units[name])
+    possible = window.reached_by(sums)
     chosen: set[str] = set()
-    kept = kept_for_good
+    kept = 0.0
     for name in reversed(order):
-        if kept + costs.units[name] <= target + _ROUNDING:
+        with_it = kept + costs.units[name]
+        if window.reached_by(sums_below[name] + with_it) if possible else with_it <= window.high:
             chosen.add(name)
-            kept += costs.units[name]
-    while kept <= target - costs.cheapest - _ROUNDING:
-        room = target - kept + _ROUNDING
-        swaps = [
-            (out, into)
-            for out in order
-            if out in chosen
-            for into in reversed(order)
-            if into not in chosen and 0 < costs.units[into] - costs.units[out] <= room
-        ]
-        if not swaps:
-            break
-        out, into = swaps[0]
-        chosen.remove(out)
-        chosen.add(into)
-        kept += costs.units[into] - costs.units[out]
+            kept = with_it
     return chosen

@@ -34,30 +34,41 @@ class _StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logit: Tensor) -> Tensor:
+    def forward(ctx: Any, logit: Tensor, loss_scale: Tensor | None) -> Tensor:
         ctx.save_for_backward(logit)
+        ctx.loss_scale = loss_scale
         return (logit > 0).to(logit.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (logit,) = ctx.saved_tensors
         (grad,) = grads
-        # A step goes against the gradient: a negative gradient raises the logit.
-        outward = ((logit >= BOUND) & (grad < 0)) | ((logit <= -BOUND) & (grad > 0))
+        # A step goes against the gradient: one of the other sign moves the logit away from zero.
+        outward = (logit * grad < 0) & (logit.abs() >= BOUND)
+        grad = grad.masked_fill(outward, 0.0)
         largest = GRADIENT_BOUND / grad.numel()
-        return grad.masked_fill(outward, 0.0).clamp(-largest, largest)
+        if ctx.loss_scale is None:
+            return grad.clamp_(-largest, largest), None
+        # fp16: what arrives here is the gradient of the scaled loss.
+        bound = largest * ctx.loss_scale
+        return torch.minimum(torch.maximum(grad, -bound), bound), None
 
 
 def _full_precision(device_type: str) -> AbstractContextManager[object]:
     """No autocast inside, on devices that have it (the meta device, on which costs are counted, has none)."""
-    if torch.amp.is_autocast_available(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
-def straight_through(logit: Tensor) -> Tensor:
-    """Binary decisions [B] of logits [B], with the bounded straight-through gradient (Bengio et al. 2013)."""
-    decision: Tensor = _StraightThrough.apply(logit)
+def straight_through(logit: Tensor, loss_scale: Tensor | None = None) -> Tensor:
+    """Binary decisions [B] of logits [B], with the bounded straight-through gradient (Bengio et al. 2013).
+
+    Args:
+        logit: Logits, fp32.
+        loss_scale: Factor (scalar) by which mixed precision scales the loss; None if it does not.
+    """
+    decision: Tensor = _StraightThrough.apply(logit, loss_scale)
     return decision
 
 
@@ -69,24 +80,32 @@ class Gate(nn.Module):
     than ``b`` (our choice). Static gates have ``a = b``.
     ``w`` starts at zero: at first every input gets the same decision, open.
 
+    The gate watches the unit's input and leaves it alone: no gradient goes from ``a`` into the features (our choice;
+    it would cost a pass over all activations).
+
     Args:
         channels: Channels C of the unit's input, or None for a static gate.
         openness: s at the start, in (1/2, 1).
 
     Attributes:
         decision: Decisions [B] (fp32, with gradient) of the last training pass, until taken by :func:`take_decisions`.
-        openness: Mean of s over the same batch, a scalar without gradient.
+        logit: The logits [B] they were made from, without gradient.
+        loss_scale: Factor by which mixed precision scales the loss, if it does; set by the training loop.
     """
 
     decision: Tensor | None
-    openness: Tensor | None
+    logit: Tensor | None
+    loss_scale: Tensor | None
 
     def __init__(self, channels: int | None, openness: float) -> None:
         super().__init__()
         self.weight = None if channels is None else nn.Parameter(torch.zeros(1, channels))
         self.bias = nn.Parameter(torch.full((1,), math.log(openness / (1 - openness))))
-        self.decision = None
-        self.openness = None
+        self.decision = self.logit = self.loss_scale = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a gate has made no decisions yet (and tensors of a graph cannot be copied)."""
+        return {**self.__dict__, "decision": None, "logit": None, "loss_scale": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """Decisions [B] for the unit's input ``x`` [B, C, ...]."""
@@ -94,13 +113,12 @@ class Gate(nn.Module):
             if self.weight is None:
                 logit = self.bias.expand(x.shape[0])
             else:
-                pooled = x.mean(dim=tuple(range(2, x.dim())), dtype=torch.float32)
+                pooled = x.detach().mean(dim=tuple(range(2, x.dim())), dtype=torch.float32)
                 direction = functional.layer_norm(pooled, pooled.shape[1:]) / math.sqrt(pooled.shape[1])
                 logit = functional.linear(direction, self.weight, self.bias).squeeze(1)
-            decision = straight_through(logit)
+            decision = straight_through(logit, self.loss_scale)
             if self.training:
-                self.decision = decision
-                self.openness = torch.sigmoid(logit.detach().clamp(-BOUND, BOUND)).mean()
+                self.decision, self.logit = decision, logit.detach()
         return decision
 
 
@@ -140,10 +158,17 @@ def take_decisions(gates: list[Gate]) -> tuple[Tensor, Tensor]:
     """Take the last training pass's decisions out of the gates.
 
     Returns:
-        Rates of this process's batch [U], with gradient, and openness [U], without; fp32.
+        Rates of this process's batch [U], with gradient, and mean openness [U], without; fp32.
     """
     rates = torch.stack([gate.decision for gate in gates if gate.decision is not None]).mean(1)
-    openness = torch.stack([gate.openness for gate in gates if gate.openness is not None])
+    openness = torch.stack([gate.logit for gate in gates if gate.logit is not None]).sigmoid_().mean(1)
     for gate in gates:
-        gate.decision = gate.openness = None
+        gate.decision = gate.logit = None
     return rates, openness
+
+
+def hold_within_bounds(gates: list[Gate]) -> None:
+    """Put the logits that momentum carried past their bounds back, in place, after an optimizer step."""
+    biases = [gate.bias.detach() for gate in gates]
+    torch._foreach_clamp_min_(biases, -BOUND)
+    torch._foreach_clamp_max_(biases, BOUND)

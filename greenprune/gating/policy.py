@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from greenprune.config import Config
 from greenprune.gating.budget import BudgetController, UnitCosts, global_rates, polarization
 from greenprune.gating.consensus import Consensus, UnitWindow, Verdict, decide
-from greenprune.gating.gates import Gate, gated_units, take_decisions
+from greenprune.gating.gates import Gate, gated_units, hold_within_bounds, take_decisions
 
 # Share of the time from the warm-up to the deadline in which the target is ramped down (our choice): gates then have
 # the rest to come to rest, and the last to go still leave in time to save much.
@@ -52,7 +52,7 @@ class GatePolicy:
         self.freeze_after = config.removal.freeze_after
         self.polarization = config.gate.polarization
         self.window = window
-        self.warmup_end = round(config.gate.warmup * total_steps)
+        self.warmup_end = min(round(config.gate.warmup * total_steps), total_steps - 1)
         self.deadline = max(self.warmup_end + 1, round(config.removal.decide_by * total_steps))
         self.controller = BudgetController(
             self.target,
@@ -99,8 +99,17 @@ class GatePolicy:
         if step < self.warmup_end:
             return None
         rates = global_rates(local, shared[0])
-        kept = self._cost @ rates + self._kept_for_good
-        return self.polarization * polarization(rates) + self.controller.penalty(kept, step)
+        kept, kept_by_all = (self._cost @ r + self._kept_for_good for r in (rates, shared[0]))
+        return self.polarization * polarization(rates) + self.controller.penalty(kept, kept_by_all, step)
+
+    def after_step(self) -> None:
+        """Keep the gates within their bounds after an optimizer step."""
+        hold_within_bounds(self._gates)
+
+    def scale_losses_by(self, loss_scale: Tensor | None) -> None:
+        """Tell the gates the factor by which mixed precision scales the loss, if it does."""
+        for gate in self._gates:
+            gate.loss_scale = loss_scale
 
     def at_boundary(self, steps_done: int) -> bool:
         """Whether a window ends after this many steps: every window and the deadline itself."""

@@ -2,8 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+
+class _GatedSum(torch.autograd.Function):
+    """``shortcut + decision * branch`` in one pass over the activations, and two in the backward.
+
+    The derivative of torch.addcmul makes two more passes, to multiply by its factor of 1.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, decision: Tensor) -> Tensor:
+        ctx.save_for_backward(branch, decision)
+        return torch.addcmul(shortcut, branch, _per_sample(decision, branch))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (grad,) = grads
+        branch, decision = ctx.saved_tensors
+        towards_decision = (grad * branch).sum(dim=tuple(range(1, grad.dim())), dtype=decision.dtype)
+        return grad, grad * _per_sample(decision, grad), towards_decision
+
+
+def _per_sample(decision: Tensor, activations: Tensor) -> Tensor:
+    """Decisions [B] in the shape and precision in which they multiply activations [B, ...]."""
+    return decision.to(activations.dtype).view(-1, *[1] * (activations.dim() - 1))
 
 
 class ResidualBlock(nn.Module):
@@ -33,12 +59,7 @@ class ResidualBlock(nn.Module):
         """The unit's output [B, C', H', W'] for the input ``x`` [B, C, H, W]."""
         shortcut = self.shortcut(x)
         branch = self.branch(x)
-        if self.gate is None:
-            out = shortcut + branch
-        else:
-            decision = self.gate(x).to(branch.dtype)
-            # One fused pass over the activations, not a product and a sum.
-            out = torch.addcmul(shortcut, branch, decision.view(-1, 1, 1, 1))
+        out = shortcut + branch if self.gate is None else _GatedSum.apply(shortcut, branch, self.gate(x))
         activated: Tensor = self.activation(out)
         return activated
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from greenprune.surgery.removal import freeze_unit, remove_unit
 
 FORMAT = 1
+Action = Literal["remove", "freeze"]
+Reason = Literal["off", "on", "settled"]
 
 
 class StructureMismatch(ValueError):
@@ -30,11 +32,11 @@ class Operation:
         reason: off or on for all inputs of the window(s), or settled against the budget.
     """
 
-    action: Literal["remove", "freeze"]
+    action: Action
     unit: str
     step: int
     epoch: float
-    reason: Literal["off", "on", "settled"]
+    reason: Reason
 
 
 @dataclass
@@ -64,13 +66,30 @@ class Structure:
             operations = [Operation(**item) for item in values["operations"]]
         except (KeyError, TypeError) as error:
             raise StructureMismatch(f"malformed structure: {error}") from None
-        if any(operation.action not in ("remove", "freeze") for operation in operations):
-            raise StructureMismatch("malformed structure: an action is neither remove nor freeze")
+        for operation in operations:
+            _check(operation)
         return cls(operations)
 
     def checksum(self) -> str:
         """A digest that is equal on two ranks exactly if their structures are."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _check(operation: Operation) -> None:
+    """Refuse an operation whose values are not of their kinds.
+
+    Raises:
+        StructureMismatch: One is not; the message shows it.
+    """
+    well_formed = (
+        operation.action in get_args(Action)
+        and operation.reason in get_args(Reason)
+        and isinstance(operation.unit, str)
+        and isinstance(operation.step, int)
+        and isinstance(operation.epoch, int | float)
+    )
+    if not well_formed:
+        raise StructureMismatch(f"malformed structure: {operation}")
 
 
 def replay(structure: Structure, model: nn.Module) -> None:

@@ -16,7 +16,8 @@ def environment() -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "WANDB_"))}
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GREENPRUNE_DATA"):
         inherited.pop(key, None)
-    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    # These tests are of CPU training, also on a machine with GPUs.
+    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def command(script: Path, args: list[str], processes: int) -> list[str]:
@@ -27,11 +28,13 @@ def command(script: Path, args: list[str], processes: int) -> list[str]:
     return [*launcher, "--config_file", str(ROOT / "launch" / "cpu_2.yaml"), str(script), *args]
 
 
-def run(script: Path, args: list[str], processes: int = 1, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end."""
+def run(
+    script: Path, args: list[str], processes: int = 1, timeout_s: float = 240, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end, with further environment variables."""
     return subprocess.run(
         command(script, args, processes),
-        env=environment(),
+        env=environment() | variables,
         capture_output=True,
         text=True,
         timeout=timeout_s,

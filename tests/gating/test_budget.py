@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 import re
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ from greenprune.gating import (
     polarization,
     take_decisions,
 )
+from greenprune.gating.gates import BOUND
 from greenprune.surgery import freeze_unit, remove_unit
 
 CPU = torch.device("cpu")
@@ -36,7 +38,7 @@ def controller(target: float = 0.4, **changes: int) -> BudgetController:
 def pay(budget: BudgetController, kept: float, step: int) -> tuple[float, float]:
     """The penalty and its gradient for a kept cost."""
     rho = torch.tensor(kept, requires_grad=True)
-    penalty = budget.penalty(rho, step)
+    penalty = budget.penalty(rho, rho.detach(), step)
     penalty.backward()
     return penalty.item(), rho.grad.item()
 
@@ -64,17 +66,48 @@ def test_a_target_that_can_be_met_is_accepted(target: float) -> None:
 
 
 def test_an_impossible_target_is_refused_by_its_key() -> None:
-    with pytest.raises(ConfigError, match=r"^budget\.target: 0\.39 .*0\.400.*expected a share from 0\.400 to 1"):
+    with pytest.raises(ConfigError, match=r"^budget\.target: 0\.39 .* 0\.40* .*expected a share from 0\.40* to 1"):
         UnitCosts(fixed=0.4, units={"a": 0.6}).check_target(0.39)
 
 
-@pytest.mark.parametrize("fixed", [0.0664, 0.0666, 0.12345])
-def test_the_share_that_the_message_names_can_be_met(fixed: float) -> None:
-    costs = UnitCosts(fixed=fixed, units={"a": 1 - fixed})
+def advised_share(costs: UnitCosts) -> str:
+    """The least share that the refusal of an impossible target names."""
     with pytest.raises(ConfigError) as refused:
-        costs.check_target(0.01)
-    advised = re.search(r"expected a share from ([\d.]+) to 1", str(refused.value))
-    costs.check_target(float(advised[1]))
+        costs.check_target(1e-6)
+    named = re.search(r"; ([\d.]+) of .* expected a share from ([\d.]+) to 1$", str(refused.value))
+    assert named[1] == named[2]
+    return named[1]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "share"),
+    [(0.0664, 0.067), (0.0666, 0.067), (0.12345, 0.124), (0.4, 0.4), (0.07, 0.07), (0.0001, 0.001), (0.9999, 1.0)],
+)
+def test_the_share_that_the_message_names_is_the_least_of_three_digits_that_can_be_met(
+    fixed: float, share: float
+) -> None:
+    costs = UnitCosts(fixed=fixed, units={"a": 1 - fixed})
+    assert float(advised_share(costs)) == share
+    costs.check_target(share)
+
+
+def test_whatever_the_costs_the_share_that_the_message_names_can_be_met() -> None:
+    rng = random.Random(1)
+    for _ in range(1000):
+        units = {f"u{index}": rng.uniform(0.1, 5) for index in range(rng.randint(1, 30))}
+        costs = UnitCosts.of(units, sum(units.values()) * rng.uniform(1.001, 20))
+        share = advised_share(costs)
+        costs.check_target(float(share))
+        assert len(share) <= len("0.123")
+        assert float(share) - costs.fixed <= 1e-3
+
+
+@pytest.mark.xfail(strict=True, reason="check_target: no tolerance for the rounding of 1 - sum(shares)")
+@pytest.mark.parametrize(("unit", "total", "share"), [(93, 500, 0.814), (7, 10, 0.3)])
+def test_shares_of_round_numbers_can_be_met_as_well(unit: int, total: int, share: float) -> None:
+    costs = UnitCosts.of({"a": unit}, total)
+    assert float(advised_share(costs)) == share
+    costs.check_target(share)
 
 
 # Rates.
@@ -223,11 +256,28 @@ def test_the_gradient_of_a_step_is_that_of_its_own_price() -> None:
     """The next step's price does not reach back into a loss that is not yet differentiated."""
     budget = controller()
     rho = torch.tensor(0.8, requires_grad=True)
-    loss = budget.penalty(rho, 600)
+    loss = budget.penalty(rho, rho.detach(), 600)
     price = budget.price.item()
     pay(budget, 0.9, 601)
     loss.backward()
     assert rho.grad.item() == pytest.approx(price)
+
+
+def test_ranks_whose_kept_cost_differs_in_the_last_bit_pay_the_same_price() -> None:
+    """Each rank adds up its own rates; what the price follows is the same on all of them."""
+    one, other = controller(), controller()
+    for step in range(300, 700):
+        shared = torch.rand(())
+        kept = shared.clone().requires_grad_()
+        beside = torch.nextafter(shared, torch.tensor(step % 2.0)).requires_grad_()
+        assert kept.item() != beside.item()
+        gradients = []
+        for budget, rho in ((one, kept), (other, beside)):
+            budget.penalty(rho, shared, step).backward()
+            gradients.append(rho.grad.item())
+        assert gradients[0] == gradients[1] == one.price.item() == other.price.item()
+        assert torch.equal(one.integral, other.integral)
+    assert one.integral.item() > 0
 
 
 def test_a_controller_goes_on_from_its_state() -> None:
@@ -329,3 +379,53 @@ def test_a_policy_goes_on_from_its_state(make_network: Callable[..., nn.Module])
         penalties.append(policy.penalty(33, 4, same).item())
     assert penalties[0] == penalties[1] > 0
     assert first.close_window(40) == second.close_window(40)
+
+
+def test_the_ranks_policies_move_their_prices_alike_to_the_last_bit(make_network: Callable[..., nn.Module]) -> None:
+    """Half a batch each: their own rates differ, and so do the roundings on the way to the kept cost."""
+    model = make_network()
+    for parameter in gate_parameters(model):
+        nn.init.normal_(parameter, std=0.3)
+    ranks = [policy_of(model), policy_of(model)]
+    gates = [block.gate for block in gated_units(model).values()]
+    differed = False
+    for step in range(20, 30):
+        batches = torch.randn(2, 7, 3, 8, 8)
+        locals_ = []
+        for batch in batches:
+            model(batch)
+            locals_.append(torch.stack(take_decisions(gates)).detach())
+        shared = torch.stack(locals_).mean(0)
+        differed |= not torch.equal(locals_[0], locals_[1])
+        penalties = []
+        for policy, batch in zip(ranks, batches, strict=True):
+            model(batch)
+            penalties.append(policy.penalty(step, 14, lambda _, shared=shared: shared).item())
+        assert penalties[0] == pytest.approx(penalties[1], rel=1e-5, abs=1e-6)
+        assert torch.equal(ranks[0].controller.price, ranks[1].controller.price)
+        assert torch.equal(ranks[0].controller.integral, ranks[1].controller.integral)
+    assert differed
+    assert ranks[0].controller.price.item() > 0
+    assert ranks[0].close_window(30) == ranks[1].close_window(30)
+
+
+def test_the_policy_holds_its_gates_within_their_bounds(make_network: Callable[..., nn.Module]) -> None:
+    model = make_network()
+    policy = policy_of(model)
+    biases = [parameter for parameter in gate_parameters(model) if parameter.ndim == 1]
+    nn.init.constant_(biases[0], 100.0)
+    nn.init.constant_(biases[1], -100.0)
+    rest = [bias.item() for bias in biases[2:]]
+    policy.after_step()
+    assert [bias.item() for bias in biases] == [BOUND, -BOUND, *rest]
+
+
+def test_the_policy_tells_its_gates_of_the_loss_scale(make_network: Callable[..., nn.Module]) -> None:
+    model = make_network()
+    policy = policy_of(model)
+    scale = torch.tensor(1024.0)
+    gates = [block.gate for block in gated_units(model).values()]
+    policy.scale_losses_by(scale)
+    assert all(gate.loss_scale is scale for gate in gates)
+    policy.scale_losses_by(None)
+    assert all(gate.loss_scale is None for gate in gates)
