@@ -386,7 +386,7 @@ def test_the_ranks_policies_move_their_prices_alike_to_the_last_bit(make_network
     model = make_network()
     for parameter in gate_parameters(model):
         nn.init.normal_(parameter, std=0.3)
-    ranks = [policy_of(model), policy_of(model)]
+    ranks = [policy_of(model, 0.1), policy_of(model, 0.1)]
     gates = [block.gate for block in gated_units(model).values()]
     differed = False
     for step in range(20, 30):
