@@ -382,29 +382,24 @@ def test_a_policy_goes_on_from_its_state(make_network: Callable[..., nn.Module])
 
 
 def test_the_ranks_policies_move_their_prices_alike_to_the_last_bit(make_network: Callable[..., nn.Module]) -> None:
-    """Half a batch each: their own rates differ, and so do the roundings on the way to the kept cost."""
+    """Their own rates differ, and so do the roundings on the way to the kept cost."""
     model = make_network()
-    for parameter in gate_parameters(model):
-        nn.init.normal_(parameter, std=0.3)
-    ranks = [policy_of(model, 0.1), policy_of(model, 0.1)]
     gates = [block.gate for block in gated_units(model).values()]
-    differed = False
-    for step in range(20, 30):
-        batches = torch.randn(2, 7, 3, 8, 8)
-        locals_ = []
-        for batch in batches:
-            model(batch)
-            locals_.append(torch.stack(take_decisions(gates)).detach())
-        shared = torch.stack(locals_).mean(0)
-        differed |= not torch.equal(locals_[0], locals_[1])
+    ranks = [policy_of(model, 0.1), policy_of(model, 0.1)]
+    rounded_apart = 0
+    for step in range(20, 100):
+        decisions = (torch.rand(2, 9, 37) < torch.rand(9, 1)).float()
+        shared = torch.stack([decisions.mean(2).mean(0), torch.full((9,), 0.5)])
         penalties = []
-        for policy, batch in zip(ranks, batches, strict=True):
-            model(batch)
-            penalties.append(policy.penalty(step, 14, lambda _, shared=shared: shared).item())
-        assert penalties[0] == pytest.approx(penalties[1], rel=1e-5, abs=1e-6)
+        for policy, share in zip(ranks, decisions, strict=True):
+            for gate, decision in zip(gates, share, strict=True):
+                gate.decision, gate.logit = decision, torch.zeros(37)
+            penalties.append(policy.penalty(step, 74, lambda _, shared=shared: shared).item())
+        rounded_apart += penalties[0] != penalties[1]
+        assert penalties[0] == pytest.approx(penalties[1], rel=1e-4, abs=1e-4)
         assert torch.equal(ranks[0].controller.price, ranks[1].controller.price)
         assert torch.equal(ranks[0].controller.integral, ranks[1].controller.integral)
-    assert differed
+    assert rounded_apart
     assert ranks[0].controller.price.item() > 0
     assert ranks[0].close_window(30) == ranks[1].close_window(30)
 
