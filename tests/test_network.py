@@ -56,7 +56,6 @@ def random_structure(rng: random.Random, units: list[str]) -> Structure:
         ("resnet20", "B", "static", 8, 0),
         ("resnet18", "A", "conditional", 32, 1),
         ("resnet50", "A", "conditional", 64, 1),
-        ("resnet50", "A", "static", 224, 0),
         ("resnet20", "A", None, 8, 0),
     ],
 )

@@ -16,6 +16,8 @@ from greenprune.config import ConfigError
 PROPORTIONAL = 20.0
 INTEGRAL = 200.0
 
+_ROUNDING = 1e-9  # shares of cost are sums of floats
+
 
 @dataclass(frozen=True)
 class UnitCosts:
@@ -53,8 +55,8 @@ class UnitCosts:
         Raises:
             ConfigError: The part of the network that has no gate costs more than the target.
         """
-        least = math.ceil(self.fixed * 1000) / 1000
-        if self.fixed > target:
+        least = math.ceil((self.fixed - _ROUNDING) * 1000) / 1000
+        if self.fixed > target + _ROUNDING:
             raise ConfigError(
                 f"budget.target: {target} cannot be met; {least} of this network's cost has no gate, "
                 f"expected a share from {least} to 1"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -170,6 +172,14 @@ def decide(
     def kept() -> float:
         return kept_for_good + sum(costs.units[name] for name in staying)
 
+    reachable = can_settle([costs.units[name] for name in staying], costs, kept_for_good, target)
+
+    def may_go(name: str) -> bool:
+        if reachable:
+            rest = [costs.units[other] for other in staying - {name}]
+            return can_settle(rest, costs, kept_for_good, target)
+        return kept() - costs.units[name] > target - costs.cheapest + _ROUNDING  # units too unequal for the window
+
     if final:
         chosen = settle(order, costs, kept_for_good, target)
         for name in order:
@@ -181,7 +191,7 @@ def decide(
         off = window[name].on == 0
         if not off and kept() <= ceiling + _ROUNDING:
             continue
-        if can_settle([costs.units[other] for other in staying - {name}], costs, kept_for_good, target):
+        if may_go(name):
             staying.remove(name)
             verdicts.append(Verdict(name, "remove", "off" if off else "settled"))
     if kept() <= target + _ROUNDING:
@@ -194,16 +204,26 @@ def decide(
 _MANY_SUMS = 100_000
 
 
-def _add_unit(sums: FloatArray, cost: float) -> FloatArray:
-    """All sums of some units' costs, with one unit more to choose from; equal ones once.
+def _add_units(sums: FloatArray, cost: float, count: int = 1) -> FloatArray:
+    """All sums of some units' costs, with more units of one cost to choose from; equal sums once.
 
     Networks have few distinct costs, so there are few sums. Where there are many, sums closer than 1e-6 stand for each
     other: a choice may then be missed, but none is imagined, since each number is the sum of a real choice.
     """
-    both = np.concatenate([sums, sums + cost])
-    digits = 12 if len(both) < _MANY_SUMS else 6
-    _, first = np.unique(both.round(digits), return_index=True)
-    return both[first]
+    more = np.add.outer(cost * np.arange(count + 1), sums).ravel()
+    digits = 12 if len(more) < _MANY_SUMS else 6
+    _, first = np.unique(more.round(digits), return_index=True)
+    distinct: FloatArray = more[first]
+    return distinct
+
+
+@lru_cache(maxsize=64)
+def _all_sums(counts: tuple[tuple[float, int], ...]) -> FloatArray:
+    """All sums of choices among units, given as their distinct costs and how many units have each."""
+    sums = np.zeros(1)
+    for cost, count in counts:
+        sums = _add_units(sums, cost, count)
+    return sums
 
 
 class _Window:
@@ -227,10 +247,8 @@ def can_settle(undecided: Iterable[float], costs: UnitCosts, kept_for_good: floa
         kept_for_good: Share that is kept whatever is chosen.
         target: Share to keep at most.
     """
-    sums = np.zeros(1)
-    for cost in undecided:
-        sums = _add_unit(sums, cost)
-    return _Window(costs, kept_for_good, target).reached_by(sums)
+    counts = tuple(sorted(Counter(undecided).items()))
+    return _Window(costs, kept_for_good, target).reached_by(_all_sums(counts))
 
 
 def settle(order: list[str], costs: UnitCosts, kept_for_good: float, target: float) -> set[str]:
@@ -253,7 +271,7 @@ def settle(order: list[str], costs: UnitCosts, kept_for_good: float, target: flo
     sums = np.zeros(1)
     for name in order:
         sums_below[name] = sums
-        sums = _add_unit(sums, costs.units[name])
+        sums = _add_units(sums, costs.units[name])
     possible = window.reached_by(sums)
     chosen: set[str] = set()
     kept = 0.0

@@ -154,6 +154,7 @@ def test_the_least_open_unit_goes_first_and_none_once_the_budget_is_met() -> Non
 
 def test_after_every_removal_the_kept_cost_can_still_end_within_the_cheapest_unit_of_the_target() -> None:
     rng = random.Random(1)
+    settleable = 0
     for _ in range(300):
         costs = random_costs(rng)
         names = list(costs.units)
@@ -165,7 +166,10 @@ def test_after_every_removal_the_kept_cost_can_still_end_within_the_cheapest_uni
         if gone:
             left = set(names) - set(gone)
             assert costs.kept(left) > target - costs.cheapest - TOLERANCE
-            assert can_settle([costs.units[name] for name in left], costs, costs.fixed, target)
+            if can_settle(list(costs.units.values()), costs, costs.fixed, target):
+                assert can_settle([costs.units[name] for name in left], costs, costs.fixed, target)
+                settleable += 1
+    assert settleable > 50
 
 
 def test_units_over_the_ceiling_are_settled_by_rate_and_then_by_openness() -> None:
@@ -529,7 +533,7 @@ def decide_seconds(costs: UnitCosts, target: float, share_off: float) -> float:
     "cost",
     [
         "flops_forward",
-        pytest.param("params", marks=pytest.mark.xfail(strict=False, reason="9000 sums, built anew for every unit")),
+        "params",
     ],
 )
 def test_a_boundary_of_the_deepest_network_is_decided_in_milliseconds(cost: str) -> None:
