@@ -17,7 +17,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $(STAMP)
 
 train: $(STAMP)
@@ -43,7 +43,7 @@ contracts: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/twins.py configs/digits.yaml --targets 0.5 0.3 --seeds 0 1 2 3 4
-	$(BIN)/python benchmarks/step_time.py $(foreach seed,0 1 2 3 4,runs/benchmarks/digits/gated-0.5-seed$(seed))
+	$(BIN)/python benchmarks/step_time.py $(foreach seed,0 1 2 3 4,runs/benchmarks/digits/gated-0.5-seed$(seed)) --name step_time_0.5
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import signal
-import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
+from greenprune.accounts import Accounts
 from greenprune.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 from greenprune.config import Config
 from greenprune.data import ImageData
@@ -30,8 +30,6 @@ from greenprune.optimization import build_optimizer, build_schedule
 from greenprune.surgery import Operation, Structure, drop_optimizer_state, freeze_unit, remove_unit, replay
 from greenprune.timing import IntervalClock, StepTimes
 from greenprune.tracking import Event, EventLog, Ledger, RunFolder, read_events, write_json
-
-_WORST_FIRST = ("estimate", "integrated power", "counter")
 
 
 class TrainingDiverged(RuntimeError):
@@ -83,13 +81,12 @@ class Trainer:
         self.engine = engine
         self.folder = records.folder
         self.meter = records.meter
-        self.carbon = records.carbon
+        self.accounts = Accounts(engine, records.meter, records.carbon)
         self.notes = records.notes
         self.total_steps = config.optim.epochs * data.steps_per_epoch
         self.step = 0
         self._saved_step = -1
         self.structure = Structure()
-        self.ledger = Ledger()
         self.step_times = StepTimes()
         self.last_evaluation: Evaluation | None = None
         self.interrupt = InterruptRequest()
@@ -99,8 +96,7 @@ class Trainer:
         self._build(network.model, resume[1] if resume else None)
         previous = read_events(self.folder.events)
         self.events = EventLog(self.folder.events if engine.is_main else None, records.mirrors)
-        self._started = time.monotonic()
-        self._account_earlier_attempts(previous)
+        self.accounts.add_earlier_attempts(previous)
         self._record_start(resume[0] if resume else None)
 
     # Setting up.
@@ -145,30 +141,19 @@ class Trainer:
         if self.engine.is_main:  # sums over all ranks
             self._totals.copy_(training["totals"])
         self.step = self._saved_step = state["step"]
-        self.ledger = Ledger(**state["ledger"])
+        self.accounts.ledger = Ledger(**state["ledger"])
         self.step_times = StepTimes(**state["step_times"])
         if state["evaluation"] is not None:
             self.last_evaluation = Evaluation(**state["evaluation"])
         torch.set_rng_state(training["random"][min(self.engine.rank, len(training["random"]) - 1)])
 
-    def _account_earlier_attempts(self, previous: list[Event]) -> None:
-        """Add what earlier attempts spent after the checkpoint, if any, that this one goes on from."""
-        self.ledger.attempts = 1 + sum(event["kind"] == "start" for event in previous)
-        spent = next((event for event in reversed(previous) if "energy/total_j" in event), None)
-        if spent is None:
-            return
-        if spent["energy/total_j"] is not None:
-            self.ledger.energy_lost_j += max(0.0, spent["energy/total_j"] - (self.ledger.energy_j or 0.0))
-        self.ledger.time_s = max(self.ledger.time_s, spent["time_s"])
-
     def _record_start(self, resumed_from: Path | None) -> None:
         config = self.config
-        sources = self.engine.gather_objects([(r.device, r.source, r.quality) for r in self.meter.total().readings])
         self.events.record(
             "start",
             self.step,
             run=self.folder.path.name,
-            attempt=self.ledger.attempts,
+            attempt=self.accounts.ledger.attempts,
             resumed_from=str(resumed_from) if resumed_from else None,
             model=config.model.name,
             data=config.data.name,
@@ -185,10 +170,10 @@ class Trainer:
             epochs=config.optim.epochs,
             steps_per_epoch=self.data.steps_per_epoch,
             units=list(self.costs.units),
-            energy_sources=[list(source) for rank in sources for source in rank],
+            energy_sources=self.accounts.sources(),
             notes=[*self.meter.notes, *self.notes],
             **self._structure_numbers,
-            **self._spending_numbers(self.ledger.energy_j, None),
+            **self.accounts.numbers(),
             flops__forward_dense=self.unit_table.dense.flops_forward,
             structure__params_dense=self.unit_table.dense.params,
         )
@@ -260,7 +245,9 @@ class Trainer:
         self.schedule.step()
         self._totals += torch.stack([task.detach() * len(labels), (logits.argmax(1) == labels).sum()])
         self.step += 1
-        self.ledger.add_step(self.config.data.batch_size, self.cost.flops_train, self.unit_table.dense.flops_train)
+        self.accounts.ledger.add_step(
+            self.config.data.batch_size, self.cost.flops_train, self.unit_table.dense.flops_train
+        )
 
     # Changing the structure.
 
@@ -328,16 +315,6 @@ class Trainer:
 
     # Recording.
 
-    def _spending_numbers(self, energy_j: float | None, power_w: float | None) -> dict[str, object]:
-        return {
-            "flops__train": self.ledger.flops_train,
-            "flops__train_dense": self.ledger.flops_train_dense,
-            "energy__total_j": energy_j,
-            "energy__power_w": power_w,
-            "energy__co2_g": co2_g(energy_j, self.carbon),
-            "time_s": self.ledger.time_s + time.monotonic() - self._started,
-        }
-
     def _record_train(self, clock: IntervalClock) -> int:
         """Read the device, record progress since the epoch began, and agree on whether to stop.
 
@@ -345,7 +322,6 @@ class Trainer:
             The signal that asked any rank to stop, or 0.
         """
         loss, hits, price, stop = self._read()
-        energy_j, power_w = self._read_meters()
         step_s = clock.seconds_per_step()
         self.step_times.add(step_s)
         clock.restart()
@@ -363,7 +339,7 @@ class Trainer:
             train__step_time_s=step_s,
             gate__price=price,
             **self._structure_numbers,
-            **self._spending_numbers(energy_j, power_w),
+            **self.accounts.numbers(),
         )
         return stop
 
@@ -379,18 +355,9 @@ class Trainer:
         loss, hits, stop, price_now = torch.cat([shared, price.double().view(1)]).tolist()
         return loss, hits, price_now if self.policy is not None else None, int(stop)
 
-    def _read_meters(self) -> tuple[float | None, float | None]:
-        """Joules so far and present watts over all ranks; None only where no rank can read anything."""
-        known = [_known(self.meter.total().energy_j), _known(self.meter.power_w())]
-        here = torch.tensor(known, dtype=torch.float64, device=self.engine.device)
-        (energy_j, some_j), (power_w, some_w) = self.engine.sum(here).tolist()
-        spent = self.ledger.energy_j or 0.0
-        return energy_j + spent if some_j else self.ledger.energy_j, power_w if some_w else None
-
     def _record_epoch(self, epoch: int) -> None:
         assert self.last_evaluation is not None
         loss, hits, _, _ = self._read()
-        energy_j, power_w = self._read_meters()
         samples = self._samples_in_epoch()
         self.events.record(
             "epoch",
@@ -401,7 +368,7 @@ class Trainer:
             eval__loss=self.last_evaluation.loss,
             eval__accuracy=self.last_evaluation.accuracy,
             **self._structure_numbers,
-            **self._spending_numbers(energy_j, power_w),
+            **self.accounts.numbers(),
         )
         self._totals.zero_()
 
@@ -414,30 +381,6 @@ class Trainer:
         )
 
     # Saving and stopping.
-
-    def _ledger_now(self) -> Ledger:
-        """The ledger with this attempt's joules and seconds so far, of all ranks."""
-        host = socket.gethostname()
-        shares = self.engine.gather_objects((host, self.meter.by_phase_j(), self.meter.total().readings))
-        several = len({host for host, _, _ in shares}) > 1
-        phases, devices = dict(self.ledger.energy_by_phase_j), dict(self.ledger.energy_by_device_j)
-        qualities = {self.ledger.energy_quality}
-        for host, by_phase, readings in shares:
-            for phase, joules in by_phase.items():
-                phases[phase] = _add(phases.get(phase), joules)
-            for reading in readings:
-                qualities.add(reading.quality)
-                name = f"{host}: {reading.device}" if several else reading.device
-                name = f"{name} ({reading.source})" if reading.source else name
-                devices[name] = _add(devices.get(name), reading.joules)
-        seconds = self.ledger.time_s + time.monotonic() - self._started
-        return replace(
-            self.ledger,
-            energy_by_phase_j=phases,
-            energy_by_device_j=devices,
-            energy_quality=next((quality for quality in _WORST_FIRST if quality in qualities), None),
-            time_s=seconds,
-        )
 
     def _checkpoint(self) -> Path:
         """Write a checkpoint, unless this step has one; rank 0 writes, the others wait.
@@ -456,14 +399,14 @@ class Trainer:
             self.engine.sync_buffers()
             random = self.engine.gather_objects(torch.get_rng_state())
             totals = self.engine.sum(self._totals)
-            snapshot = self._snapshot(random, totals, self._ledger_now())
+            snapshot = self._snapshot(random, totals, self.accounts.ledger_now())
             keep = self.config.checkpoint.keep_last
             self.engine.together(
                 lambda: save_checkpoint(self.folder.checkpoints, self.step, snapshot, keep), main_only=True
             )
         self._saved_step = self.step
-        spent = self._spending_numbers(*self._read_meters())
-        self.events.record("checkpoint", self.step, path=str(path), pause_s=time.monotonic() - started, **spent)
+        pause_s = time.monotonic() - started
+        self.events.record("checkpoint", self.step, path=str(path), pause_s=pause_s, **self.accounts.numbers())
         return path
 
     def _snapshot(self, random: list[Tensor], totals: Tensor, ledger: Ledger) -> Checkpoint:
@@ -493,8 +436,7 @@ class Trainer:
         path = self._checkpoint()
         number = max(self.engine.gather_objects(self.interrupt.signal)) or signal.SIGTERM
         name = signal.Signals(number).name
-        spent = self._spending_numbers(*self._read_meters())
-        self.events.record("interrupt", self.step, signal=name, checkpoint=str(path), **spent)
+        self.events.record("interrupt", self.step, signal=name, checkpoint=str(path), **self.accounts.numbers())
         raise Interrupted(
             number,
             f"stopped by {name} after step {self.step} of {self.total_steps}; {path} is written. "
@@ -503,7 +445,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Write the structure and the summary, and say that the run is done."""
-        summary = self._summary(self._ledger_now())
+        summary = self._summary(self.accounts.ledger_now())
         if self.engine.is_main:
             write_json(self.folder.structure, self.structure.to_dict())
             write_json(self.folder.summary, summary)
@@ -514,7 +456,7 @@ class Trainer:
     def _summary(self, ledger: Ledger) -> dict[str, Any]:
         config, dense = self.config, self.unit_table.dense
         assert self.last_evaluation is not None
-        energy_j = ledger.energy_j
+        energy_j, carbon = ledger.energy_j, self.accounts.carbon
         return {
             "run": self.folder.path.name,
             "model": config.model.name,
@@ -545,8 +487,8 @@ class Trainer:
             "energy_by_phase_j": ledger.energy_by_phase_j,
             "energy_by_device_j": ledger.energy_by_device_j,
             "energy_lost_j": ledger.energy_lost_j,
-            "co2_g": co2_g(energy_j, self.carbon),
-            "carbon_intensity_g_per_kwh": self.carbon.g_per_kwh if self.carbon else None,
+            "co2_g": co2_g(energy_j, carbon),
+            "carbon_intensity_g_per_kwh": carbon.g_per_kwh if carbon else None,
             "time_s": ledger.time_s,
             "step_time_s": self.step_times.medians(),
             "attempts": ledger.attempts,
@@ -558,14 +500,3 @@ class Trainer:
             "device": str(self.engine.device),
             "world_size": self.engine.world_size,
         }
-
-
-def _known(value: float | None) -> tuple[float, float]:
-    """A value for a sum over ranks, and whether it is known."""
-    return (0.0, 0.0) if value is None else (value, 1.0)
-
-
-def _add(left: float | None, right: float | None) -> float | None:
-    """Sum of what is known; unknown only if neither is known."""
-    known = [value for value in (left, right) if value is not None]
-    return sum(known) if known else None
