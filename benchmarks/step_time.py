@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import time
@@ -63,7 +64,7 @@ def measure(folder: Path, batch_size: int, turns: int) -> dict[str, object]:
     config = load_config(folder / "config.yaml")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch_size))
     structure = Structure.from_dict(json.loads((folder / "structure.json").read_text()))
-    data = open_data(config.data, config.data.root, config.seed)
+    data = open_data(config.data, config.data.root or os.environ.get("GREENPRUNE_DATA"), config.seed)
     small, dense = Contestant(config, data, structure), Contestant(config, data, Structure())
     data.to(small.engine.device, config.model.channels_last)
     batches = []

@@ -49,7 +49,7 @@ def _outcome(args: list[str], environment: Mapping[str, str], prog: str) -> tupl
     from greenprune.trainer import TrainingDiverged
 
     try:
-        result = train(config, environment.get("GREENPRUNE_DATA"), open_display)
+        result = train(config, environment, open_display)
     except Interrupted as stop:
         return 128 + stop.signal, stop.advice, True
     except TrainingDiverged as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import netrc
 import os
 import platform
 import re
@@ -17,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 State = Literal["ok", "missing", "note"]
 
@@ -243,32 +241,19 @@ def _engines() -> list[Finding]:
 
 
 def _wandb(environment: Mapping[str, str]) -> Finding:
+    from greenprune.tracking import has_wandb_login
+
     version = importlib.metadata.version("wandb")
     mode = environment.get("WANDB_MODE")
     if mode in ("offline", "disabled"):
         return Finding("trackers", "wandb", "ok", f"{version}, {mode} by WANDB_MODE")
-    if environment.get("WANDB_API_KEY") or _has_netrc_key(environment):
+    if has_wandb_login(environment):
         return Finding(
             "trackers", "wandb", "ok", f"{version}, logged in: runs with tracking.trackers [wandb] go online"
         )
     return Finding(
         "trackers", "wandb", "ok", f"{version}, not logged in: runs stay offline", "wandb login, to go online"
     )
-
-
-def _has_netrc_key(environment: Mapping[str, str]) -> bool:
-    """Whether the user's netrc file has an entry for the W&B server; the entry itself is not looked at."""
-    server = urlsplit(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    candidates = [environment.get("NETRC", "")]
-    if "HOME" in environment:
-        candidates += [str(Path(environment["HOME"]) / name) for name in (".netrc", "_netrc")]
-    path = next((Path(candidate) for candidate in candidates if candidate and Path(candidate).is_file()), None)
-    if path is None:
-        return False
-    try:
-        return server in netrc.netrc(path).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 # Data and output.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from greenprune.progress import Display
 from greenprune.provenance import collect_provenance
 from greenprune.tracking import Event, FolderLock, RunFolder, default_run_name
 from greenprune.trainer import Records, Trainer
-from greenprune.wandb_mirror import check_wandb, start_wandb
+from greenprune.wandb_mirror import start_wandb, wandb_goes_online
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,13 @@ class RunResult:
     is_main: bool
 
 
-def train(config: Config, data_root: str | None, display: Callable[[], Display]) -> RunResult:
+def train(config: Config, environment: Mapping[str, str], display: Callable[[], Display]) -> RunResult:
     """Do one complete run, or go on with it.
 
     Args:
         config: The run.
-        data_root: Folder of the data sets, if the config names none.
+        environment: The process's environment: GREENPRUNE_DATA, the folder of the data sets if the config names none,
+            and what tells of a W&B login.
         display: Makes the progress display; called on rank 0 only.
 
     Raises:
@@ -53,12 +54,11 @@ def train(config: Config, data_root: str | None, display: Callable[[], Display])
         TrainingDiverged: The loss is not finite.
     """
     carbon = carbon_intensity(config.energy.country, config.energy.region)
-    if "wandb" in config.tracking.trackers:
-        check_wandb(config)
+    online = "wandb" in config.tracking.trackers and wandb_goes_online(config, environment)
     engine = Engine(config)
     with ExitStack() as stack:
         stack.callback(engine.finish)
-        data = _open_data(config, data_root, engine)
+        data = _open_data(config, environment.get("GREENPRUNE_DATA"), engine)
         network = engine.together(lambda: prepare_network(config, data))
         claim = engine.together(lambda: _claim(config, stack), main_only=True)
         folder = RunFolder(claim.path)
@@ -68,7 +68,7 @@ def train(config: Config, data_root: str | None, display: Callable[[], Display])
         if claim.checkpoint is not None:
             path = claim.checkpoint
             resume = path, engine.together(lambda: load_checkpoint(path))
-        mirrors, notes = engine.together(lambda: _start_mirrors(config, engine, folder, stack, display))
+        mirrors, notes = engine.together(lambda: _start_mirrors(config, engine, folder, stack, display, online))
         notes += claim.notes
         if carbon is None:
             notes.append("CO2 is unknown: set energy.country to the country whose grid feeds this machine")
@@ -106,7 +106,7 @@ def _open_meter(config: Config, engine: Engine) -> Meter:
 
 
 def _start_mirrors(
-    config: Config, engine: Engine, folder: RunFolder, stack: ExitStack, display: Callable[[], Display]
+    config: Config, engine: Engine, folder: RunFolder, stack: ExitStack, display: Callable[[], Display], online: bool
 ) -> tuple[list[Callable[[Event], None]], list[str]]:
     """What shows the run's events while it goes on, and notes about it; on rank 0 only."""
     if not engine.is_main:
@@ -116,7 +116,7 @@ def _start_mirrors(
     shown = display()
     stack.callback(shown.close)
     if "wandb" in config.tracking.trackers:
-        mirror, note = start_wandb(engine, config, folder)
+        mirror, note = start_wandb(engine, config, folder, online=online)
         return [shown, mirror], [note]
     return [shown], []
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import netrc
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from greenprune.config import Config, UserError, dump_config
 
@@ -239,3 +241,24 @@ class Ledger:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
         return asdict(self)
+
+
+def has_wandb_login(environment: Mapping[str, str]) -> bool:
+    """Whether a key for the W&B server is at hand, found without asking anyone and without looking at it.
+
+    Args:
+        environment: The process's environment.
+    """
+    if environment.get("WANDB_API_KEY"):
+        return True
+    server = urlsplit(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    candidates = [environment.get("NETRC", "")]
+    if "HOME" in environment:
+        candidates += [str(Path(environment["HOME"]) / name) for name in (".netrc", "_netrc")]
+    path = next((Path(candidate) for candidate in candidates if candidate and Path(candidate).is_file()), None)
+    if path is None:
+        return False
+    try:
+        return server in netrc.netrc(path).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from greenprune.config import Config, ConfigError
 from greenprune.engine import Engine
-from greenprune.tracking import Event, RunFolder
+from greenprune.tracking import Event, RunFolder, has_wandb_login
 
 _MIRRORED = ("train", "epoch", "removal", "freeze")
 _INIT_TIMEOUT_S = 20
 
 
-def start_wandb(engine: Engine, config: Config, folder: RunFolder) -> tuple[Callable[[Event], None], str]:
+def start_wandb(
+    engine: Engine, config: Config, folder: RunFolder, *, online: bool
+) -> tuple[Callable[[Event], None], str]:
     """Start a W&B run on rank 0; never asks anything and needs no network.
 
     Accuracy is drawn over joules: the metric ``energy/total_j`` is the x-axis of everything under ``eval/``.
@@ -23,13 +25,13 @@ def start_wandb(engine: Engine, config: Config, folder: RunFolder) -> tuple[Call
         engine: The run's engine.
         config: The run.
         folder: The run's folder; W&B writes its files below it.
+        online: Whether to talk to the server; see :func:`wandb_goes_online`.
 
     Returns:
         The mirror to give to the event log, and one line that says where the run is to be seen.
     """
     import wandb
 
-    online = config.tracking.mode != "offline" and _logged_in()
     options: dict[str, Any] = {
         "name": folder.path.name,
         "id": f"{folder.path.name}-{config.identity()}",
@@ -64,20 +66,22 @@ def start_wandb(engine: Engine, config: Config, folder: RunFolder) -> tuple[Call
     return mirror, note
 
 
-def check_wandb(config: Config) -> None:
-    """Refuse to go online without a key, which W&B would ask for.
+def wandb_goes_online(config: Config, environment: Mapping[str, str]) -> bool:
+    """Whether W&B is to be online: if the config lets it and a key is at hand, which W&B would otherwise ask for.
+
+    Args:
+        config: The run.
+        environment: The process's environment.
 
     Raises:
         ConfigError: ``tracking.mode`` is online and nobody is logged in.
     """
-    if config.tracking.mode == "online" and not _logged_in():
-        raise ConfigError(
-            "tracking.mode: 'online' is not valid without a W&B login; expected auto or offline, or run: wandb login"
-        )
-
-
-def _logged_in() -> bool:
-    """Whether a key is at hand, in the environment or in the user's netrc, without asking for one."""
-    import wandb
-
-    return bool(wandb.api.api_key)
+    logged_in = has_wandb_login(environment)
+    if config.tracking.mode == "online":
+        if not logged_in:
+            raise ConfigError(
+                "tracking.mode: 'online' is not valid without a W&B login; "
+                "expected auto or offline, or run: wandb login"
+            )
+        return True
+    return config.tracking.mode == "auto" and logged_in and environment.get("WANDB_MODE") not in ("offline", "disabled")
