@@ -11,9 +11,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from launching import TRAIN, run
+
+from greenprune.provenance import cpu_name
 
 RECORD = Path(__file__).with_name("seeded_losses.json")
 VARIANTS = {
@@ -33,16 +36,23 @@ def losses(variant: str, folder: Path) -> list[float]:
     return [event["train/loss"] for event in events if event["kind"] == "train"]
 
 
+def kernels() -> str:
+    """What decides how sums are rounded."""
+    return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_are_the_recorded_ones(variant: str, tmp_path: Path) -> None:
-    recorded, found = json.loads(RECORD.read_text())[variant], losses(variant, tmp_path)
+    record = json.loads(RECORD.read_text())
+    recorded, found = record["losses"][variant], losses(variant, tmp_path)
     assert len(found) == len(recorded) == 44
-    # Processors round differently, and training amplifies it: tight at first, loose at the end.
-    assert found[:5] == pytest.approx(recorded[:5], rel=1e-4)
-    assert found == pytest.approx(recorded, rel=0.05)
+    assert found[:5] == pytest.approx(recorded[:5], rel=1e-3)
+    # Training amplifies other processors' rounding until another unit goes first; then only the start can be compared.
+    if record["kernels"] == kernels():
+        assert found == pytest.approx(recorded, rel=1e-4)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         values = {variant: [round(x, 6) for x in losses(variant, Path(scratch))] for variant in VARIANTS}
-    RECORD.write_text(json.dumps(values, indent=1) + "\n")
+    RECORD.write_text(json.dumps({"kernels": kernels(), "losses": values}, indent=1) + "\n")
