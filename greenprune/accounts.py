@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 
 from greenprune.energy import CarbonIntensity, Meter, co2_g
 from greenprune.engine import Engine
-from greenprune.tracking import Event, Ledger
+from greenprune.tracking import Event, Ledger, RunFolder
 
 _WORST_FIRST = ("estimate", "integrated power", "counter")
+
+
+@dataclass(frozen=True)
+class Records:
+    """Where a run's figures come from and where they go.
+
+    Attributes:
+        folder: The run's folder, created.
+        meter: Meter of this process's share of the devices.
+        carbon: What a joule costs in CO2, if the country is known.
+        mirrors: Called with every event on rank 0.
+        notes: What the user should know of them, one line each.
+    """
+
+    folder: RunFolder
+    meter: Meter
+    carbon: CarbonIntensity | None
+    mirrors: list[Callable[[Event], None]]
+    notes: list[str]
 
 
 class Accounts:

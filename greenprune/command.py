@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from contextlib import suppress
 
 from greenprune.config import UserError, parse_config
 
-# Rounds that a waiting OpenMP thread spins before it sleeps. GNU's default is milliseconds: on a machine whose cores
-# are shared, a thread then spins against the one it waits for, and a step takes up to 100 times as long (docs/log.md).
-_SPINS = "1000"
 
-
-def run_command(args: list[str], environment: MutableMapping[str, str], prog: str) -> int:
+def run_command(args: list[str], environment: Mapping[str, str], prog: str) -> int:
     """Parse a run's flags, do the run, and say how it ended.
 
     Args:
         args: Command-line arguments without the program's name.
-        environment: The process's environment: GREENPRUNE_DATA, and the launcher's RANK. GOMP_SPINCOUNT is set in
-            it unless it is there.
+        environment: The process's environment: GREENPRUNE_DATA, and the launcher's RANK.
         prog: Program name for the help text.
 
     Returns:
         Exit code: 0 done, 1 diverged or damaged, 2 not runnable as asked, 128 + n stopped by signal n.
     """
-    environment.setdefault("GOMP_SPINCOUNT", _SPINS)  # read when torch is imported
     code, message, for_rank_0 = _outcome(args, environment, prog)
     if message and (int(environment.get("RANK", "0")) == 0 or not for_rank_0):
         with suppress(OSError):  # the terminal may be gone, and with it the reader

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from greenprune.accounts import Records
 from greenprune.checkpoint import load_checkpoint, load_newest
 from greenprune.config import Config, ConfigError, UserError, load_config, shaping_values
 from greenprune.data import ImageData, open_data
@@ -20,7 +21,7 @@ from greenprune.network import prepare_network
 from greenprune.progress import Display
 from greenprune.provenance import collect_provenance
 from greenprune.tracking import Event, FolderLock, RunFolder, default_run_name
-from greenprune.trainer import Records, Trainer
+from greenprune.trainer import Trainer
 from greenprune.wandb_mirror import start_wandb, wandb_goes_online
 
 

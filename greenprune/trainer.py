@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from greenprune.accounts import Accounts
+from greenprune.accounts import Accounts, Records
 from greenprune.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 from greenprune.config import Config
 from greenprune.data import ImageData
-from greenprune.energy import CarbonIntensity, Meter, co2_g
+from greenprune.energy import co2_g
 from greenprune.engine import Engine
 from greenprune.evaluation import Evaluation, evaluate
 from greenprune.gating import GatePolicy, Verdict, gated_units
@@ -29,30 +27,11 @@ from greenprune.network import Network
 from greenprune.optimization import build_optimizer, build_schedule
 from greenprune.surgery import Operation, Structure, drop_optimizer_state, freeze_unit, remove_unit, replay
 from greenprune.timing import IntervalClock, StepTimes
-from greenprune.tracking import Event, EventLog, Ledger, RunFolder, read_events, write_json
+from greenprune.tracking import EventLog, Ledger, read_events, write_json
 
 
 class TrainingDiverged(RuntimeError):
     """The loss is not a number any more; the message names the last good checkpoint."""
-
-
-@dataclass(frozen=True)
-class Records:
-    """Where a run's figures come from and where they go.
-
-    Attributes:
-        folder: The run's folder, created.
-        meter: Meter of this process's share of the devices.
-        carbon: What a joule costs in CO2, if the country is known.
-        mirrors: Called with every event on rank 0.
-        notes: What the user should know of them, one line each.
-    """
-
-    folder: RunFolder
-    meter: Meter
-    carbon: CarbonIntensity | None
-    mirrors: list[Callable[[Event], None]]
-    notes: list[str]
 
 
 class Trainer:

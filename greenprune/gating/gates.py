@@ -20,8 +20,8 @@ from greenprune.models import ResidualBlock, residual_blocks
 # is then a known, short way from its threshold. Unbounded, it drifts so far that no price brings it back.
 BOUND = 3.0
 
-# Largest gradient of one decision, for a loss summed over the batch. Early in training single samples pull a hundred
-# times harder than the rest; unbounded, they close gates at random before the network has learnt anything.
+# Largest gradient of one decision, for a loss summed over the batch (our choice). With unbounded ones gates closed at
+# random before the network had learnt anything, and training diverged (docs/log.md).
 GRADIENT_BOUND = 1.0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from greenprune.accounts import Records
 from greenprune.config import Config, load_config
 from greenprune.data import open_data
 from greenprune.energy import open_meter
@@ -16,7 +17,7 @@ from greenprune.engine import Engine
 from greenprune.gating import gated_units
 from greenprune.network import prepare_network
 from greenprune.tracking import RunFolder
-from greenprune.trainer import Records, Trainer
+from greenprune.trainer import Trainer
 
 
 class RecordingEngine(Engine):

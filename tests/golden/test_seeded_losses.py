@@ -46,7 +46,7 @@ def test_losses_are_the_recorded_ones(variant: str, tmp_path: Path) -> None:
     record = json.loads(RECORD.read_text())
     recorded, found = record["losses"][variant], losses(variant, tmp_path)
     assert len(found) == len(recorded) == 44
-    assert found[:5] == pytest.approx(recorded[:5], rel=1e-3)
+    assert found[:5] == pytest.approx(recorded[:5], rel=1e-4)
     # Training amplifies other processors' rounding until another unit goes first; then only the start can be compared.
     if record["kernels"] == kernels():
         assert found == pytest.approx(recorded, rel=1e-4)

@@ -57,13 +57,14 @@ def test_the_budget_is_met_on_the_gpu(finished: Path) -> None:
 
 def test_a_training_step_does_not_wait_for_the_gpu() -> None:
     """Between two reads nothing on the step's path makes the host wait."""
+    from greenprune.accounts import Records
     from greenprune.config import Config, DataConfig, ModelConfig, OptimConfig
     from greenprune.data import open_data
     from greenprune.energy import open_meter
     from greenprune.engine import Engine
     from greenprune.network import prepare_network
     from greenprune.tracking import RunFolder
-    from greenprune.trainer import Records, Trainer
+    from greenprune.trainer import Trainer
 
     config = Config(model=ModelConfig(name="resnet20"), data=DataConfig(batch_size=64), optim=OptimConfig(epochs=24))
     engine = Engine(config)
