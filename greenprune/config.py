@@ -57,7 +57,7 @@ class ConfigError(UserError):
 
 
 GateKind = Literal["conditional", "static"]
-UnitKind = Literal["block"]
+UnitKind = Literal["block", "channel"]
 BudgetUnit = Literal["flops", "params", "blocks"]
 Precision = Literal["no", "bf16", "fp16"]
 
@@ -72,14 +72,16 @@ class ModelConfig:
     """The network."""
 
     name: str = "resnet38"
-    """Registered network: a CIFAR ResNet (resnet20, resnet32, resnet38, resnet44, resnet56, resnet110) or a torchvision
-    one (resnet18, resnet34, resnet50, resnet101, resnet152)."""
+    """A CIFAR ResNet (resnet20, resnet32, resnet38, resnet44, resnet56, resnet110); one of torchvision's ResNet,
+    ResNeXt, Wide ResNet, RegNet, MobileNet, EfficientNet, ConvNeXt, ViT and Swin networks by its name there (resnet50,
+    vit_b_16, ...); or timm/NAME for one of timm's ResNet, ConvNeXt and ViT networks, where timm is installed."""
     shortcut: Literal["A", "B"] = "A"
     """Shortcut where a CIFAR ResNet changes shape (He et al. 2015): A subsamples and pads with zero channels (no
     parameters), B projects with a 1x1 convolution. The torchvision networks always project."""
     stem: Literal["auto", "small", "imagenet"] = "auto"
-    """First layers of a torchvision network: small (3x3, stride 1, no pooling), imagenet (7x7, stride 2, pooled), or
-    auto: small for images up to 64 pixels. CIFAR ResNets have the small stem only."""
+    """First layers of a torchvision ResNet, ResNeXt or Wide ResNet: small (3x3, stride 1, no pooling), imagenet (7x7,
+    stride 2, pooled), or auto: small for images up to 64 pixels. CIFAR ResNets have the small stem only, all others
+    their own."""
     channels_last: bool = False
     """Keep images and weights in channels-last order, which most convolution kernels prefer."""
 
@@ -160,8 +162,9 @@ class GateConfig:
 
     enabled: bool = True
     """Train with gates. False is the dense twin: the same run with nothing gated and nothing removed."""
-    units: list[UnitKind] = field(default_factory=lambda: list(get_args(UnitKind)))
-    """What a gate switches: block (a residual branch)."""
+    units: list[UnitKind] = field(default_factory=lambda: ["block"])
+    """What gates switch: block (residual branches), channel (channels, heads and hidden neurons inside them), or both,
+    as [block, channel]."""
     kind: GateKind = "conditional"
     """conditional: the decision depends on the input, as in the paper; static: one logit for all inputs."""
     warmup: float = 0.1
@@ -215,6 +218,17 @@ class RemovalConfig:
         _require(self.window is None or self.window >= 1, "removal.window", self.window, "at least 1 step, or null")
         _require(self.freeze_after >= 1, "removal.freeze_after", self.freeze_after, "a whole number of at least 1")
         _require(0 < self.decide_by <= 1, "removal.decide_by", self.decide_by, "a share in (0, 1]")
+
+
+@dataclass(frozen=True)
+class SurgeryConfig:
+    """How units are taken out."""
+
+    round_to: int | None = None
+    """Sets of channels shrink to multiples of this number, which kernels prefer. Unset: 8 on a GPU, 1 on a CPU."""
+
+    def __post_init__(self) -> None:
+        _require(self.round_to is None or self.round_to >= 1, "surgery.round_to", self.round_to, "at least 1, or null")
 
 
 @dataclass(frozen=True)
@@ -297,6 +311,7 @@ class Config:
     gate: GateConfig = field(default_factory=GateConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     removal: RemovalConfig = field(default_factory=RemovalConfig)
+    surgery: SurgeryConfig = field(default_factory=SurgeryConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -315,6 +330,12 @@ class Config:
                 "removal.decide_by",
                 self.removal.decide_by,
                 f"more than gate.warmup ({self.gate.warmup})",
+            )
+            _require(
+                self.budget.unit != "blocks" or self.gate.units == ["block"],
+                "budget.unit",
+                self.budget.unit,
+                f"flops or params where channels are gated (gate.units {self.gate.units})",
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -339,7 +360,7 @@ def shaping_values(values: dict[str, Any]) -> dict[str, Any]:
     gated = values["gate"]["enabled"]
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if key in _NOT_SHAPING or (key in ("budget", "removal", "gate") and not gated):
+        if key in _NOT_SHAPING or (key in ("budget", "removal", "surgery", "gate") and not gated):
             continue
         if isinstance(value, dict):
             flat.update({f"{key}.{name}": item for name, item in value.items()})

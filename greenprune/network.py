@@ -2,56 +2,140 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 from torch import nn
 
-from greenprune.config import Config
+from greenprune.config import Config, ConfigError, GateConfig
 from greenprune.data import ImageData
 from greenprune.flops import Cost, count_costs, subtract
-from greenprune.gating import UnitCosts, attach_gates, gated_units
-from greenprune.models import build_model, residual_blocks
+from greenprune.gating import CostTerm, UnitCosts, attach_gates, channel_unit, find_gates, split_unit
+from greenprune.models import BlockError, ChannelSet, PlainBlock, build_model, find_channels, residual_blocks
 from greenprune.surgery import Structure
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of a branch that shrinks in proportion to what is left of each of some sets of channels."""
+
+    cost: Cost
+    sets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class UnitTable:
-    """What the network and each of its units cost, counted once; any later structure follows by subtraction.
+    """What the network and each of its units cost, counted once; any later structure follows by arithmetic.
 
     Attributes:
         dense: The network without gates.
         whole: The network with the gates it started with.
-        branches: What goes with the removal of a unit, by its name.
-        gates: What goes with its gate.
+        branches: What goes with the removal of a block, by its name, without gates.
+        gates: What goes with a gate, by the name of its block or of its set of channels.
+        parts: By block, the parts of it that shrink when gated channels are removed.
+        channels: Number of units of each gated set of channels.
+        widths: Channels that a unit of each set has where the set ends.
     """
 
     dense: Cost
     whole: Cost
     branches: dict[str, Cost]
     gates: dict[str, Cost]
+    parts: dict[str, list[Part]] = field(default_factory=dict)
+    channels: dict[str, int] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, image_shape: tuple[int, int, int]) -> UnitTable:
         """Count the costs of a network from which nothing has been removed."""
         blocks = residual_blocks(model)
-        gated = gated_units(model)
-        counts = count_costs(
-            model, image_shape, ["", *(f"{name}.branch" for name in blocks), *(f"{name}.gate" for name in gated)]
-        )
-        gates = {name: counts[f"{name}.gate"] for name in gated}
+        gated = find_gates(model)
+        sets = {name: found for name, found in find_channels(model).sets.items() if name in gated}
+        paths = {module: name for name, module in model.named_modules()}
+        gate_paths = {name: paths[gate] for name, gate in gated.items()}
+        holders = {path for found in sets.values() for path, _ in found.sizes}
+        inside = [f"{path}.{child}" for path in holders for child, _ in model.get_submodule(path).named_children()]
+        names = ["", *(f"{name}.branch" for name in blocks), *gate_paths.values(), *holders, *inside]
+        counts = count_costs(model, image_shape, names)
+        gates = {name: counts[path] for name, path in gate_paths.items()}
+        branches = {
+            name: subtract(counts[f"{name}.branch"], (gates[key] for key in sets if sets[key].block == name))
+            for name in blocks
+        }
         return cls(
             dense=subtract(counts[""], gates.values()),
             whole=counts[""],
-            branches={name: counts[f"{name}.branch"] for name in blocks},
+            branches=branches,
             gates=gates,
+            parts=_parts(model, sets, counts),
+            channels={name: found.units for name, found in sets.items()},
+            widths={name: found.width for name, found in sets.items()},
         )
 
     def cost_of(self, structure: Structure) -> Cost:
         """What the network costs in a structure."""
-        touched = {operation.unit for operation in structure.operations}
-        removed = [self.branches[operation.unit] for operation in structure.removed()]
-        return subtract(self.whole, [*removed, *(cost for name, cost in self.gates.items() if name in touched)])
+        gone_blocks, left = structure.removed_blocks(), self.channels_left(structure)
+        ungated = structure.ungated()
+        gone = [self.branches[name] for name in gone_blocks]
+        for block, parts in self.parts.items():
+            if block not in gone_blocks:
+                gone += [subtract(part.cost, [self._shrunk(part, left)]) for part in parts]
+        for name, cost in self.gates.items():
+            if name in ungated or _block_of(name) in gone_blocks:
+                gone.append(cost)
+            elif name in self.channels:
+                gone.append(subtract(cost, [self._shrunk(Part(cost, (name,)), left)]))
+        return subtract(self.whole, gone)
+
+    def channels_left(self, structure: Structure) -> dict[str, int]:
+        """How many units each gated set of channels has in a structure; none if its block is gone."""
+        gone, lost = structure.removed_blocks(), structure.removed_channels()
+        return {
+            name: 0 if _block_of(name) in gone else count - lost.get(name, 0) for name, count in self.channels.items()
+        }
+
+    def _shrunk(self, part: Part, left: dict[str, int]) -> Cost:
+        now = math.prod(left[name] for name in part.sets)
+        dense = math.prod(self.channels[name] for name in part.sets)
+        cost = part.cost
+        return Cost(cost.flops_forward * now // dense, cost.flops_train * now // dense, cost.params * now // dense)
+
+    def rounding(self, round_to: int) -> dict[str, int]:
+        """Of how many units the size of each set is a multiple for its channels to be one of ``round_to``."""
+        return {name: round_to // math.gcd(round_to, width) for name, width in self.widths.items()}
+
+
+def _block_of(gate: str) -> str:
+    return gate.rpartition(":")[0] or gate
+
+
+def _parts(model: nn.Module, sets: dict[str, ChannelSet], counts: dict[str, Cost]) -> dict[str, list[Part]]:
+    """By block, what each layer that holds gated channels costs: its FLOPs by the sets it lies between, its tensors."""
+    in_module: dict[str, list[str]] = {}
+    in_tensor: dict[tuple[str, str], list[str]] = {}
+    block_of: dict[str, str] = {}
+    for name, found in sets.items():
+        for path in dict.fromkeys(path for path, _ in found.sizes):
+            in_module.setdefault(path, []).append(name)
+            block_of[path] = found.block
+        for piece in found.slices:
+            in_tensor.setdefault((piece.module, piece.tensor), []).append(name)
+            block_of[piece.module] = found.block
+    parts: dict[str, list[Part]] = {}
+    for path, names in in_module.items():
+        children = [counts[f"{path}.{child}"] for child, _ in model.get_submodule(path).named_children()]
+        own = subtract(counts[path], children)
+        if own.flops_forward:
+            flops = Cost(own.flops_forward, own.flops_train, 0)
+            parts.setdefault(block_of[path], []).append(Part(flops, tuple(names)))
+    for (path, tensor), names in in_tensor.items():
+        value = getattr(model.get_submodule(path), tensor)
+        if isinstance(value, nn.Parameter) and value.requires_grad:
+            parts.setdefault(block_of[path], []).append(Part(Cost(params=value.numel()), tuple(names)))
+    return parts
 
 
 def unit_costs(table: UnitTable, config: Config) -> UnitCosts:
@@ -60,17 +144,41 @@ def unit_costs(table: UnitTable, config: Config) -> UnitCosts:
     Raises:
         ConfigError: The budget's target cannot be met.
     """
-    if config.budget.unit == "flops":
-        flops = {name: cost.flops_forward for name, cost in table.branches.items()}
-        costs = UnitCosts.of(flops, table.dense.flops_forward)
-    elif config.budget.unit == "params":
-        params = {name: cost.params for name, cost in table.branches.items()}
-        costs = UnitCosts.of(params, table.dense.params)
-    else:
+    if config.budget.unit == "blocks":
         costs = UnitCosts.of(dict.fromkeys(table.branches, 1), len(table.branches))
+    else:
+        measure = attrgetter("flops_forward" if config.budget.unit == "flops" else "params")
+        costs = _shares(table, measure)
     if config.gate.enabled:
-        costs.check_target(config.budget.target)
+        costs.check_target(config.budget.target, table.gates)
     return costs
+
+
+def _shares(table: UnitTable, measure: Callable[[Cost], int]) -> UnitCosts:
+    whole = measure(table.dense)
+    costs = UnitCosts.of({name: measure(cost) for name, cost in table.branches.items()}, whole)
+    if not table.channels:
+        return costs
+    terms: list[CostTerm] = []
+    fixed = costs.fixed
+    for block, parts in table.parts.items():
+        shrinking = [CostTerm(measure(part.cost) / whole, block, part.sets) for part in parts if measure(part.cost)]
+        total = sum(term.share for term in shrinking)
+        terms += shrinking
+        if block in costs.units:
+            terms.append(CostTerm(costs.units[block] - total, block))
+        else:
+            fixed -= total
+    return UnitCosts(fixed, costs.units, dict(table.channels), tuple(terms))
+
+
+def units_present(costs: UnitCosts, structure: Structure) -> set[str]:
+    """Names of the units that are there in a structure."""
+    gone_blocks = structure.removed_blocks()
+    gone = {
+        channel_unit(operation.unit, index) for operation in structure.removed() for index in operation.channels or ()
+    }
+    return {unit for unit in costs.everything() - gone if _block_of(split_unit(unit)[0]) not in gone_blocks}
 
 
 @dataclass(frozen=True)
@@ -81,22 +189,49 @@ class Network:
         model: The dense network, with its gates if the run is gated.
         table: What its units cost.
         costs: The same in the budget's unit, as shares of the whole.
+        notes: What the user should know of it, one line each.
     """
 
     model: nn.Module
     table: UnitTable
     costs: UnitCosts
+    notes: list[str] = field(default_factory=list)
 
 
 def prepare_network(config: Config, data: ImageData) -> Network:
     """Build the network for a data set, seeded, gate it, and count what it costs.
 
     Raises:
-        ConfigError: There is no such network, or its budget cannot be met.
+        ConfigError: There is no such network, it cannot take the images, has nothing to gate, or its budget cannot be
+            met.
     """
     torch.manual_seed(config.seed)
     model = build_model(config.model, classes=data.classes, channels=data.channels, image_size=data.image_size)
-    if config.gate.enabled:
+    notes = _gate(model, config) if config.gate.enabled else []
+    try:
+        table = UnitTable.of(model, (data.channels, data.image_size, data.image_size))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"model.name: {config.model.name!r} cannot take images of {data.image_size} x {data.image_size} pixels: "
+            f"{reason}"
+        ) from None
+    return Network(model, table, unit_costs(table, config), notes)
+
+
+def _gate(model: nn.Module, config: Config) -> list[str]:
+    """Put the gates on, and say what was left without."""
+    try:
         attach_gates(model, config.gate)
-    table = UnitTable.of(model, (data.channels, data.image_size, data.image_size))
-    return Network(model, table, unit_costs(table, config))
+    except BlockError as error:
+        raise ConfigError(str(error)) from None
+    return gating_notes(model, config.gate)
+
+
+def gating_notes(model: nn.Module, config: GateConfig) -> list[str]:
+    """What of a network is not gated though it might have been expected to be, and why; one line each."""
+    notes = find_channels(model).notes if "channel" in config.units else []
+    plain = [name for name, module in model.named_modules() if isinstance(module, PlainBlock)]
+    if "block" in config.units and plain:
+        notes = [f"blocks without a shortcut stay: {', '.join(plain)}", *notes]
+    return notes

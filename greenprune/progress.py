@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -115,6 +115,28 @@ class Line(NamedTuple):
     style: str = ""
 
 
+def format_removed(removals: Iterable[Mapping[str, Any]]) -> str:
+    """Blocks by their names, channels by their number: "stages.2.1, 45 channels of 9 blocks".
+
+    Args:
+        removals: Each with its ``unit`` and its ``channels``: how many, which, or None for a block.
+    """
+    blocks: list[str] = []
+    channels: dict[str, int] = {}
+    for removal in removals:
+        gone = removal.get("channels")
+        if gone is None:
+            blocks.append(removal["unit"])
+        else:
+            owner = removal["unit"].rpartition(":")[0]
+            channels[owner] = channels.get(owner, 0) + (gone if isinstance(gone, int) else len(gone))
+    if channels:
+        count = sum(channels.values())
+        units = "1 channel" if count == 1 else f"{count:,} channels"
+        blocks.append(f"{units} of {next(iter(channels)) if len(channels) == 1 else f'{len(channels)} blocks'}")
+    return ", ".join(blocks)
+
+
 class RunStatus:
     """What the events so far tell about a run: lines that stay, and the present state as a panel.
 
@@ -152,13 +174,13 @@ class RunStatus:
             return []
         last = operations[-1]
         self._now = {**self._now, **last}
-        by_reason: dict[str, list[str]] = {}
+        by_reason: dict[str, list[Event]] = {}
         for event in operations:
             if event["kind"] == "removal":
-                by_reason.setdefault(event["reason"], []).append(event["unit"])
+                by_reason.setdefault(event["reason"], []).append(event)
         if not by_reason:
             return []
-        units = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
+        units = "; ".join(f"{format_removed(events)} ({reason})" for reason, events in by_reason.items())
         where = f"step {last['step']} (epoch {_format_epoch(last['epoch'])})"
         return [Line(f"removed at {where}: {units}. Left: {self._structure()}", "green")]
 
@@ -184,7 +206,8 @@ class RunStatus:
 
     def _goal(self) -> str:
         start = self._start
-        network = f"{start['structure/blocks']} blocks, {format_si(start['flops/forward'], 'FLOPs')} an image"
+        channels = f" with {self._channels().partition('/')[0].strip()} channels" if self._channels() else ""
+        network = f"{start['structure/blocks']} blocks{channels}, {format_si(start['flops/forward'], 'FLOPs')} an image"
         if not start["gated"]:
             return f"dense run: {network}; nothing is gated or removed"
         return (
@@ -202,11 +225,11 @@ class RunStatus:
         return []
 
     def _take_epoch(self, event: Event) -> list[Line]:
+        self._now = {**self._now, **event}
         line = Line(self._epoch_line(event))
         self._accuracy = event["eval/accuracy"]
         self._epoch_started_j = event["energy/total_j"]
         self._interval = (0, 0.0)
-        self._now = {**self._now, **event}
         self._mark(event)
         return [line]
 
@@ -223,12 +246,20 @@ class RunStatus:
     # Lines in columns.
 
     def _columns(self, *cells: str) -> str:
-        widths = (max(5, 2 * len(str(self._start["epochs"])) + 1), 10, 8, 8, 8, 8, 7, 5)
+        epoch_width = max(5, 2 * len(str(self._start["epochs"])) + 1)
+        widths = (epoch_width, 10, 8, 8, 8, 8, 7, *((len(self._channels()),) if self._channels() else ()), 5)
         return "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+
+    def _channels(self) -> str:
+        """Gated channels that are there, of how many; empty if none are gated. As wide as it will ever be."""
+        dense = sum(self._start.get("channels", {}).values())
+        return f"{self._now['structure/channels']}/{dense}".rjust(2 * len(str(dense)) + 1) if dense else ""
 
     def _header(self) -> str:
         kind = "val acc" if self._start["accuracy_kind"] == "validation" else f"{self._start['accuracy_kind']} acc"
-        return self._columns("epoch", "train loss", kind, "images/s", "J epoch", "J total", "blocks", "FLOPs")
+        channels = ("channels",) if self._channels() else ()
+        names = ("epoch", "train loss", kind, "images/s", "J epoch", "J total", "blocks", *channels, "FLOPs")
+        return self._columns(*names)
 
     def _epoch_line(self, event: Event) -> str:
         steps, seconds = self._interval
@@ -242,12 +273,15 @@ class RunStatus:
             format_joules(total_j - self._epoch_started_j if known else None),
             format_joules(total_j),
             f"{event['structure/blocks']}/{len(self._start['units'])}",
+            *((self._channels(),) if self._channels() else ()),
             format_share(event["flops/forward"], self._start["flops/forward_dense"]),
         )
 
     def _structure(self) -> str:
         share = format_share(self._now["flops/forward"], self._start["flops/forward_dense"])
         blocks = f"{self._now['structure/blocks']} of {len(self._start['units'])} blocks"
+        if self._channels():
+            blocks += f", {self._channels().strip().replace('/', ' of ')} channels"
         gates = self._now["structure/gates"]
         return f"{blocks}, {gates} {'gate' if gates == 1 else 'gates'}, {share} of the dense FLOPs"
 

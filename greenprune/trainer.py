@@ -20,12 +20,12 @@ from greenprune.data import ImageData
 from greenprune.energy import co2_g
 from greenprune.engine import Engine
 from greenprune.evaluation import Evaluation, evaluate
-from greenprune.gating import GatePolicy, Verdict, gated_units
+from greenprune.gating import GatePolicy, UnitWindow, Verdict, find_gates, split_unit
 from greenprune.interrupt import Interrupted, InterruptRequest
 from greenprune.models import residual_blocks
-from greenprune.network import Network
+from greenprune.network import Network, units_present
 from greenprune.optimization import build_optimizer, build_schedule
-from greenprune.surgery import Operation, Structure, drop_optimizer_state, freeze_unit, remove_unit, replay
+from greenprune.surgery import Operation, Structure, carry_out, replay, update_optimizer
 from greenprune.timing import IntervalClock, StepTimes
 from greenprune.tracking import EventLog, Ledger, read_events, write_json
 
@@ -61,7 +61,7 @@ class Trainer:
         self.folder = records.folder
         self.meter = records.meter
         self.accounts = Accounts(engine, records.meter, records.carbon)
-        self.notes = records.notes
+        self.notes = [*network.notes, *records.notes]
         self.total_steps = config.optim.epochs * data.steps_per_epoch
         self.step = 0
         self._saved_step = -1
@@ -98,12 +98,13 @@ class Trainer:
             self._load(checkpoint)
 
     def _new_policy(self) -> GatePolicy:
-        removed = {operation.unit for operation in self.structure.removed()}
+        round_to = self.config.surgery.round_to or (8 if self.engine.device.type == "cuda" else 1)
         return GatePolicy(
             self.config,
             self.engine.module,
             self.costs,
-            set(self.costs.units) - removed,
+            units_present(self.costs, self.structure),
+            rounding=self.unit_table.rounding(round_to),
             total_steps=self.total_steps,
             window=self.config.removal.window or self.data.steps_per_epoch,
             device=self.engine.device,
@@ -149,6 +150,7 @@ class Trainer:
             epochs=config.optim.epochs,
             steps_per_epoch=self.data.steps_per_epoch,
             units=list(self.costs.units),
+            channels=self.costs.channels,
             energy_sources=self.accounts.sources(),
             notes=[*self.meter.notes, *self.notes],
             **self._structure_numbers,
@@ -240,7 +242,7 @@ class Trainer:
             gate__price=self.policy.controller.price.item(),
             gate__target=self.policy.controller.target_at(self.step),
             structure__kept_cost=self.policy.kept_cost,
-            units={name: {"rate": unit.rate, "openness": unit.openness} for name, unit in window.items()},
+            units=_by_gate(window),
         )
         if verdicts:
             with self.meter.window("surgery"):
@@ -251,14 +253,12 @@ class Trainer:
         assert self.policy is not None
         started = time.monotonic()
         epoch = self.step / self.data.steps_per_epoch
-        operations = [Operation(v.action, v.unit, self.step, epoch, v.reason) for v in verdicts]
+        operations = [Operation(v.action, v.unit, self.step, epoch, v.reason, v.channels) for v in verdicts]
         self.structure.operations += operations
         self.engine.check_agreement("the structure", self.structure.checksum())
 
         def operate(model: nn.Module, optimizer: Optimizer) -> None:
-            for verdict in verdicts:
-                (remove_unit if verdict.action == "remove" else freeze_unit)(model, verdict.unit)
-            drop_optimizer_state(optimizer, model)
+            update_optimizer(optimizer, carry_out(operations, model))
 
         self.engine.rebuild(operate)
         self.policy.carried_out(self.engine.module, verdicts)
@@ -275,6 +275,7 @@ class Trainer:
                 epoch=epoch,
                 unit=operation.unit,
                 reason=operation.reason,
+                channels=operation.channels,
                 **self._structure_numbers,
             )
         self.events.record("surgery", self.step, pause_s=time.monotonic() - started)
@@ -286,7 +287,8 @@ class Trainer:
             self.policy.scale_losses_by(self.engine.loss_scale)
         self._structure_numbers = {
             "structure__blocks": len(residual_blocks(self.engine.module)),
-            "structure__gates": len(gated_units(self.engine.module)),
+            "structure__gates": len(find_gates(self.engine.module)),
+            "structure__channels": sum(self.unit_table.channels_left(self.structure).values()),
             "structure__params": self.cost.params,
             "structure__kept_cost": self.policy.kept_cost if self.policy is not None else 1.0,
             "flops__forward": self.cost.flops_forward,
@@ -455,11 +457,20 @@ class Trainer:
             "cheapest_unit_cost": self.costs.cheapest,
             "budget_target": config.budget.target if config.gate.enabled else None,
             "budget_unit": config.budget.unit,
-            "gates_left": len(gated_units(self.engine.module)),
+            "gates_left": len(find_gates(self.engine.module)),
             "blocks": len(residual_blocks(self.engine.module)),
             "blocks_dense": len(self.costs.units),
+            "channels": sum(self.unit_table.channels_left(self.structure).values()),
+            "channels_dense": sum(self.unit_table.channels.values()),
             "removals": [
-                {"unit": o.unit, "step": o.step, "epoch": o.epoch, "reason": o.reason} for o in self.structure.removed()
+                {
+                    "unit": o.unit,
+                    "step": o.step,
+                    "epoch": o.epoch,
+                    "reason": o.reason,
+                    "channels": None if o.channels is None else len(o.channels),
+                }
+                for o in self.structure.removed()
             ],
             "energy_j": energy_j,
             "energy_quality": ledger.energy_quality,
@@ -479,3 +490,18 @@ class Trainer:
             "device": str(self.engine.device),
             "world_size": self.engine.world_size,
         }
+
+
+def _by_gate(window: dict[str, UnitWindow]) -> dict[str, dict[str, Any]]:
+    """What the gates did, as events tell it: a number for a block, a list in the order of the units for channels."""
+    gates: dict[str, dict[str, Any]] = {}
+    for name, unit in window.items():
+        owner, index = split_unit(name)
+        if index is None:
+            gates[owner] = {"rate": unit.rate, "openness": unit.openness}
+            continue
+        channels = gates.setdefault(owner, {"unit": [], "rate": [], "openness": []})
+        channels["unit"].append(index)
+        channels["rate"].append(round(unit.rate, 4))
+        channels["openness"].append(round(unit.openness, 4))
+    return gates

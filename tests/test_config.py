@@ -265,7 +265,7 @@ def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, key: str, value:
         ("data.augment", "maybe"),
         ("gate.enabled", 1),
         ("gate.kind", "soft"),
-        ("gate.units", ["channel"]),
+        ("gate.units", ["layer"]),
         ("gate.units", "block"),
         ("budget.unit", "joules"),
         ("budget.target", "half"),

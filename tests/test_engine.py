@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 
 from greenprune.config import Config, ConfigError, GateConfig, OptimConfig
 from greenprune.engine import Engine
-from greenprune.gating import gated_units, take_decisions
+from greenprune.gating import find_gates, take_decisions
 from greenprune.optimization import build_optimizer, build_schedule
-from greenprune.surgery import drop_optimizer_state, freeze_unit, remove_unit
+from greenprune.surgery import Surgeon, update_optimizer
 
 MakeNetwork = Callable[..., nn.Module]
 MakeEngine = Callable[[Config], Engine]
@@ -49,8 +49,8 @@ def make_engine() -> Iterator[MakeEngine]:
 def removal_of(*units: str) -> Callable[[nn.Module, Optimizer], None]:
     def operate(model: nn.Module, optimizer: Optimizer) -> None:
         for unit in units:
-            remove_unit(model, unit)
-        drop_optimizer_state(optimizer, model)
+            Surgeon(model).remove_block(unit)
+        update_optimizer(optimizer, Surgeon(model))
 
     return operate
 
@@ -65,7 +65,7 @@ def train_step(engine: Engine, seed: int) -> float:
     logits = engine.model(images)
     assert logits.dtype == torch.float32
     loss = functional.cross_entropy(logits, labels)
-    gates = [block.gate for block in gated_units(engine.module).values()]
+    gates = list(find_gates(engine.module).values())
     if gates:
         loss = loss + 0.01 * take_decisions(gates)[0].sum()
     engine.backward(loss)
@@ -134,7 +134,7 @@ def test_training_through_the_engine_is_plain_training(
         images, labels = batch(seed)
         optimizer.zero_grad()
         loss = functional.cross_entropy(plain(images), labels)
-        rates, _ = take_decisions([block.gate for block in gated_units(plain).values()])
+        rates, _ = take_decisions(list(find_gates(plain).values()))
         (loss + 0.01 * rates.sum()).backward()
         optimizer.step()
     for one, other in zip(engine.module.parameters(), plain.parameters(), strict=True):
@@ -195,9 +195,9 @@ def test_rebuilding_keeps_what_must_stay(make_network: MakeNetwork, make_engine:
         ]
         assert len(engine._accelerator._optimizers) == 1
         assert engine.model(images).dtype == torch.float32
-        take_decisions([block.gate for block in gated_units(model).values()])
+        take_decisions(list(find_gates(model).values()))
         assert engine.optimizer.param_groups[0]["lr"] == schedule.get_last_lr()[0]
-    assert len(gated_units(model)) == 9 - len(UNITS)
+    assert len(find_gates(model)) == 9 - len(UNITS)
     train_step(engine, 9)
 
 
@@ -241,9 +241,9 @@ def test_a_network_without_gates_trains_on_after_a_rebuild(make_network: MakeNet
     train_step(engine, 0)
 
     def freeze_all(inner: nn.Module, optimizer: Optimizer) -> None:
-        for unit in gated_units(inner):
-            freeze_unit(inner, unit)
-        drop_optimizer_state(optimizer, inner)
+        for unit in find_gates(inner):
+            Surgeon(inner).freeze_block(unit)
+        update_optimizer(optimizer, Surgeon(inner))
 
     engine.rebuild(freeze_all)
     losses = [train_step(engine, 1) for _ in range(10)]
@@ -255,7 +255,7 @@ def test_no_gradient_outlives_a_rebuild(make_network: MakeNetwork, make_engine: 
     model = make_network()
     engine.prepare(model, build_optimizer(CONFIG, model, 20))
     engine.backward(engine.model(batch(0)[0]).sum())
-    take_decisions([block.gate for block in gated_units(model).values()])
+    take_decisions(list(find_gates(model).values()))
     engine.rebuild(removal_of("stages.0.1"))
     assert all(parameter.grad is None for parameter in model.parameters())
 

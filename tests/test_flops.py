@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from greenprune.flops import Cost, count_costs, subtract
-from greenprune.gating import gated_units
+from greenprune.gating import find_gates
 from greenprune.models import residual_blocks
 
 MakeNetwork = Callable[..., nn.Module]
@@ -114,7 +114,7 @@ def test_the_count_of_a_gated_network_includes_its_gates(
 @pytest.mark.parametrize("kind", ["conditional", "static"])
 def test_a_gate_costs_what_the_network_costs_less_without_it(make_network: MakeNetwork, kind: str) -> None:
     model = meta_network(make_network, "resnet20", "B", 16, 10, kind)
-    names = [f"{name}.gate" for name in gated_units(model)]
+    names = [f"{name}.gate" for name in find_gates(model)]
     costs = count_costs(model, (3, 16, 16), ["", *names])
     for block in residual_blocks(model).values():
         block.gate = None
@@ -129,7 +129,7 @@ def test_counting_leaves_the_network_alone(make_network: MakeNetwork, training: 
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert {module.training for module in model.modules()} == {training}
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(block.gate.decision is None for block in gated_units(model).values())
+    assert all(gate.decision is None for gate in find_gates(model).values())
 
 
 def test_frozen_parameters_are_not_trainable(make_network: MakeNetwork) -> None:

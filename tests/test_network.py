@@ -14,7 +14,7 @@ from torch import nn
 
 from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, ModelConfig
 from greenprune.flops import Cost, count_costs
-from greenprune.gating import gated_units
+from greenprune.gating import find_gates
 from greenprune.models import residual_blocks
 from greenprune.network import UnitTable, prepare_network, unit_costs
 from greenprune.surgery import Operation, Structure, replay
@@ -135,9 +135,9 @@ def test_a_real_network_names_its_smallest_budget() -> None:
 
 def test_gates_come_with_the_run_and_the_dense_twin_has_none() -> None:
     config = Config(model=ModelConfig(name="resnet20"))
-    assert len(gated_units(prepared(config).model)) == 9
+    assert len(find_gates(prepared(config).model)) == 9
     dense = prepared(replace(config, gate=GateConfig(enabled=False)))
-    assert gated_units(dense.model) == {}
+    assert find_gates(dense.model) == {}
     assert dense.table.gates == {}
     assert sum(dense.costs.units.values()) + dense.costs.fixed == pytest.approx(1)
 

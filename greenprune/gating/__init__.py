@@ -1,32 +1,50 @@
 """Gates on the units of a network, the penalty that polarizes them, the budget they meet, and their consensus."""
 
-from greenprune.gating.budget import BudgetController, UnitCosts, global_rates, polarization
+from greenprune.gating.budget import (
+    BudgetController,
+    CostTerm,
+    UnitCosts,
+    channel_unit,
+    global_rates,
+    polarization,
+    split_unit,
+)
 from greenprune.gating.consensus import Consensus, UnitWindow, Verdict, decide, settle
 from greenprune.gating.gates import (
+    BlockGate,
+    ChannelGate,
     Gate,
     attach_gates,
+    find_gates,
     gate_parameters,
     gated_units,
     straight_through,
     take_decisions,
 )
-from greenprune.gating.policy import GatePolicy
+from greenprune.gating.policy import GatePolicy, PolicySettings
 
 __all__ = [
+    "BlockGate",
     "BudgetController",
+    "ChannelGate",
     "Consensus",
+    "CostTerm",
     "Gate",
     "GatePolicy",
+    "PolicySettings",
     "UnitCosts",
     "UnitWindow",
     "Verdict",
     "attach_gates",
+    "channel_unit",
     "decide",
+    "find_gates",
     "gate_parameters",
     "gated_units",
     "global_rates",
     "polarization",
     "settle",
+    "split_unit",
     "straight_through",
     "take_decisions",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from greenprune.gating.budget import UnitCosts
+from greenprune.gating.budget import KeptCost, UnitCosts, channel_unit, split_unit
 
 Reason = Literal["off", "settled", "on"]
 
@@ -46,17 +47,19 @@ class UnitWindow:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What happens to one unit now.
+    """What happens to a block, or to a set of channels, now.
 
     Attributes:
         unit: Its name.
-        action: remove it, or freeze it (its gate goes, it stays).
+        action: remove it, or some of its channels; or freeze it (its gate goes, it stays).
         reason: off or on for every sample of the window(s), or settled against the budget.
+        channels: Which units of a set are removed, by their indices in the dense network; None for a block or a freeze.
     """
 
     unit: str
     action: Literal["remove", "freeze"]
     reason: Reason
+    channels: tuple[int, ...] | None = None
 
 
 class Consensus:
@@ -135,6 +138,67 @@ class Consensus:
         self._always_on = dict(always_on)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What can only be removed together: a block, or as many units of a set of channels as rounding asks for.
+
+    Attributes:
+        owner: Name of the block or of the set.
+        channels: Indices of the units in the dense network; None for a block.
+        rate: Mean activation rate over its units.
+        openness: Mean openness.
+        off: Whether all of it was off for every sample.
+        last: Whether a set would have no units left without it.
+    """
+
+    owner: str
+    channels: tuple[int, ...] | None
+    rate: float
+    openness: float
+    off: bool
+    last: bool = False
+
+    @property
+    def block(self) -> str:
+        """The block that it is or lies in."""
+        return self.owner if self.channels is None else self.owner.rpartition(":")[0]
+
+
+def find_pieces(window: Mapping[str, UnitWindow], rounding: Mapping[str, int]) -> list[Piece]:
+    """The units of a window in pieces, the least wanted first: by activation rate, then openness, then name.
+
+    Args:
+        window: The gated units' counts.
+        rounding: For each set of channels, of what number of units its size should be a multiple; 1 where not given.
+    """
+    pieces, sets = [], dict[str, list[tuple[UnitWindow, int]]]()
+    for name, unit in window.items():
+        owner, index = split_unit(name)
+        if index is None:
+            pieces.append(Piece(owner, None, unit.rate, unit.openness, off=unit.on == 0))
+        else:
+            sets.setdefault(owner, []).append((unit, index))
+    for owner, units in sets.items():
+        units.sort(key=lambda item: (item[0].rate, item[0].openness, item[1]))
+        step = rounding.get(owner, 1)
+        start = 0
+        while start < len(units):
+            end = start + (len(units) - start) % step if (len(units) - start) % step else start + step
+            members = units[start:end]
+            pieces.append(
+                Piece(
+                    owner,
+                    tuple(sorted(index for _, index in members)),
+                    sum(unit.rate for unit, _ in members) / len(members),
+                    sum(unit.openness for unit, _ in members) / len(members),
+                    off=all(unit.on == 0 for unit, _ in members),
+                    last=end == len(units),
+                )
+            )
+            start = end
+    return sorted(pieces, key=lambda piece: (piece.rate, piece.openness, piece.owner, piece.channels or ()))
+
+
 def decide(
     window: dict[str, UnitWindow],
     present: set[str],
@@ -144,6 +208,7 @@ def decide(
     ceiling: float,
     freeze_after: int,
     final: bool,
+    rounding: Mapping[str, int] | None = None,
 ) -> list[Verdict]:
     """What is removed and frozen at the end of a window.
 
@@ -151,6 +216,9 @@ def decide(
     end in ``(target - cheapest unit, target]``. Where more than ``ceiling`` is kept even then, the units of the lowest
     rate (then openness) are settled: removed though undecided, so that the saving comes when the ramped budget says.
     At the deadline (``final``) everything is settled against the target and what stays is frozen.
+
+    Channels go in pieces that leave their set at a multiple of its rounding. A block that would have no channels left
+    between two of its layers goes as a block.
 
     Args:
         window: The gated units' counts.
@@ -160,45 +228,202 @@ def decide(
         ceiling: Largest share that may be kept after this boundary; at least ``target``.
         freeze_after: Windows of rate 1 after which a unit is frozen once the budget is met.
         final: Whether this is the deadline.
+        rounding: For each set of channels, of what number of units its size should be a multiple.
 
     Returns:
         Verdicts in the order in which they are to be carried out, removals first; the same on every rank.
     """
-    order = sorted(window, key=lambda name: (window[name].rate, window[name].openness, name))
-    kept_for_good = costs.kept(present - set(window))
-    verdicts: list[Verdict] = []
-    staying = set(window)
-
-    def kept() -> float:
-        return kept_for_good + sum(costs.units[name] for name in staying)
-
-    reachable = can_settle([costs.units[name] for name in staying], costs, kept_for_good, target)
-
-    def may_go(name: str) -> bool:
-        if reachable:
-            rest = [costs.units[other] for other in staying - {name}]
-            return can_settle(rest, costs, kept_for_good, target)
-        return kept() - costs.units[name] > target - costs.cheapest + _ROUNDING  # units too unequal for the window
-
+    pieces = find_pieces(window, rounding or {})
+    plan: _Plan
+    plan = _FinePlan(pieces, present, costs, target) if costs.channels else _BlockPlan(pieces, present, costs, target)
     if final:
-        chosen = settle(order, costs, kept_for_good, target)
-        for name in order:
-            if name not in chosen:
-                verdicts.append(Verdict(name, "remove", "off" if window[name].on == 0 else "settled"))
-        frozen = [name for name in window if name in chosen]
-        return verdicts + [Verdict(name, "freeze", "on" if window[name].rate == 1 else "settled") for name in frozen]
-    for name in order:
-        off = window[name].on == 0
-        if not off and kept() <= ceiling + _ROUNDING:
-            continue
-        if may_go(name):
-            staying.remove(name)
-            verdicts.append(Verdict(name, "remove", "off" if off else "settled"))
-    if kept() <= target + _ROUNDING:
-        for name, unit in window.items():
-            if name in staying and unit.always_on >= freeze_after:
-                verdicts.append(Verdict(name, "freeze", "on"))
+        plan.settle()
+    else:
+        plan.thin_out(ceiling)
+    verdicts = _removals(plan.removed)
+    if final or plan.kept <= target + _ROUNDING:
+        verdicts += _freezes(window, verdicts, 0 if final else freeze_after)
     return verdicts
+
+
+def _freezes(window: dict[str, UnitWindow], removals: list[Verdict], freeze_after: int) -> list[Verdict]:
+    """Verdicts on the gates whose units, as far as they stay, were all on for as many windows."""
+    blocks = {verdict.unit for verdict in removals if verdict.channels is None}
+    channels = {channel_unit(verdict.unit, index) for verdict in removals for index in verdict.channels or ()}
+    staying: dict[str, list[UnitWindow]] = {}
+    for name, unit in window.items():
+        owner, index = split_unit(name)
+        block = owner if index is None else owner.rpartition(":")[0]
+        if block not in blocks and name not in channels:
+            staying.setdefault(owner, []).append(unit)
+    return [
+        Verdict(owner, "freeze", "on" if all(unit.rate == 1 for unit in units) else "settled")
+        for owner, units in staying.items()
+        if all(unit.always_on >= freeze_after for unit in units)
+    ]
+
+
+def _removals(removed: list[Piece]) -> list[Verdict]:
+    """Verdicts on removed pieces: each set once for each reason, and a block in place of the last of its channels."""
+    blocks = {piece.block: _reason(piece) for piece in removed if piece.channels is None or piece.last}
+    channels: dict[tuple[str, Reason], list[int]] = {}
+    verdicts: dict[tuple[str, Reason], Verdict] = {}
+    for piece in removed:
+        if piece.channels is None or piece.block in blocks:
+            reason = blocks[piece.block]
+            verdicts[piece.block, reason] = Verdict(piece.block, "remove", reason)
+        else:
+            key = piece.owner, _reason(piece)
+            channels.setdefault(key, []).extend(piece.channels)
+            verdicts[key] = Verdict(piece.owner, "remove", key[1], tuple(sorted(channels[key])))
+    return list(verdicts.values())
+
+
+def _reason(piece: Piece) -> Reason:
+    return "off" if piece.off else "settled"
+
+
+class _Plan(ABC):
+    """Which pieces are removed at one boundary; the ways of choosing differ with what the pieces are.
+
+    Args:
+        pieces: What can be removed, the least wanted first.
+        costs: Shares of the dense cost.
+        target: The budget.
+
+    Attributes:
+        removed: What is removed, in order.
+    """
+
+    def __init__(self, pieces: list[Piece], costs: UnitCosts, target: float) -> None:
+        self.pieces = pieces
+        self.costs = costs
+        self.target = target
+        self.removed: list[Piece] = []
+
+    @property
+    @abstractmethod
+    def kept(self) -> float:
+        """Share kept with all that is removed so far gone."""
+
+    @abstractmethod
+    def may_go(self, piece: Piece) -> bool:
+        """Whether the kept cost can still end where it should without this piece."""
+
+    @abstractmethod
+    def remove(self, piece: Piece) -> None:
+        """Remove a piece."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Remove what has to go for the kept cost to end in ``(target - cheapest, target]``."""
+
+    def thin_out(self, ceiling: float) -> None:
+        """Remove what was off, and while more than ``ceiling`` is kept what is least wanted, as far as it may go."""
+        for piece in self.pieces:
+            if (piece.off or self.kept > ceiling + _ROUNDING) and self.may_go(piece):
+                self.remove(piece)
+
+
+class _BlockPlan(_Plan):
+    """For blocks alone, few and of unequal costs: what can still be reached is known exactly, from sums of costs."""
+
+    def __init__(self, pieces: list[Piece], present: set[str], costs: UnitCosts, target: float) -> None:
+        super().__init__(pieces, costs, target)
+        self._staying = {piece.owner for piece in pieces}
+        self._kept_for_good = costs.kept(present - self._staying)
+        self._reachable = self._can_settle(self._staying)
+
+    def _can_settle(self, names: set[str]) -> bool:
+        return can_settle([self.costs.units[name] for name in names], self.costs, self._kept_for_good, self.target)
+
+    @property
+    def kept(self) -> float:
+        return self._kept_for_good + sum(self.costs.units[name] for name in self._staying)
+
+    def may_go(self, piece: Piece) -> bool:
+        if self._reachable:
+            return self._can_settle(self._staying - {piece.owner})
+        # Units too unequal for the window.
+        return self.kept - self.costs.units[piece.owner] > self.target - self.costs.cheapest + _ROUNDING
+
+    def remove(self, piece: Piece) -> None:
+        self._staying.remove(piece.owner)
+        self.removed.append(piece)
+
+    def settle(self) -> None:
+        chosen = settle([piece.owner for piece in self.pieces], self.costs, self._kept_for_good, self.target)
+        for piece in self.pieces:
+            if piece.owner not in chosen:
+                self.remove(piece)
+
+
+class _FinePlan(_Plan):
+    """With channels there are many small pieces, which fill what the large ones leave: the least wanted go first.
+
+    What a piece costs depends on what is gone already, so costs are looked up anew for every removal.
+    """
+
+    def __init__(self, pieces: list[Piece], present: set[str], costs: UnitCosts, target: float) -> None:
+        # The last channels of a block that has to stay have to stay.
+        pieces = [piece for piece in pieces if not piece.last or piece.block in costs.units]
+        super().__init__(pieces, costs, target)
+        self._cost = KeptCost(costs, present)
+        self._slack = min((self._cost_of(piece) for piece in pieces), default=0.0)
+        self._waiting: set[str] = set()  # sets of which a less wanted piece stays, so that the others stay too
+
+    @property
+    def kept(self) -> float:
+        return self._cost.total
+
+    def _cost_of(self, piece: Piece) -> float:
+        if piece.channels is None or piece.last:
+            return self._cost.cost_of_block(piece.block)
+        return self._cost.cost_of_channels(piece.owner, len(piece.channels))
+
+    def _is_there(self, piece: Piece) -> bool:
+        return piece.block in self._cost.blocks or piece.block not in self.costs.units
+
+    def may_go(self, piece: Piece) -> bool:
+        if not self._is_there(piece) or piece.owner in self._waiting:
+            return False
+        if self.kept - self._cost_of(piece) > self.target - self._slack + _ROUNDING:
+            return True
+        self._waiting.add(piece.owner)
+        return False
+
+    def remove(self, piece: Piece) -> None:
+        if piece.channels is None or piece.last:
+            self._cost.remove_block(piece.block)
+        else:
+            self._cost.remove_channels(piece.owner, len(piece.channels))
+        self.removed.append(piece)
+
+    def settle(self) -> None:
+        left = self.pieces
+        while self.kept > self.target + _ROUNDING:
+            self._waiting.clear()
+            before = len(self.removed)
+            staying = []
+            for piece in left:
+                if self.kept > self.target + _ROUNDING and self.may_go(piece):
+                    self.remove(piece)
+                else:
+                    staying.append(piece)
+            left = [piece for piece in staying if self._is_there(piece)]
+            if len(self.removed) == before:
+                break
+        while self.kept > self.target + _ROUNDING and left:  # what is left is too coarse for the window
+            self._remove_nearest(left)
+
+    def _remove_nearest(self, left: list[Piece]) -> None:
+        """Remove the piece that brings the kept cost to the target and least beyond, or else the most expensive."""
+        first_of_each = {piece.owner: piece for piece in reversed(left)}
+        cost = {piece: self._cost_of(piece) for piece in first_of_each.values()}
+        enough = [piece for piece in cost if self.kept - cost[piece] <= self.target + _ROUNDING]
+        chosen = min(enough, key=cost.__getitem__) if enough else max(cost, key=cost.__getitem__)
+        self.remove(chosen)
+        left[:] = [piece for piece in left if piece is not chosen and self._is_there(piece)]
 
 
 _MANY_SUMS = 100_000

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from greenprune.config import GateConfig
-from greenprune.models import ResidualBlock, residual_blocks
+from greenprune.gating.budget import channel_unit
+from greenprune.models import (
+    BlockError,
+    ChannelSet,
+    ChannelSlot,
+    PlainBlock,
+    ResidualBlock,
+    find_channels,
+    residual_blocks,
+)
 
 # Logits move between -BOUND and BOUND, openness between 0.047 and 0.953: a gate that the task has driven fully open
 # is then a known, short way from its threshold. Unbounded, it drifts so far that no price brings it back.
@@ -34,24 +43,27 @@ class _StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logit: Tensor, loss_scale: Tensor | None) -> Tensor:
+    def forward(ctx: Any, logit: Tensor, loss_scale: Tensor | None, gain: int) -> Tensor:
         ctx.save_for_backward(logit)
         ctx.loss_scale = loss_scale
+        ctx.gain = gain
         return (logit > 0).to(logit.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (logit,) = ctx.saved_tensors
         (grad,) = grads
         # A step goes against the gradient: one of the other sign moves the logit away from zero.
         outward = (logit * grad < 0) & (logit.abs() >= BOUND)
         grad = grad.masked_fill(outward, 0.0)
-        largest = GRADIENT_BOUND / grad.numel()
+        if ctx.gain != 1:
+            grad.mul_(ctx.gain)
+        largest = GRADIENT_BOUND / len(grad)
         if ctx.loss_scale is None:
-            return grad.clamp_(-largest, largest), None
+            return grad.clamp_(-largest, largest), None, None
         # fp16: what arrives here is the gradient of the scaled loss.
         bound = largest * ctx.loss_scale
-        return torch.minimum(torch.maximum(grad, -bound), bound), None
+        return torch.minimum(torch.maximum(grad, -bound), bound), None, None
 
 
 def _full_precision(device_type: str) -> AbstractContextManager[object]:
@@ -61,19 +73,66 @@ def _full_precision(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def straight_through(logit: Tensor, loss_scale: Tensor | None = None) -> Tensor:
-    """Binary decisions [B] of logits [B], with the bounded straight-through gradient (Bengio et al. 2013).
+def straight_through(logit: Tensor, loss_scale: Tensor | None = None, gain: int = 1) -> Tensor:
+    """Binary decisions of logits [B, ...], with the bounded straight-through gradient (Bengio et al. 2013).
 
     Args:
         logit: Logits, fp32.
         loss_scale: Factor (scalar) by which mixed precision scales the loss; None if it does not.
+        gain: Factor of the gradient, before it is bounded.
     """
-    decision: Tensor = _StraightThrough.apply(logit, loss_scale)
+    decision: Tensor = _StraightThrough.apply(logit, loss_scale, gain)
     return decision
 
 
 class Gate(nn.Module):
-    """Decides one unit for each input: ``s = sigmoid(a)``, ``g = 1[s > 1/2]``.
+    """Decides one or several units for each input: ``s = sigmoid(a)``, ``g = 1[s > 1/2]``; subclasses say what a is.
+
+    Args:
+        units: Number of units U.
+        openness: s at the start, in (1/2, 1).
+        weight: How the input moves the logits; None for a static gate.
+
+    Attributes:
+        bias: The logits [U] without the input.
+        decision: Decisions [B, U] (fp32, with gradient) of the last training pass, until taken by
+            :func:`take_decisions`.
+        logit: The logits [B, U] they were made from, without gradient.
+        loss_scale: Factor by which mixed precision scales the loss, if it does; set by the training loop.
+        gain: Factor of the gradient of a decision.
+    """
+
+    decision: Tensor | None
+    logit: Tensor | None
+    loss_scale: Tensor | None
+
+    def __init__(self, units: int, openness: float, weight: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = nn.Parameter(torch.full((units,), math.log(openness / (1 - openness))))
+        self.decision = self.logit = self.loss_scale = None
+        self.gain = 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a gate has made no decisions yet (and tensors of a graph cannot be copied)."""
+        return {**self.__dict__, "decision": None, "logit": None, "loss_scale": None}
+
+    def decide(self, logit: Tensor) -> Tensor:
+        """Decisions [B, U] of logits [B, U], remembered in training."""
+        decision = straight_through(logit, self.loss_scale, self.gain)
+        if self.training:
+            self.decision, self.logit = decision, logit.detach()
+        return decision
+
+
+def _pool(x: Tensor, dim: int) -> Tensor:
+    """Mean over everything but samples and channels: x [B, ...] with channels at ``dim`` to [B, C], fp32."""
+    positions = [other for other in range(1, x.dim()) if other != dim % x.dim()]
+    return x.mean(dim=positions, dtype=torch.float32) if positions else x.float()
+
+
+class BlockGate(Gate):
+    """Decides a whole branch from the block's input.
 
     Conditional gates compute ``a = w . norm(GAP(x)) + b``; the pooled input is layer-normalised and scaled to length
     1, so that the gate sees a direction and not a scale that differs from layer to layer, and ``w`` learns no faster
@@ -86,67 +145,133 @@ class Gate(nn.Module):
     Args:
         channels: Channels C of the unit's input, or None for a static gate.
         openness: s at the start, in (1/2, 1).
-
-    Attributes:
-        decision: Decisions [B] (fp32, with gradient) of the last training pass, until taken by :func:`take_decisions`.
-        logit: The logits [B] they were made from, without gradient.
-        loss_scale: Factor by which mixed precision scales the loss, if it does; set by the training loop.
+        dim: Dimension of the channels in the input.
     """
 
-    decision: Tensor | None
-    logit: Tensor | None
-    loss_scale: Tensor | None
-
-    def __init__(self, channels: int | None, openness: float) -> None:
-        super().__init__()
-        self.weight = None if channels is None else nn.Parameter(torch.zeros(1, channels))
-        self.bias = nn.Parameter(torch.full((1,), math.log(openness / (1 - openness))))
-        self.decision = self.logit = self.loss_scale = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy of a gate has made no decisions yet (and tensors of a graph cannot be copied)."""
-        return {**self.__dict__, "decision": None, "logit": None, "loss_scale": None}
+    def __init__(self, channels: int | None, openness: float, dim: int = 1) -> None:
+        super().__init__(1, openness, None if channels is None else nn.Parameter(torch.zeros(1, channels)))
+        self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
         """Decisions [B] for the unit's input ``x`` [B, C, ...]."""
         with _full_precision(x.device.type):
             if self.weight is None:
-                logit = self.bias.expand(x.shape[0])
+                logit = self.bias.expand(x.shape[0], 1)
             else:
-                pooled = x.detach().mean(dim=tuple(range(2, x.dim())), dtype=torch.float32)
+                pooled = _pool(x.detach(), self.dim)
                 direction = functional.layer_norm(pooled, pooled.shape[1:]) / math.sqrt(pooled.shape[1])
-                logit = functional.linear(direction, self.weight, self.bias).squeeze(1)
-            decision = straight_through(logit, self.loss_scale)
-            if self.training:
-                self.decision, self.logit = decision, logit.detach()
-        return decision
+                logit = functional.linear(direction, self.weight, self.bias)
+            return self.decide(logit).squeeze(1)
+
+
+class ChannelGate(Gate):
+    """Decides each unit of a set of channels from what the unit itself computes.
+
+    Conditional gates compute ``a_c = w_c softsign(GAP(h)_c) + b_c`` from the activations h of the unit alone. A unit's
+    decision then does not depend on others of its set, which may be removed, and a gate has two numbers a unit, where
+    one that sees the whole input has as many as a layer (our choice). Static gates have ``a = b``.
+
+    One of U units moves the loss and the budget about U times less than their branch as a whole. So that channels keep
+    pace with blocks, the gradient of a decision is multiplied by U (our choice).
+
+    Args:
+        units: Number of units U.
+        openness: s at the start, in (1/2, 1).
+        dim: Dimension of the channels in the activations.
+        conditional: Whether the decision depends on the input.
+    """
+
+    def __init__(self, units: int, openness: float, dim: int, *, conditional: bool) -> None:
+        super().__init__(units, openness, nn.Parameter(torch.zeros(units)) if conditional else None)
+        self.dim = dim
+        self.gain = units
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Decisions [B, U] for the activations [B, ...] of U units of equally many channels."""
+        with _full_precision(activations.device.type):
+            if self.weight is None:
+                logit = self.bias.expand(activations.shape[0], -1)
+            else:
+                pooled = torch.unflatten(_pool(activations.detach(), self.dim), 1, (len(self.bias), -1)).mean(2)
+                logit = torch.addcmul(self.bias, functional.softsign(pooled), self.weight)
+            return self.decide(logit)
 
 
 def attach_gates(model: nn.Module, config: GateConfig) -> list[str]:
-    """Put a gate on every unit of an unwrapped dense network, in place.
+    """Put gates on an unwrapped dense network, in place: on its residual branches, on their channels, or on both.
 
     Args:
-        model: The network.
-        config: Kind of the gates and their openness at the start.
+        model: The network, in blocks (:func:`greenprune.models.convert_blocks`).
+        config: What is gated, the kind of the gates and their openness at the start.
 
     Returns:
-        The names of the units.
+        The names of the gates.
+
+    Raises:
+        BlockError: There is nothing of the kind that is to be gated.
     """
-    blocks = residual_blocks(model)
-    for block in blocks.values():
-        channels = _input_channels(block) if config.kind == "conditional" else None
-        block.gate = Gate(channels, config.openness)
-    return list(blocks)
+    conditional = config.kind == "conditional"
+    if "block" in config.units:
+        for block in residual_blocks(model).values():
+            channels, dim = _input_channels(block)
+            block.gate = BlockGate(channels if conditional else None, config.openness, dim)
+    if "channel" in config.units:
+        found = find_channels(model)
+        if not found.sets:
+            why = "".join(f"; {note}" for note in found.notes)
+            raise BlockError(f"gate.units: 'channel' is not valid for this network: no branch has channels inside{why}")
+        for channel_set in found.sets.values():
+            _gate_channels(model, channel_set, config.openness, conditional=conditional)
+    return list(find_gates(model))
 
 
-def _input_channels(block: ResidualBlock) -> int:
-    first = next(module for module in block.branch.modules() if isinstance(module, nn.Conv2d))
-    return first.in_channels
+def _gate_channels(model: nn.Module, channel_set: ChannelSet, openness: float, *, conditional: bool) -> None:
+    inner = model.get_submodule(channel_set.slot)
+    gate = ChannelGate(channel_set.units, openness, channel_set.channel_dim, conditional=conditional)
+    slot = ChannelSlot(inner, gate, channel_set.channel_dim, channel_set.label)
+    slot.train(inner.training)
+    parent, _, child = channel_set.slot.rpartition(".")
+    setattr(model.get_submodule(parent), child, slot)
+    block = model.get_submodule(channel_set.block)
+    assert isinstance(block, ResidualBlock | PlainBlock)
+    block.slots.append(slot)
 
 
-def gated_units(model: nn.Module) -> dict[str, ResidualBlock]:
-    """The units of an unwrapped network that still have a gate, by name, in forward order."""
-    return {name: block for name, block in residual_blocks(model).items() if block.gate is not None}
+def _input_channels(block: ResidualBlock) -> tuple[int, int]:
+    """Channels of a block's input and their dimension, as its first layer takes them."""
+    for module in block.branch.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels, 1
+        if isinstance(module, nn.Linear):
+            return module.in_features, -1
+    raise BlockError("a branch without a convolution or linear layer cannot be gated; expected one")
+
+
+def find_gates(model: nn.Module) -> dict[str, Gate]:
+    """The gates of an unwrapped network, in forward order, by the name of their block or of their set of channels."""
+    gates: dict[str, Gate] = {}
+    for name, block in model.named_modules():
+        if isinstance(block, ResidualBlock) and isinstance(block.gate, Gate):
+            gates[name] = block.gate
+        if isinstance(block, ResidualBlock | PlainBlock):
+            for slot in block.slots:
+                assert isinstance(slot.gate, Gate)
+                gates[f"{name}:{slot.label}"] = slot.gate
+    return gates
+
+
+def gated_units(model: nn.Module) -> list[str]:
+    """Names of the units that have a gate, in the order in which :func:`take_decisions` gives their rates."""
+    units: list[str] = []
+    for name, gate in find_gates(model).items():
+        block_name, _, label = name.rpartition(":")
+        block = model.get_submodule(block_name) if block_name else None
+        if isinstance(block, ResidualBlock | PlainBlock):
+            left = block.channels_left.get(label, range(len(gate.bias)))
+            units += [channel_unit(name, index) for index in left]
+        else:
+            units.append(name)
+    return units
 
 
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -158,10 +283,20 @@ def take_decisions(gates: list[Gate]) -> tuple[Tensor, Tensor]:
     """Take the last training pass's decisions out of the gates.
 
     Returns:
-        Rates of this process's batch [U], with gradient, and mean openness [U], without; fp32.
+        Rates of this process's batch [U], with gradient, and mean openness [U], without; fp32, for the units of all
+        gates one after the other.
+
+    Raises:
+        RuntimeError: A gate has decided nothing since its decisions were last taken.
     """
-    rates = torch.stack([gate.decision for gate in gates if gate.decision is not None]).mean(1)
-    openness = torch.stack([gate.logit for gate in gates if gate.logit is not None]).sigmoid_().mean(1)
+    decisions = [gate.decision for gate in gates if gate.decision is not None]
+    logits = [gate.logit for gate in gates if gate.logit is not None]
+    if len(decisions) < len(gates):
+        raise RuntimeError(
+            "the gates have not decided anything since they were last asked; run the network in training"
+        )
+    rates = torch.cat(decisions, dim=1).mean(0)
+    openness = torch.cat(logits, dim=1).sigmoid_().mean(0)
     for gate in gates:
         gate.decision = gate.logit = None
     return rates, openness

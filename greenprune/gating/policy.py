@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from greenprune.config import Config
-from greenprune.gating.budget import BudgetController, UnitCosts, global_rates, polarization
+from greenprune.config import BudgetConfig, GateConfig, RemovalConfig
+from greenprune.gating.budget import (
+    BudgetController,
+    ExpectedCost,
+    UnitCosts,
+    channel_unit,
+    global_rates,
+    polarization,
+)
 from greenprune.gating.consensus import Consensus, UnitWindow, Verdict, decide
-from greenprune.gating.gates import Gate, gated_units, hold_within_bounds, take_decisions
+from greenprune.gating.gates import find_gates, gated_units, hold_within_bounds, take_decisions
 
 # Share of the time from the warm-up to the deadline in which the target is ramped down (our choice): gates then have
 # the rest to come to rest, and the last to go still leave in time to save much.
@@ -22,14 +29,36 @@ RAMP_SHARE = 0.6
 LAG = 2
 
 
+class PolicySettings(Protocol):
+    """The sections of a config that say how gates are steered."""
+
+    @property
+    def gate(self) -> GateConfig:
+        """The gates."""
+
+    @property
+    def budget(self) -> BudgetConfig:
+        """The budget they are to meet."""
+
+    @property
+    def removal(self) -> RemovalConfig:
+        """When units leave."""
+
+
+def _lies_in(unit: str, block: str) -> bool:
+    """Whether a unit is a block or one of its channels."""
+    return unit == block or unit.startswith(f"{block}:")
+
+
 class GatePolicy:
     """Steers the gates of one network towards the budget and says when a unit goes.
 
     Args:
-        config: The run.
+        settings: The run's settings of gates, budget and removal.
         model: The unwrapped network with its gates.
         costs: Shares of the dense cost, of all units of the dense network.
         present: Names of the units that are there, gated or not.
+        rounding: For each set of channels, of what number of units its size should be a multiple.
         total_steps: Steps of the whole run.
         window: Steps between two boundaries.
         device: Device of the network.
@@ -37,23 +66,25 @@ class GatePolicy:
 
     def __init__(
         self,
-        config: Config,
+        settings: PolicySettings,
         model: nn.Module,
         costs: UnitCosts,
         present: set[str],
         *,
+        rounding: Mapping[str, int],
         total_steps: int,
         window: int,
         device: torch.device,
     ) -> None:
         self.costs = costs
         self.present = set(present)
-        self.target = config.budget.target
-        self.freeze_after = config.removal.freeze_after
-        self.polarization = config.gate.polarization
+        self.rounding = rounding
+        self.target = settings.budget.target
+        self.freeze_after = settings.removal.freeze_after
+        self.polarization = settings.gate.polarization
         self.window = window
-        self.warmup_end = min(round(config.gate.warmup * total_steps), total_steps - 1)
-        self.deadline = max(self.warmup_end + 1, round(config.removal.decide_by * total_steps))
+        self.warmup_end = min(round(settings.gate.warmup * total_steps), total_steps - 1)
+        self.deadline = max(self.warmup_end + 1, round(settings.removal.decide_by * total_steps))
         self.controller = BudgetController(
             self.target,
             total_steps=total_steps,
@@ -63,14 +94,18 @@ class GatePolicy:
         )
         self._device = device
         self._link(model)
-        self.consensus = Consensus(list(self._units), device)
+        self.consensus = Consensus(self._units, device)
 
     def _link(self, model: nn.Module) -> None:
-        """Find the gates that are left and the costs that go with them."""
+        """Find the gates that are left, and what their units cost."""
+        self._gates = list(find_gates(model).values())
         self._units = gated_units(model)
-        self._gates = [block.gate for block in self._units.values() if isinstance(block.gate, Gate)]
-        self._cost = torch.tensor([self.costs.units[name] for name in self._units], device=self._device)
-        self._kept_for_good = self.costs.kept(self.present - set(self._units))
+        self._expected_cost = ExpectedCost(self.costs, self._units, self.present, self._device)
+        # A mean over gates of the mean over a gate's units: alike for a block and for the channels of another.
+        self._weights = None
+        if any(gate.gain > 1 for gate in self._gates):
+            by_gate = [torch.full_like(gate.bias.detach(), 1.0 / gate.gain) for gate in self._gates]
+            self._weights = torch.cat(by_gate) / len(by_gate)
 
     @property
     def active(self) -> bool:
@@ -99,8 +134,9 @@ class GatePolicy:
         if step < self.warmup_end:
             return None
         rates = global_rates(local, shared[0])
-        kept, kept_by_all = (self._cost @ r + self._kept_for_good for r in (rates, shared[0]))
-        return self.polarization * polarization(rates) + self.controller.penalty(kept, kept_by_all, step)
+        kept, kept_by_all = self._expected_cost(rates), self._expected_cost(shared[0])
+        scattered = polarization(rates, self._weights)
+        return self.polarization * scattered + self.controller.penalty(kept, kept_by_all, step)
 
     def after_step(self) -> None:
         """Keep the gates within their bounds after an optimizer step."""
@@ -126,14 +162,20 @@ class GatePolicy:
             ceiling=self.controller.target_at(steps_done - LAG * self.window),
             freeze_after=self.freeze_after,
             final=steps_done >= self.deadline,
+            rounding=self.rounding,
         )
         return window, verdicts
 
     def carried_out(self, model: nn.Module, verdicts: list[Verdict]) -> None:
         """Follow the surgery that the verdicts asked for."""
-        self.present -= {verdict.unit for verdict in verdicts if verdict.action == "remove"}
-        self.consensus.drop({verdict.unit for verdict in verdicts})
+        for verdict in verdicts:
+            if verdict.channels is not None:
+                self.present -= {channel_unit(verdict.unit, index) for index in verdict.channels}
+            elif verdict.action == "remove":
+                self.present -= {unit for unit in self.present if _lies_in(unit, verdict.unit)}
+        before = self._units
         self._link(model)
+        self.consensus.drop(set(before) - set(self._units))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on exactly."""

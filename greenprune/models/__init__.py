@@ -1,49 +1,55 @@
-"""The networks that can be trained, by name."""
+"""The networks that can be trained, by name, and the blocks that can be gated in any other."""
 
 from __future__ import annotations
 
 import difflib
-from functools import partial
-from typing import Protocol
+import importlib
+import importlib.util
+from collections.abc import Callable
 
+import torchvision
 from torch import nn
 
 from greenprune.config import ConfigError, ModelConfig
+from greenprune.models.blocks import BlockError, convert_blocks, register_block
+from greenprune.models.channels import ChannelMap, ChannelSet, Slice, find_channels, register_channelwise
 from greenprune.models.cifar_resnet import CifarResNet
-from greenprune.models.residual import ResidualBlock, residual_blocks
-from greenprune.models.torchvision_resnet import torchvision_resnet
+from greenprune.models.residual import ChannelSlot, PlainBlock, ResidualBlock, residual_blocks
 
-__all__ = ["MODELS", "CifarResNet", "ResidualBlock", "build_model", "residual_blocks"]
+__all__ = [
+    "BlockError",
+    "ChannelMap",
+    "ChannelSet",
+    "ChannelSlot",
+    "CifarResNet",
+    "PlainBlock",
+    "ResidualBlock",
+    "Slice",
+    "build_model",
+    "convert_blocks",
+    "find_channels",
+    "model_names",
+    "register_block",
+    "register_channelwise",
+    "residual_blocks",
+]
 
-SMALL_IMAGE = 64  # pixels; up to this side the "auto" stem keeps the resolution
+SMALL_IMAGE = 64  # pixels; up to this side the "auto" stem of a ResNet keeps the resolution
+
+_CIFAR_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 38, 44, 56, 110)}
+_RESNETS = ("resnet", "resnext", "wide_resnet")  # prefixes of names in torchvision.models
+_OTHERS = ("regnet", "mobilenet", "efficientnet", "convnext", "vit", "swin")
+_TIMM = "timm/"
 
 
-class ModelBuilder(Protocol):
-    """Builds a network for images of one shape."""
-
-    def __call__(self, config: ModelConfig, *, classes: int, channels: int, image_size: int) -> nn.Module:
-        """The untrained network, from images [B, channels, image_size, image_size] to logits [B, classes]."""
-
-
-def _cifar(depth: int, config: ModelConfig, *, classes: int, channels: int, image_size: int) -> nn.Module:
-    if config.stem == "imagenet":
-        raise ConfigError(f"model.stem: 'imagenet' is not valid for {config.name}; expected auto or small")
-    return CifarResNet(depth, classes, channels, config.shortcut)
-
-
-def _torchvision(name: str, config: ModelConfig, *, classes: int, channels: int, image_size: int) -> nn.Module:
-    small = config.stem == "small" or (config.stem == "auto" and image_size <= SMALL_IMAGE)
-    return torchvision_resnet(name, classes, channels, small_stem=small)
-
-
-MODELS: dict[str, ModelBuilder] = {
-    **{f"resnet{depth}": partial(_cifar, depth) for depth in (20, 32, 38, 44, 56, 110)},
-    **{name: partial(_torchvision, name) for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
-}
+def model_names() -> list[str]:
+    """Names of the networks that can be built; timm's come on top, as ``timm/<its name>``."""
+    from_torchvision = torchvision.models.list_models(module=torchvision.models)
+    return [*_CIFAR_DEPTHS, *(name for name in from_torchvision if name.startswith((*_RESNETS, *_OTHERS)))]
 
 
 def build_model(config: ModelConfig, *, classes: int, channels: int, image_size: int) -> nn.Module:
-    """Build the dense, ungated network.
+    """Build the dense, ungated network, untrained, in blocks that can be gated.
 
     Args:
         config: Which network, with which shortcut and stem.
@@ -51,11 +57,93 @@ def build_model(config: ModelConfig, *, classes: int, channels: int, image_size:
         channels: Channels of the images.
         image_size: Side of the images in pixels.
 
+    Returns:
+        The network, from images [B, channels, image_size, image_size] to logits [B, classes].
+
     Raises:
-        ConfigError: No network has this name, or it has no such stem.
+        ConfigError: No network has this name, it has no such stem, or cannot be had here.
     """
-    if config.name not in MODELS:
-        close = difflib.get_close_matches(config.name, MODELS, n=1)
+    name = config.name
+    if name in _CIFAR_DEPTHS:
+        if config.stem == "imagenet":
+            raise ConfigError(f"model.stem: 'imagenet' is not valid for {name}; expected auto or small")
+        return CifarResNet(_CIFAR_DEPTHS[name], classes, channels, config.shortcut)
+    if name in model_names():
+        small = config.stem == "small" or (config.stem == "auto" and image_size <= SMALL_IMAGE)
+        model = _from_torchvision(name, config, classes, channels, image_size, small=small)
+    elif name.startswith(_TIMM):
+        model = _from_timm(name, config, classes, channels, image_size)
+    else:
+        valid = model_names()
+        close = difflib.get_close_matches(name, valid, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"model.name: {config.name!r} is unknown; {hint}valid: {', '.join(MODELS)}")
-    return MODELS[config.name](config, classes=classes, channels=channels, image_size=image_size)
+        raise ConfigError(
+            f"model.name: {name!r} is unknown; {hint}valid: {', '.join(valid)}, or {_TIMM}NAME for timm's"
+        )
+    try:
+        convert_blocks(model)
+    except BlockError as error:
+        raise ConfigError(f"model.name: {name!r} cannot be gated: {error}") from None
+    return model
+
+
+def _from_torchvision(
+    name: str, config: ModelConfig, classes: int, channels: int, image_size: int, *, small: bool
+) -> nn.Module:
+    is_resnet = name.startswith(_RESNETS)
+    if config.stem == "small" and not is_resnet:
+        raise ConfigError(f"model.stem: 'small' is not valid for {name}; expected auto or imagenet")
+    options = {"image_size": image_size} if name.startswith("vit") else {}
+    model = _build(name, torchvision.models.get_model, name, weights=None, num_classes=classes, **options)
+    if is_resnet and (small or channels != 3):
+        kernel, stride, padding = (3, 1, 1) if small else (7, 2, 3)
+        model.conv1 = nn.Conv2d(channels, 64, kernel, stride, padding, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        if small:
+            model.maxpool = nn.Identity()
+    elif channels != 3:
+        _take_channels(model, channels)
+    return model
+
+
+def _take_channels(model: nn.Module, channels: int) -> None:
+    """Exchange the first convolution for one of images with another number of channels."""
+    path, first = next((path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    replacement = nn.Conv2d(
+        channels,
+        first.out_channels,
+        first.kernel_size,  # type: ignore[arg-type]
+        first.stride,  # type: ignore[arg-type]
+        first.padding,  # type: ignore[arg-type]
+        bias=first.bias is not None,
+    )
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, replacement)
+
+
+def _from_timm(name: str, config: ModelConfig, classes: int, channels: int, image_size: int) -> nn.Module:
+    if importlib.util.find_spec("timm") is None:
+        raise ConfigError(f"model.name: {name!r} needs timm, which is not installed; expected greenprune[timm]")
+    if config.stem == "small":
+        raise ConfigError(f"model.stem: 'small' is not valid for {name}; expected auto or imagenet")
+    timm = importlib.import_module("timm")
+    short = name.removeprefix(_TIMM)
+    if not timm.is_model(short):
+        close = difflib.get_close_matches(short, timm.list_models(), n=1)
+        hint = f"; did you mean {_TIMM}{close[0]}?" if close else ""
+        raise ConfigError(f"model.name: timm has no network {short!r}{hint}")
+    options = {"img_size": image_size} if short.startswith("vit") else {}
+    return _build(name, timm.create_model, short, pretrained=False, num_classes=classes, in_chans=channels, **options)
+
+
+def _build(name: str, build: Callable[..., nn.Module], *args: object, **options: object) -> nn.Module:
+    """Call a builder of another library and tell what it refuses.
+
+    Raises:
+        ConfigError: It cannot build a network for these images.
+    """
+    try:
+        return build(*args, **options)
+    except (AssertionError, ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model.name: {name!r} cannot be built for these images: {reason}") from None

@@ -1,4 +1,4 @@
-"""The residual block that every network here is built of, with a place for a gate on its branch."""
+"""The residual block and the channel slot: the two places in a network where a gate can sit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class _GatedSum(torch.autograd.Function):
-    """``shortcut + decision * branch`` in one pass over the activations, and two in the backward.
+    """``shortcut + decision * branch`` in one pass over the activations, and at most two in the backward.
 
     The derivative of torch.addcmul makes two more passes, to multiply by its factor of 1.
     """
@@ -20,10 +20,12 @@ class _GatedSum(torch.autograd.Function):
         return torch.addcmul(shortcut, branch, _per_sample(decision, branch))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         (grad,) = grads
         branch, decision = ctx.saved_tensors
-        towards_decision = (grad * branch).sum(dim=tuple(range(1, grad.dim())), dtype=decision.dtype)
+        towards_decision = None
+        if ctx.needs_input_grad[2]:
+            towards_decision = (grad * branch).sum(dim=tuple(range(1, grad.dim())), dtype=decision.dtype)
         return grad, grad * _per_sample(decision, grad), towards_decision
 
 
@@ -32,17 +34,92 @@ def _per_sample(decision: Tensor, activations: Tensor) -> Tensor:
     return decision.to(activations.dtype).view(-1, *[1] * (activations.dim() - 1))
 
 
+class _GatedChannels(torch.autograd.Function):
+    """``decision * activations``, with one decision for each sample and unit of channels."""
+
+    @staticmethod
+    def forward(ctx: Any, activations: Tensor, decision: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(activations, decision)
+        ctx.dim = dim
+        return activations * _per_channel(decision, activations, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grads
+        activations, decision = ctx.saved_tensors
+        channel_dim = ctx.dim % grad.dim()
+        positions = [dim for dim in range(1, grad.dim()) if dim != channel_dim]
+        by_channel = (grad * activations).sum(dim=positions, dtype=decision.dtype)  # [B, C]
+        by_unit = by_channel.unflatten(1, (decision.shape[1], -1)).sum(2)
+        return grad * _per_channel(decision, grad, ctx.dim), by_unit, None
+
+
+def _per_channel(decision: Tensor, activations: Tensor, dim: int) -> Tensor:
+    """Decisions [B, U] in the shape and precision in which they multiply activations with C channels at ``dim``."""
+    per_unit = activations.shape[dim] // decision.shape[1]
+    factors = decision.to(activations.dtype)
+    if per_unit > 1:
+        factors = factors.repeat_interleave(per_unit, dim=1)
+    shape = [1] * activations.dim()
+    shape[0], shape[dim] = factors.shape
+    return factors.view(shape)
+
+
+class ChannelSlot(nn.Module):
+    """A module of a branch whose output channels a gate switches, each for itself.
+
+    It stands around the module only as long as there is a gate.
+
+    Args:
+        inner: The module whose output [B, ...] is switched.
+        gate: From that output to decisions [B, U] for units of equally many channels.
+        dim: Dimension of the channels.
+        label: Name of the set of channels within its block.
+
+    Attributes:
+        some_on: Of the last pass: for each sample [B], 1 if any unit was on.
+    """
+
+    some_on: Tensor
+
+    def __init__(self, inner: nn.Module, gate: nn.Module, dim: int, label: str) -> None:
+        super().__init__()
+        self.inner = inner
+        self.gate = gate
+        self.dim = dim
+        self.label = label
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a slot has switched nothing yet."""
+        return {key: value for key, value in self.__dict__.items() if key != "some_on"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The inner module's output with the channels of units that are off at zero."""
+        activations = self.inner(x)
+        decision = self.gate(activations)
+        self.some_on = decision.detach().amax(1)
+        gated: Tensor = _GatedChannels.apply(activations, decision, self.dim)
+        return gated
+
+
 class ResidualBlock(nn.Module):
     """A residual unit ``activation(shortcut(x) + g * branch(x))`` (He et al. 2015), ``g = 1`` without a gate.
 
     The branch is one module, so that removing it is removing everything that the unit computes beyond its shortcut.
+    For a sample for which all channels between two layers of the branch are off, g is 0: the branch would compute a
+    constant that does not depend on the input, and goes as a whole.
 
     Args:
-        branch: F, from x [B, C, H, W] to [B, C', H', W'].
+        branch: F, from x [B, C, ...] to [B, C', ...].
         shortcut: S, to the same shape as the branch. :class:`torch.nn.Identity` if the shape does not change.
         activation: Applied to the sum.
-        input_activated: The block's input has already passed the same, idempotent activation (ReLU after ReLU), so
-            that a block with an identity shortcut and no branch computes nothing at all.
+        input_activated: The block's input has already passed the same, idempotent activation (ReLU after ReLU, or
+            none at all), so that a block with an identity shortcut and no branch computes nothing at all.
+
+    Attributes:
+        gate: From x to decisions [B], or None.
+        slots: The channel slots inside the branch.
+        channels_left: By the label of a set of channels: dense indices of the units left, once some were removed.
     """
 
     gate: nn.Module | None
@@ -54,12 +131,17 @@ class ResidualBlock(nn.Module):
         self.activation = activation
         self.input_activated = input_activated
         self.gate = None
+        self.slots: list[ChannelSlot] = []  # not children: they stand in the branch
+        self.channels_left: dict[str, list[int]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """The unit's output [B, C', H', W'] for the input ``x`` [B, C, H, W]."""
+        """The unit's output [B, C', ...] for the input ``x`` [B, C, ...]."""
         shortcut = self.shortcut(x)
         branch = self.branch(x)
-        out = shortcut + branch if self.gate is None else _GatedSum.apply(shortcut, branch, self.gate(x))
+        decision = None if self.gate is None else self.gate(x)
+        for slot in self.slots:
+            decision = slot.some_on if decision is None else decision * slot.some_on
+        out = shortcut + branch if decision is None else _GatedSum.apply(shortcut, branch, decision)
         activated: Tensor = self.activation(out)
         return activated
 
@@ -68,6 +150,47 @@ class ResidualBlock(nn.Module):
         if isinstance(self.shortcut, nn.Identity):
             return nn.Identity() if self.input_activated else self.activation
         return nn.Sequential(self.shortcut, self.activation)
+
+
+class PlainBlock(nn.Module):
+    """A block without a shortcut: it has to stay, but the channels inside it can be gated.
+
+    Args:
+        branch: What it computes, from x [B, C, ...] to [B, C', ...].
+
+    Attributes:
+        slots: The channel slots inside it.
+        channels_left: By the label of a set of channels: dense indices of the units left, once some were removed.
+    """
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+        self.slots: list[ChannelSlot] = []
+        self.channels_left: dict[str, list[int]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The branch's output."""
+        out: Tensor = self.branch(x)
+        return out
+
+
+class Scale(nn.Module):
+    """Multiplies by a learned factor for each channel (LayerScale, Touvron et al. 2021, arXiv 2103.17239).
+
+    Args:
+        weight: The factors.
+        shape: Shape in which they broadcast over the input; None: their own.
+    """
+
+    def __init__(self, weight: nn.Parameter, shape: tuple[int, ...] | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.shape = shape or tuple(weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``weight * x``."""
+        return self.weight.view(self.shape) * x
 
 
 def residual_blocks(model: nn.Module) -> dict[str, ResidualBlock]:

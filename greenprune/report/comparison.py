@@ -96,7 +96,8 @@ class Comparison:
         return {"runs": [run.to_dict() for run in self.runs], "notes": list(self.notes)}
 
     def __rich__(self) -> RenderableType:
-        columns = [column for column in _COLUMNS if column.header != "CO2e" or self._knows_co2]
+        shown = {"CO2e": self._knows_co2, "channels": self._gates_channels}
+        columns = [column for column in _COLUMNS if shown.get(column.header, True)]
         table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
         table.add_column("run", overflow="fold")
         for column in columns:
@@ -111,6 +112,10 @@ class Comparison:
     @property
     def _knows_co2(self) -> bool:
         return any(run.summary.get("co2_g") is not None for run in self.runs)
+
+    @property
+    def _gates_channels(self) -> bool:
+        return any(run.summary.get("channels_dense") for run in self.runs)
 
 
 def compare_runs(paths: Sequence[Path]) -> Comparison:
@@ -205,6 +210,7 @@ _FROM_EVENTS = {
     "kept_cost": "structure/kept_cost",
     "gates_left": "structure/gates",
     "blocks": "structure/blocks",
+    "channels": "structure/channels",
     "energy_j": "energy/total_j",
     "co2_g": "energy/co2_g",
     "time_s": "time_s",
@@ -242,6 +248,7 @@ def _unfinished(events: list[Event]) -> tuple[dict[str, Any], str]:
     summary: dict[str, Any] = {key: start.get(key) for key in _FROM_START}
     summary |= {key: last.get(name) for key, name in _FROM_EVENTS.items()}
     summary["blocks_dense"] = len(start["units"])
+    summary["channels_dense"] = sum(start.get("channels", {}).values())
     summary["energy_quality"] = worst_quality(quality for _, _, quality in start["energy_sources"])
     summary["step_time_s"] = step_times.medians()
     state = f"unfinished: step {last['step']:,} of {start['epochs'] * start['steps_per_epoch']:,}"
@@ -320,6 +327,7 @@ class _Column(NamedTuple):
 _COLUMNS = (
     _Column("accuracy", lambda run: format_percent(run.summary.get("accuracy"), 2), "accuracy_points"),
     _Column("blocks", lambda run: _blocks(run.summary)),
+    _Column("channels", lambda run: _channels(run.summary)),
     _Column("FLOPs,\n1 image", lambda run: format_si(run.summary.get("flops_forward")), "flops_forward"),
     _Column("FLOPs,\ntraining", lambda run: format_si(run.summary.get("flops_train")), "flops_train"),
     _Column("energy", lambda run: format_joules(run.summary.get("energy_j")), "energy_j"),
@@ -332,6 +340,10 @@ _COLUMNS = (
 
 def _blocks(summary: dict[str, Any]) -> str:
     return f"{summary['blocks']}/{summary['blocks_dense']}" if "blocks_dense" in summary else UNKNOWN
+
+
+def _channels(summary: dict[str, Any]) -> str:
+    return f"{summary['channels']}/{summary['channels_dense']}" if summary.get("channels_dense") else "-"
 
 
 def _ratio_cell(run: ComparedRun, key: str | None) -> str:

@@ -13,6 +13,7 @@ from greenprune.progress import (
     cost_name,
     format_joules,
     format_percent,
+    format_removed,
     format_seconds,
     format_share,
     format_si,
@@ -71,11 +72,15 @@ def _structure_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if not summary["gated"]:
         return [("removed", "nothing: a dense run")]
     removals = summary["removals"]
-    when: dict[str, list[str]] = {}
+    when: dict[str, list[dict[str, Any]]] = {}
     for removal in removals:
-        when.setdefault(f"epoch {removal['epoch']:.3g}, {removal['reason']}", []).append(removal["unit"])
-    units = "; ".join(f"{', '.join(names)} ({key})" for key, names in when.items())
-    removed = f"{len(removals)} of {summary['blocks_dense']} blocks" + (f": {units}" if units else "")
+        when.setdefault(f"epoch {removal['epoch']:.3g}, {removal['reason']}", []).append(removal)
+    units = "; ".join(f"{format_removed(those)} ({key})" for key, those in when.items())
+    removed = f"{summary['blocks_dense'] - summary['blocks']} of {summary['blocks_dense']} blocks"
+    if summary.get("channels_dense"):
+        gone = summary["channels_dense"] - summary["channels"]
+        removed += f", {gone:,} of {summary['channels_dense']:,} channels inside blocks"
+    removed += f": {units}" if units else ""
     cost = cost_name(summary["budget_unit"])
     kept, target = format_percent(summary["kept_cost"], 1), format_percent(summary["budget_target"], 1)
     gates = f"; {summary['gates_left']} gates are left" if summary["gates_left"] else ""

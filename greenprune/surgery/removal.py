@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from greenprune.models import ResidualBlock
+from greenprune.models import ChannelSet, ChannelSlot, PlainBlock, ResidualBlock, Slice, find_channels
 
 _WRAPPERS = (
     "DeepSpeedEngine",
@@ -25,64 +29,216 @@ def refuse_wrapped(model: nn.Module) -> None:
         raise TypeError(f"surgery needs the unwrapped network, not {type(model).__name__}")
 
 
-def _unit(model: nn.Module, name: str) -> ResidualBlock:
-    refuse_wrapped(model)
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        module = None
-    if not isinstance(module, ResidualBlock):
-        raise KeyError(f"the network has no unit {name!r}")
-    return module
+@dataclass(frozen=True)
+class Replacement:
+    """The parameter that took another one's place: some of its entries along one dimension."""
+
+    parameter: nn.Parameter
+    dim: int
+    index: Tensor
 
 
-def remove_unit(model: nn.Module, name: str) -> None:
-    """Take a block's branch and gate out of the network; its shortcut stays in its place.
+@dataclass
+class Surgeon:
+    """Operates on one unwrapped network, in place; several operations together find its channels only once.
 
-    Exact: the network computes what it computed with the unit's decision at 0 for every sample.
-
-    Args:
-        model: The unwrapped network; changed in place.
-        name: Module path of the block.
-
-    Raises:
-        KeyError: No unit has this name (any more).
-        TypeError: The network is wrapped.
-    """
-    block = _unit(model, name)
-    rest = block.without_branch()
-    rest.train(block.training)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, rest)
-
-
-def freeze_unit(model: nn.Module, name: str) -> None:
-    """Take a unit's gate off and keep the unit: it is on for good. Nothing happens if it has no gate.
+    Every operation is exact: the network computes what it computed with the removed units' decisions at 0 for every
+    sample.
 
     Args:
-        model: The unwrapped network; changed in place.
-        name: Module path of the block.
+        model: The unwrapped network.
+
+    Attributes:
+        replacements: For each parameter that lost channels, the one in its place.
 
     Raises:
-        KeyError: No unit has this name.
         TypeError: The network is wrapped.
     """
-    _unit(model, name).gate = None
+
+    model: nn.Module
+    replacements: dict[nn.Parameter, Replacement] = field(default_factory=dict)
+    _sets: dict[str, ChannelSet] | None = None
+
+    def __post_init__(self) -> None:
+        refuse_wrapped(self.model)
+
+    def remove_block(self, name: str) -> None:
+        """Take a block's branch and gates out of the network; its shortcut stays in its place.
+
+        Args:
+            name: Module path of the block.
+
+        Raises:
+            KeyError: No block has this name (any more).
+        """
+        block = self._block(name)
+        rest = block.without_branch()
+        rest.train(block.training)
+        parent, _, child = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, rest)
+        self._sets = {key: found for key, found in self._channel_sets().items() if found.block != name}
+
+    def remove_channels(self, name: str, units: Collection[int]) -> None:
+        """Take some units out of a set of channels, out of every tensor that holds them and out of their gate.
+
+        Args:
+            name: Name of the set.
+            units: Indices of the units in the dense network.
+
+        Raises:
+            KeyError: There is no such set, or not these units (any more), or none of them would be left.
+        """
+        channels = self._channels(name)
+        block = self._owner(channels)
+        left = block.channels_left.get(channels.label, list(range(channels.units)))
+        gone = set(units)
+        missing = sorted(gone - set(left))
+        if missing:
+            raise KeyError(f"{name!r} has no units {missing}")
+        if len(gone) == len(left):
+            raise KeyError(f"{name!r} would have no unit left; remove its block")
+        keep = [position for position, index in enumerate(left) if index not in gone]
+        slices = list(channels.slices)
+        gate_path = self._gate_path(channels)
+        if gate_path is not None:
+            gate = self.model.get_submodule(gate_path)
+            slices += [Slice(gate_path, tensor, 0) for tensor, _ in gate.named_parameters()]
+        for piece in slices:
+            self._keep_entries(piece, keep, channels.units)
+        for path, attribute in channels.sizes:
+            module = self.model.get_submodule(path)
+            setattr(module, attribute, getattr(module, attribute) * len(keep) // channels.units)
+        channels.units = len(keep)
+        block.channels_left[channels.label] = [left[position] for position in keep]
+
+    def freeze_block(self, name: str) -> None:
+        """Take a block's gate off and keep the block: it is on for good. Nothing happens if it has no gate.
+
+        Args:
+            name: Module path of the block.
+
+        Raises:
+            KeyError: No block has this name.
+        """
+        self._block(name).gate = None
+
+    def freeze_channels(self, name: str) -> None:
+        """Take the gate off a set of channels and keep the channels. Nothing happens if they have no gate.
+
+        Args:
+            name: Name of the set.
+
+        Raises:
+            KeyError: There is no such set.
+        """
+        channels = self._channels(name)
+        gate_path = self._gate_path(channels)
+        if gate_path is None:
+            return
+        slot_path = gate_path.removesuffix(".gate")
+        slot = self.model.get_submodule(slot_path)
+        assert isinstance(slot, ChannelSlot)
+        parent, _, child = slot_path.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, slot.inner)
+        self._owner(channels).slots.remove(slot)
+        self._sets = None  # paths below the slot are shorter now
+
+    def _block(self, name: str) -> ResidualBlock:
+        try:
+            module = self.model.get_submodule(name)
+        except AttributeError:
+            module = None
+        if not isinstance(module, ResidualBlock):
+            raise KeyError(f"the network has no unit {name!r}")
+        return module
+
+    def _owner(self, channels: ChannelSet) -> ResidualBlock | PlainBlock:
+        block = self.model.get_submodule(channels.block)
+        assert isinstance(block, ResidualBlock | PlainBlock)
+        return block
+
+    def _channel_sets(self) -> dict[str, ChannelSet]:
+        if self._sets is None:
+            self._sets = find_channels(self.model).sets
+        return self._sets
+
+    def _channels(self, name: str) -> ChannelSet:
+        channels = self._channel_sets().get(name)
+        if channels is None:
+            raise KeyError(f"the network has no channels {name!r}")
+        return channels
+
+    def _gate_path(self, channels: ChannelSet) -> str | None:
+        slot_path, _, child = channels.slot.rpartition(".")
+        is_gated = child == "inner" and isinstance(self.model.get_submodule(slot_path), ChannelSlot)
+        return f"{slot_path}.gate" if is_gated else None
+
+    def _keep_entries(self, piece: Slice, keep: Sequence[int], units: int) -> None:
+        """Exchange a tensor for one with the entries of the units that are kept."""
+        module = self.model.get_submodule(piece.module)
+        old = getattr(module, piece.tensor)
+        stretch = torch.arange(piece.repeats).view(-1, 1, 1) * (units * piece.per_unit)
+        unit = torch.tensor(keep).view(1, -1, 1) * piece.per_unit
+        index = (stretch + unit + torch.arange(piece.per_unit)).flatten().to(old.device)
+        new = _select(old.detach(), piece.dim, index)
+        if isinstance(old, nn.Parameter):
+            parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+            self.replacements[old] = Replacement(parameter, piece.dim, index)
+            new = parameter
+        setattr(module, piece.tensor, new)
 
 
-def drop_optimizer_state(optimizer: Optimizer, model: nn.Module) -> None:
-    """Make the optimizer forget every parameter that is no longer in the network, in place.
+def _select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Some entries of a tensor along a dimension, in the tensor's own memory format."""
+    chosen = tensor.index_select(dim, index)
+    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return chosen.contiguous(memory_format=torch.channels_last)
+    return chosen
 
-    The optimizer stays the same object and the survivors' state is not touched, so learning-rate schedules and
-    wrappers that hold it go on.
+
+def update_optimizer(optimizer: Optimizer, surgeon: Surgeon) -> None:
+    """Make the optimizer follow surgery, in place: shrink the survivors' state, forget what is gone.
+
+    The optimizer stays the same object and parameters keep their groups and their order, so learning-rate schedules
+    and wrappers that hold it go on. What it keeps for a parameter in the parameter's shape (momentum, moments) is cut
+    like the parameter, bit for bit; single numbers (step counts) stay.
 
     Args:
         optimizer: A torch optimizer, unwrapped.
-        model: The unwrapped network after surgery.
+        surgeon: Who operated on the network since the optimizer last fitted it.
+
+    Raises:
+        TypeError: The optimizer keeps something for a parameter in another shape, which cannot be cut.
     """
-    alive = set(model.parameters())
+    alive = set(surgeon.model.parameters())
     for group in optimizer.param_groups:
+        kept = []
         for parameter in group["params"]:
-            if parameter not in alive:
-                optimizer.state.pop(parameter, None)
-        group["params"] = [parameter for parameter in group["params"] if parameter in alive]
+            survivor = _follow(optimizer, parameter, surgeon.replacements)
+            if survivor in alive:
+                kept.append(survivor)
+            else:
+                optimizer.state.pop(survivor, None)
+        group["params"] = kept
+
+
+def _follow(
+    optimizer: Optimizer, parameter: nn.Parameter, replacements: dict[nn.Parameter, Replacement]
+) -> nn.Parameter:
+    """The parameter that stands in a parameter's place after all replacements, with the state cut to fit it."""
+    while parameter in replacements:
+        replacement = replacements[parameter]
+        state = optimizer.state.pop(parameter, None)
+        if state is not None:
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[name] = _select(value, replacement.dim, replacement.index)
+                elif isinstance(value, Tensor) and value.numel() > 1:
+                    raise TypeError(
+                        f"{type(optimizer).__name__} keeps {name!r} of shape {tuple(value.shape)} for a parameter of "
+                        f"shape {tuple(parameter.shape)}, which cannot follow the removal of channels; expected an "
+                        "optimizer whose state has the parameters' shapes, such as SGD or AdamW"
+                    )
+            optimizer.state[replacement.parameter] = state
+        parameter = replacement.parameter
+    return parameter

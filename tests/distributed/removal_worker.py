@@ -16,7 +16,7 @@ from greenprune.engine import Engine
 from greenprune.gating import attach_gates
 from greenprune.models import build_model
 from greenprune.optimization import build_optimizer
-from greenprune.surgery import drop_optimizer_state, remove_unit
+from greenprune.surgery import Surgeon, update_optimizer
 
 UNIT = "stages.1.1"
 STEPS_BEFORE, STEPS_AFTER = 10, 20
@@ -66,8 +66,8 @@ def run(optimizer_name: str, remove: bool) -> dict[str, object]:
         before = state_of(optimizer)
 
         def operate(inner: nn.Module, raw: Optimizer) -> None:
-            remove_unit(inner, UNIT)
-            drop_optimizer_state(raw, inner)
+            Surgeon(inner).remove_block(UNIT)
+            update_optimizer(raw, Surgeon(inner))
 
         engine.rebuild(operate)
         survivors = set(engine.module.parameters())

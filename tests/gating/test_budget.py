@@ -18,14 +18,14 @@ from greenprune.gating import (
     GatePolicy,
     UnitCosts,
     Verdict,
+    find_gates,
     gate_parameters,
-    gated_units,
     global_rates,
     polarization,
     take_decisions,
 )
 from greenprune.gating.gates import BOUND
-from greenprune.surgery import freeze_unit, remove_unit
+from greenprune.surgery import Surgeon
 
 CPU = torch.device("cpu")
 
@@ -178,7 +178,7 @@ def test_gates_get_the_gradient_of_one_process_through_two_emulated_ranks(
     def gradient(batch: Tensor, shared: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         model.zero_grad()
         task = model(batch).logsumexp(1).mean()
-        local, _ = take_decisions([block.gate for block in gated_units(model).values()])
+        local, _ = take_decisions(list(find_gates(model).values()))
         rates = global_rates(local, local.detach() if shared is None else shared)
         (task + loss_of_rates(rates, costs, 5.0)).backward()
         return local.detach(), [parameter.grad.clone() for parameter in gate_parameters(model)]
@@ -293,12 +293,12 @@ def test_a_controller_goes_on_from_its_state() -> None:
 
 
 def policy_of(model: nn.Module, target: float = 0.5, *, total_steps: int = 100, window: int = 10) -> GatePolicy:
-    names = list(gated_units(model))
+    names = list(find_gates(model))
     config = Config(
         budget=BudgetConfig(target=target), gate=GateConfig(warmup=0.1), removal=RemovalConfig(decide_by=0.5)
     )
     costs = UnitCosts.of(dict.fromkeys(names, 1), len(names) + 1)
-    return GatePolicy(config, model, costs, set(names), total_steps=total_steps, window=window, device=CPU)
+    return GatePolicy(config, model, costs, set(names), rounding={}, total_steps=total_steps, window=window, device=CPU)
 
 
 def same(tensor: Tensor) -> Tensor:
@@ -340,9 +340,10 @@ def test_after_the_deadline_no_gate_is_left(make_network: Callable[..., nn.Modul
     model(torch.randn(4, 3, 8, 8))
     policy.penalty(49, 4, same)
     _, verdicts = policy.close_window(50)
-    assert {verdict.unit for verdict in verdicts} == set(gated_units(model))
+    assert {verdict.unit for verdict in verdicts} == set(find_gates(model))
     for verdict in verdicts:
-        (remove_unit if verdict.action == "remove" else freeze_unit)(model, verdict.unit)
+        surgeon = Surgeon(model)
+        (surgeon.remove_block if verdict.action == "remove" else surgeon.freeze_block)(verdict.unit)
     policy.carried_out(model, verdicts)
     assert not policy.active
     assert not any(policy.at_boundary(step) for step in range(51, 101))
@@ -352,9 +353,9 @@ def test_after_the_deadline_no_gate_is_left(make_network: Callable[..., nn.Modul
 def test_the_policy_follows_surgery(make_network: Callable[..., nn.Module]) -> None:
     model = make_network()
     policy = policy_of(model)
-    names = list(gated_units(model))
-    remove_unit(model, names[1])
-    freeze_unit(model, names[2])
+    names = list(find_gates(model))
+    Surgeon(model).remove_block(names[1])
+    Surgeon(model).freeze_block(names[2])
     policy.carried_out(model, [Verdict(names[1], "remove", "off"), Verdict(names[2], "freeze", "on")])
     assert policy.kept_cost == pytest.approx(0.9)
     model(torch.randn(4, 3, 8, 8))
@@ -385,7 +386,7 @@ def test_the_ranks_prices_follow_one_kept_cost_to_the_last_bit(
 ) -> None:
     """Their own rates differ, and so do the roundings on the way to the kept cost."""
     model = make_network()
-    gates = [block.gate for block in gated_units(model).values()]
+    gates = list(find_gates(model).values())
     ranks = [policy_of(model, 0.1), policy_of(model, 0.1)]
     seen = []
     penalty = BudgetController.penalty
@@ -400,7 +401,7 @@ def test_the_ranks_prices_follow_one_kept_cost_to_the_last_bit(
         shared = torch.stack([decisions.mean(2).mean(0), torch.full((9,), 0.5)])
         for policy, share in zip(ranks, decisions, strict=True):
             for gate, decision in zip(gates, share, strict=True):
-                gate.decision, gate.logit = decision, torch.zeros(37)
+                gate.decision, gate.logit = decision.unsqueeze(1), torch.zeros(37, 1)
             policy.penalty(step, 74, lambda _, shared=shared: shared)
     pairs = list(zip(seen[::2], seen[1::2], strict=True))
     assert any(one[0] != other[0] for one, other in pairs)
@@ -425,7 +426,7 @@ def test_the_policy_tells_its_gates_of_the_loss_scale(make_network: Callable[...
     model = make_network()
     policy = policy_of(model)
     scale = torch.tensor(1024.0)
-    gates = [block.gate for block in gated_units(model).values()]
+    gates = list(find_gates(model).values())
     policy.scale_losses_by(scale)
     assert all(gate.loss_scale is scale for gate in gates)
     policy.scale_losses_by(None)

@@ -15,10 +15,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from greenprune.config import Config, GateConfig, OptimConfig
-from greenprune.gating import gate_parameters, gated_units, take_decisions
+from greenprune.gating import find_gates, gate_parameters, take_decisions
 from greenprune.models import ResidualBlock, residual_blocks
 from greenprune.optimization import build_optimizer, build_schedule
-from greenprune.surgery import drop_optimizer_state, freeze_unit, refuse_wrapped, remove_unit
+from greenprune.surgery import Surgeon, refuse_wrapped, update_optimizer
 
 MakeNetwork = Callable[..., nn.Module]
 Record = dict[nn.Parameter, Any]
@@ -35,6 +35,14 @@ BATCH = 4
 def batch_of(image_size: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(BATCH, 3, image_size, image_size, generator=generator), torch.arange(BATCH)
+
+
+def remove_block(model: nn.Module, name: str) -> None:
+    Surgeon(model).remove_block(name)
+
+
+def freeze_block(model: nn.Module, name: str) -> None:
+    Surgeon(model).freeze_block(name)
 
 
 def mask_unit(model: nn.Module, name: str) -> None:
@@ -60,7 +68,7 @@ def spread_gates(model: nn.Module) -> None:
 def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits = model(images)
     loss = functional.cross_entropy(logits, labels)
-    gates = [block.gate for block in gated_units(model).values()]
+    gates = list(find_gates(model).values())
     if gates and model.training:
         rates, _ = take_decisions(gates)
         loss = loss + 0.02 * rates.sum()
@@ -108,7 +116,7 @@ def test_a_network_without_a_unit_computes_what_it_computed_with_the_unit_off(
         trained, evaluated, gradients = passes(model, images, labels, train_first=True)
         assert relative_difference(evaluated, whole) > 1e-4  # the unit mattered
         gone = set(model.get_submodule(unit).branch.parameters()) | set(model.get_submodule(unit).gate.parameters())
-        remove_unit(model, unit)
+        remove_block(model, unit)
         trained_without, evaluated_without, gradients_without = passes(model, images, labels, train_first=False)
         assert relative_difference(trained, trained_without) <= 1e-6, unit
         assert relative_difference(evaluated, evaluated_without) <= 1e-6, unit
@@ -121,13 +129,13 @@ def test_a_network_without_a_unit_computes_what_it_computed_with_the_unit_off(
 def test_what_is_left_of_a_unit_is_in_the_networks_mode(make_network: MakeNetwork, training: bool) -> None:
     model = make_network(shortcut="B").train(training)
     for unit in list(residual_blocks(model)):
-        remove_unit(model, unit)
+        remove_block(model, unit)
     assert {module.training for module in model.modules()} == {training}
 
 
 def test_a_unit_with_an_identity_shortcut_leaves_nothing(make_network: MakeNetwork) -> None:
     model = make_network()
-    remove_unit(model, "stages.0.1")
+    remove_block(model, "stages.0.1")
     x = torch.randn(2, 16, 8, 8)
     left = model.get_submodule("stages.0.1")
     assert left(x) is x
@@ -137,7 +145,7 @@ def test_a_unit_with_an_identity_shortcut_leaves_nothing(make_network: MakeNetwo
 def test_a_unit_whose_input_is_not_activated_leaves_its_activation() -> None:
     block = ResidualBlock(nn.Conv2d(2, 2, 1), nn.Identity(), nn.ReLU(), input_activated=False)
     model = nn.Sequential(block)
-    remove_unit(model, "0")
+    remove_block(model, "0")
     x = torch.randn(2, 2, 3, 3)
     assert torch.equal(model(x), x.relu())
 
@@ -153,9 +161,9 @@ def test_a_whole_stage_and_a_whole_network_can_be_removed(make_network: MakeNetw
             mask_unit(model, unit)
         masked = model.eval()(images)
         for unit in units:
-            remove_unit(model, unit)
+            remove_block(model, unit)
         assert relative_difference(masked, model.eval()(images)) <= 1e-6
-    assert residual_blocks(model) == gated_units(model) == {}
+    assert residual_blocks(model) == find_gates(model) == {}
     model.train()(images).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -166,7 +174,7 @@ def test_the_order_of_removals_does_not_matter(make_network: MakeNetwork) -> Non
     units = ["stages.0.0", "stages.1.0", "stages.2.1"]
     for model, order in ((one, units), (other, units[::-1])):
         for unit in order:
-            remove_unit(model, unit)
+            remove_block(model, unit)
     assert list(one.state_dict()) == list(other.state_dict())
 
 
@@ -174,7 +182,7 @@ def test_the_order_of_removals_does_not_matter(make_network: MakeNetwork) -> Non
 
 
 @pytest.mark.parametrize("name", ["stages.0.7", "nothing", "", "stages", "stages.0.1.branch", "head"])
-@pytest.mark.parametrize("operate", [remove_unit, freeze_unit])
+@pytest.mark.parametrize("operate", [remove_block, freeze_block])
 def test_an_unknown_unit_is_refused_and_nothing_changed(
     make_network: MakeNetwork, operate: Callable[[nn.Module, str], None], name: str
 ) -> None:
@@ -189,8 +197,8 @@ def test_an_unknown_unit_is_refused_and_nothing_changed(
 @pytest.mark.parametrize("shortcut", ["A", "B"])
 def test_a_unit_is_removed_once(make_network: MakeNetwork, unit: str, shortcut: str) -> None:
     model = make_network(shortcut=shortcut)
-    remove_unit(model, unit)
-    for operate in (remove_unit, freeze_unit):
+    remove_block(model, unit)
+    for operate in (remove_block, freeze_block):
         with pytest.raises(KeyError, match=unit):
             operate(model, unit)
 
@@ -208,13 +216,13 @@ def test_a_wrapped_network_is_refused(make_network: MakeNetwork, wrap: Callable[
     model = make_network()
     wrapped = wrap(model)
     prefix = next(name for name, _ in wrapped.named_children())
-    for operate in (remove_unit, freeze_unit):
+    for operate in (remove_block, freeze_block):
         for unit in ("stages.0.1", f"{prefix}.stages.0.1"):
             with pytest.raises(TypeError, match=f"unwrapped network, not {type(wrapped).__name__}"):
                 operate(wrapped, unit)
     with pytest.raises(TypeError):
         refuse_wrapped(wrapped)
-    assert len(gated_units(model)) == 9
+    assert len(find_gates(model)) == 9
 
 
 # Freezing.
@@ -224,18 +232,18 @@ def test_a_frozen_unit_stays_and_loses_its_gate(make_network: MakeNetwork) -> No
     model = make_network()
     images, _ = batch_of(8)
     open_everywhere = model.eval()(images)
-    freeze_unit(model, "stages.1.1")
-    freeze_unit(model, "stages.1.1")  # nothing happens
+    freeze_block(model, "stages.1.1")
+    freeze_block(model, "stages.1.1")  # nothing happens
     assert "stages.1.1" in residual_blocks(model)
-    assert "stages.1.1" not in gated_units(model)
+    assert "stages.1.1" not in find_gates(model)
     assert not any(key.startswith("stages.1.1.gate") for key in model.state_dict())
     assert relative_difference(open_everywhere, model(images)) <= 1e-6
 
 
 def test_a_frozen_unit_can_be_removed(make_network: MakeNetwork) -> None:
     model = make_network()
-    freeze_unit(model, "stages.1.1")
-    remove_unit(model, "stages.1.1")
+    freeze_block(model, "stages.1.1")
+    remove_block(model, "stages.1.1")
     assert len(residual_blocks(model)) == 8
 
 
@@ -259,10 +267,10 @@ def train_steps(model: nn.Module, optimizer: Optimizer, steps: range, schedule: 
 
 def operate(model: nn.Module, optimizer: Optimizer, units: list[str], freeze: list[str]) -> None:
     for unit in units:
-        remove_unit(model, unit)
+        remove_block(model, unit)
     for unit in freeze:
-        freeze_unit(model, unit)
-    drop_optimizer_state(optimizer, model)
+        freeze_block(model, unit)
+    update_optimizer(optimizer, Surgeon(model))
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -323,7 +331,7 @@ def test_an_optimizer_steps_on_when_no_gate_is_left(make_network: MakeNetwork, n
     optimizer = build_optimizer(config_of(name), model, STEPS)
     schedule = build_schedule(config_of(name), optimizer, STEPS)
     train_steps(model, optimizer, range(3), schedule)
-    operate(model, optimizer, ["stages.0.1"], [unit for unit in gated_units(model) if unit != "stages.0.1"])
+    operate(model, optimizer, ["stages.0.1"], [unit for unit in find_gates(model) if unit != "stages.0.1"])
     assert [len(group["params"]) for group in optimizer.param_groups][2] == 0
     before = [parameter.detach().clone() for parameter in model.parameters()]
     train_steps(model, optimizer, range(3, 5), schedule)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from greenprune.gating import gated_units
+from greenprune.gating import find_gates
 from greenprune.models import residual_blocks
 from greenprune.surgery import Operation, Structure, StructureMismatch, replay
 
@@ -57,13 +57,13 @@ def test_a_fresh_network_becomes_the_same(
     removed = {operation.unit for operation in structure.removed()}
     everything = set(residual_blocks(make_network(name, kind=None)))
     assert set(residual_blocks(second)) == everything - removed
-    assert set(gated_units(second)) == (everything - touched if kind else set())
+    assert set(find_gates(second)) == (everything - touched if kind else set())
 
 
 def test_a_network_to_use_is_the_trained_one_without_its_gates(make_network: MakeNetwork) -> None:
     trained = make_network()
     replay(CIFAR, trained)
-    replay(Structure([freeze(unit) for unit in gated_units(trained)]), trained)
+    replay(Structure([freeze(unit) for unit in find_gates(trained)]), trained)
     usable = make_network(kind=None)
     replay(CIFAR, usable)
     usable.load_state_dict(trained.state_dict())
@@ -91,7 +91,7 @@ def changed(**values: Any) -> dict[str, Any]:
         {},
         "structure",
         {"operations": []},
-        {"format": 2, "operations": []},
+        {"format": 3, "operations": []},
         {"format": "1", "operations": []},
         {"format": 1},
         {"format": 1, "operations": None},

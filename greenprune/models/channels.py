@@ -1,0 +1,341 @@
+"""Sets of channels inside a branch: which there are, what holds them, and where a gate can switch them.
+
+A branch is a chain of modules. Between two dense layers (convolutions, linear layers) lies a set of channels that
+nothing outside the chain sees; so do the heads inside an attention module. A unit is one channel of a set, or several
+that only make sense together: a group of a grouped convolution with its inputs and outputs, an attention head.
+
+All that a removal has to do follows from one description: the tensors that hold the set and along which dimension.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.modules import activation, batchnorm, dropout
+from torchvision.ops import SqueezeExcitation, StochasticDepth
+
+from greenprune.models.attention import SelfAttention, WindowAttention
+from greenprune.models.residual import ChannelSlot, PlainBlock, ResidualBlock
+
+_MIXING_ACTIVATIONS = (
+    activation.Softmax,
+    activation.Softmin,
+    activation.Softmax2d,
+    activation.LogSoftmax,
+    activation.GLU,
+    activation.MultiheadAttention,
+    activation.PReLU,  # one with a slope for each channel holds a tensor; one with a single slope is rare
+)
+
+# Modules without tensors of their own that treat each channel alike and by itself.
+_CHANNELWISE: set[type[nn.Module]] = {
+    nn.Identity,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.Dropout,
+    nn.Dropout2d,
+    StochasticDepth,
+    *(
+        kind
+        for kind in vars(activation).values()
+        if isinstance(kind, type) and issubclass(kind, nn.Module) and kind not in (nn.Module, *_MIXING_ACTIVATIONS)
+    ),
+    *(getattr(dropout, name) for name in dropout.__all__),
+}
+
+
+# Of the activations those that map 0 to something else: behind the place where channels are switched they would turn a
+# channel that is off into a constant.
+_NOT_ZERO_AT_ZERO = (nn.Sigmoid, nn.Hardsigmoid, nn.LogSigmoid, nn.Softplus, nn.Threshold)
+
+
+def register_channelwise(kind: type[nn.Module]) -> type[nn.Module]:
+    """Declare that modules of a class treat each channel by itself, map 0 to 0, and hold no tensors.
+
+    Such modules may stand between the layers of a branch whose channels are gated. Usable as a class decorator.
+    """
+    _CHANNELWISE.add(kind)
+    return kind
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A tensor that holds a set of channels along one dimension.
+
+    The dimension is made of ``repeats`` stretches, each with ``per_unit`` entries for every unit, unit by unit.
+
+    Attributes:
+        module: Path of the module that owns the tensor.
+        tensor: Name of the parameter or buffer in it.
+        dim: The dimension.
+        per_unit: Consecutive entries that belong to one unit.
+        repeats: Number of stretches (3 for the queries, keys and values of an attention's one projection).
+    """
+
+    module: str
+    tensor: str
+    dim: int
+    per_unit: int = 1
+    repeats: int = 1
+
+
+@dataclass
+class ChannelSet:
+    """A set of channels inside one block, as the network is now.
+
+    Attributes:
+        name: ``<path of the block>:<label>``, the label being hidden, hidden1, hidden2 or heads.
+        block: Path of the block.
+        units: Number of units now.
+        slot: Path of the module after which the units are switched.
+        channel_dim: Dimension of the channels in that module's output.
+        slices: The tensors that hold the set.
+        sizes: Modules and their attributes that count the set's channels, and shrink with it.
+        removable: Whether the block can go as a whole when all units are off.
+    """
+
+    name: str
+    block: str
+    units: int
+    slot: str
+    channel_dim: int
+    removable: bool
+    slices: list[Slice] = field(default_factory=list)
+    sizes: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """Name within the block."""
+        return self.name.rpartition(":")[2]
+
+    @property
+    def width(self) -> int:
+        """Channels of one unit where the set ends: those that the next layer takes."""
+        return next(piece.per_unit for piece in self.slices if piece.dim == 1)
+
+
+@dataclass(frozen=True)
+class ChannelMap:
+    """All sets of channels of a network.
+
+    Attributes:
+        sets: By name, in the order of the forward pass.
+        notes: One line for each place where channels could have been expected but cannot be gated, with the reason.
+    """
+
+    sets: dict[str, ChannelSet]
+    notes: list[str]
+
+
+def find_channels(model: nn.Module) -> ChannelMap:
+    """Find the sets of channels inside the blocks of an unwrapped network, gated or not."""
+    sets: dict[str, ChannelSet] = {}
+    notes: list[str] = []
+    for name, block in model.named_modules():
+        if isinstance(block, ResidualBlock | PlainBlock):
+            walk = _Walk(name, removable=isinstance(block, ResidualBlock))
+            for path, module in _chain(f"{name}.branch", block.branch):
+                walk.pass_through(path, module)
+            sets.update((found.name, found) for found in walk.named_sets())
+            notes += walk.notes
+    return ChannelMap(sets, notes)
+
+
+def _chain(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a chain in the order in which they are called, nested sequences taken apart."""
+    if isinstance(module, ChannelSlot):
+        yield from _chain(f"{path}.inner", module.inner)
+    elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        for name, child in module.named_children():
+            yield from _chain(f"{path}.{name}", child)
+    else:
+        yield path, module
+
+
+class _Walk:
+    """Goes along the chain of one block and collects its sets of channels.
+
+    Args:
+        block: Path of the block.
+        removable: Whether the block can go as a whole.
+    """
+
+    def __init__(self, block: str, *, removable: bool) -> None:
+        self.block = block
+        self.removable = removable
+        self.hidden: list[ChannelSet] = []
+        self.heads: list[ChannelSet] = []
+        self.notes: list[str] = []
+        self._open: ChannelSet | None = None  # its next dense layer is still to come
+        self._from = ""
+        self._switched = False  # the place for the open set's gate is fixed
+        self._previous = ""
+        self._spoilt = ""  # why the channels that are open cannot be gated
+
+    def named_sets(self) -> list[ChannelSet]:
+        """The sets found, with their names."""
+        for number, found in enumerate(self.hidden, 1):
+            found.name = f"{self.block}:hidden{number if len(self.hidden) > 1 else ''}"
+        for number, found in enumerate(self.heads, 1):
+            found.name = f"{self.block}:heads{number if len(self.heads) > 1 else ''}"
+        return [*self.heads, *self.hidden]
+
+    def pass_through(self, path: str, module: nn.Module) -> None:
+        """Take the next module of the chain."""
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv2d) and module.groups > 1:
+                self._grouped(path, module)
+            else:
+                self._dense(path, module)
+        elif isinstance(module, SelfAttention | WindowAttention):
+            self._attention(path, module)
+        elif isinstance(module, batchnorm._BatchNorm):
+            self._carry(path, module)
+        elif _is_squeeze_excitation(module):
+            self._squeeze_excitation(path, module)
+        elif type(module) not in _CHANNELWISE and not _is_channelwise_by_name(module):
+            self._unknown(path, module)
+        elif self._switched and isinstance(module, _NOT_ZERO_AT_ZERO):
+            self._spoil(f"{path} ({type(module).__name__}) makes a constant of a channel that is off")
+        self._previous = path
+
+    def _unknown(self, path: str, module: nn.Module) -> None:
+        """A module that may mix channels, and may hide some inside."""
+        self._spoil(f"{path} ({type(module).__name__}) is not known to treat each channel by itself")
+        if any(isinstance(child, nn.Conv2d | nn.Linear) for child in module.modules()):
+            self.notes.append(f"{path}: the channels inside a {type(module).__name__} are not gated")
+
+    def _dense(self, path: str, module: nn.Conv2d | nn.Linear) -> None:
+        self._close(path, module)
+        width = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
+        self._begin(path, width, 1 if isinstance(module, nn.Conv2d) else -1)
+        self._add_output(path, module)
+
+    def _begin(self, path: str, units: int, channel_dim: int) -> None:
+        self._open = ChannelSet("", self.block, units, "", channel_dim, self.removable)
+        self._from, self._switched, self._spoilt = path, False, ""
+
+    def _add_output(self, path: str, module: nn.Conv2d | nn.Linear) -> None:
+        assert self._open is not None
+        self._open.slices += [Slice(path, name, 0) for name, _ in module.named_parameters(recurse=False)]
+        self._open.sizes.append((path, "out_channels" if isinstance(module, nn.Conv2d) else "out_features"))
+
+    def _close(self, path: str, module: nn.Conv2d | nn.Linear) -> None:
+        """The open set ends here, where its channels are the input."""
+        ended = self._open
+        if ended is None:
+            return
+        is_conv = isinstance(module, nn.Conv2d)
+        if (ended.channel_dim == 1) != is_conv:
+            self._spoil(f"{path} takes its channels from another dimension")
+        width = module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
+        if not self._spoilt and width % ended.units:
+            self._spoil(f"{path} does not take the same channels")
+        if self._spoilt:
+            self.notes.append(f"{self.block}: channels from {self._from} to {path} are not gated: {self._spoilt}")
+            return
+        if not self._switched:
+            ended.slot = self._previous
+        ended.slices.append(Slice(path, "weight", 1, width // ended.units))
+        ended.sizes.append((path, "in_channels" if is_conv else "in_features"))
+        self.hidden.append(ended)
+
+    def _spoil(self, reason: str) -> None:
+        if self._open is not None and not self._spoilt:
+            self._spoilt = reason
+
+    def _carry(self, path: str, module: nn.Module) -> None:
+        """A normalisation that keeps statistics and factors for each channel."""
+        if self._open is None:
+            return
+        if self._switched:
+            self._spoil(f"{path} makes a constant of a channel that is off")
+            return
+        width = int(module.num_features)  # type: ignore[arg-type]
+        per_unit = width // self._open.units
+        tensors = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        self._open.slices += [Slice(path, name, 0, per_unit) for name, tensor in tensors if tensor.dim() == 1]
+        self._open.sizes.append((path, "num_features"))
+
+    def _grouped(self, path: str, module: nn.Conv2d) -> None:
+        """A grouped convolution ties the inputs and the outputs of a group together into one unit."""
+        opened = self._open
+        if opened is None:
+            return  # it works on the residual stream, whose width stays
+        if max(opened.units, module.groups) % min(opened.units, module.groups):
+            self._spoil(f"the {module.groups} groups of {path} do not divide its channels evenly")
+            return
+        if self._switched:
+            self._spoil(f"{path} works in groups behind a squeeze-and-excitation")
+            return
+        units = min(opened.units, module.groups)
+        factor = opened.units // units
+        opened.units = units
+        opened.slices = [
+            Slice(old.module, old.tensor, old.dim, old.per_unit * factor, old.repeats) for old in opened.slices
+        ]
+        opened.slices += [
+            Slice(path, name, 0, module.out_channels // units) for name, _ in module.named_parameters(recurse=False)
+        ]
+        opened.sizes += [(path, name) for name in ("in_channels", "out_channels", "groups")]
+
+    def _squeeze_excitation(self, path: str, module: nn.Module) -> None:
+        """Scales each channel by a factor made from all of them: they have to be switched before it."""
+        if self._open is None:
+            return
+        if not self._switched:
+            self._open.slot, self._switched = self._previous, True
+        first, second = f"{path}.fc1", f"{path}.fc2"
+        per_unit = int(module.get_submodule("fc1").in_channels) // self._open.units  # type: ignore[arg-type]
+        self._open.slices.append(Slice(first, "weight", 1, per_unit))
+        self._open.sizes.append((first, "in_channels"))
+        for name, _ in module.get_submodule("fc2").named_parameters(recurse=False):
+            self._open.slices.append(Slice(second, name, 0, per_unit))
+        self._open.sizes.append((second, "out_channels"))
+
+    def _attention(self, path: str, module: SelfAttention | WindowAttention) -> None:
+        if self._open is not None:
+            self._close_before_attention(path)
+        heads = ChannelSet("", self.block, module.heads, f"{path}.merged", -1, self.removable)
+        if isinstance(module.merged, ChannelSlot):
+            heads.slot += ".inner"
+        width = module.head_dim
+        heads.slices += [
+            Slice(f"{path}.qkv", name, 0, width, 3) for name, _ in module.qkv.named_parameters(recurse=False)
+        ]
+        heads.slices.append(Slice(f"{path}.proj", "weight", 1, width))
+        heads.sizes += [(f"{path}.qkv", "out_features"), (f"{path}.proj", "in_features"), (path, "heads")]
+        if isinstance(module, WindowAttention):
+            if module.table is not None:
+                heads.slices.append(Slice(path, "table", 1))
+            if module.logit_scale is not None:
+                heads.slices.append(Slice(path, "logit_scale", 0))
+            if module.bias_mlp is not None:
+                last = f"{path}.bias_mlp.{len(module.bias_mlp) - 1}"
+                heads.slices.append(Slice(last, "weight", 0))
+                heads.sizes.append((last, "out_features"))
+        self.heads.append(heads)
+        self._open = None
+
+    def _close_before_attention(self, path: str) -> None:
+        self.notes.append(f"{self.block}: channels from {self._from} to {path} are not gated: they feed an attention")
+
+
+def _is_squeeze_excitation(module: nn.Module) -> bool:
+    """Torchvision's, or timm's of the same form, which is an optional dependency and known by its name."""
+    if isinstance(module, SqueezeExcitation):
+        return True
+    return type(module).__module__.startswith("timm.") and type(module).__name__ == "SEModule"
+
+
+def _is_channelwise_by_name(module: nn.Module) -> bool:
+    """Timm's own activations and its stochastic depth."""
+    kind = type(module)
+    if not kind.__module__.startswith("timm.layers"):
+        return False
+    return kind.__module__.startswith("timm.layers.activations") or kind.__name__ == "DropPath"
