@@ -42,14 +42,14 @@ def subtract(whole: Cost, parts: Iterable[Cost]) -> Cost:
     )
 
 
-def count_costs(model: nn.Module, image_shape: tuple[int, int, int], names: Iterable[str] = ("",)) -> dict[str, Cost]:
+def count_costs(model: nn.Module, image_shape: tuple[int, ...], names: Iterable[str] = ("",)) -> dict[str, Cost]:
     """Count what a network and its parts cost, gates included.
 
     Nothing is computed: the passes run on the meta device, in tenths of a second.
 
     Args:
         model: The unwrapped network.
-        image_shape: Shape [C, H, W] of one input.
+        image_shape: Shape of one input without the batch: [C, H, W] of an image.
         names: Module paths as in ``named_modules``; the empty one is the whole network.
 
     Returns:

@@ -10,7 +10,7 @@ from operator import attrgetter
 import torch
 from torch import nn
 
-from greenprune.config import Config, ConfigError, GateConfig
+from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, SurgeryConfig
 from greenprune.data import ImageData
 from greenprune.flops import Cost, count_costs, subtract
 from greenprune.gating import CostTerm, UnitCosts, attach_gates, channel_unit, find_gates, split_unit
@@ -49,7 +49,7 @@ class UnitTable:
     widths: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, image_shape: tuple[int, int, int]) -> UnitTable:
+    def of(cls, model: nn.Module, image_shape: tuple[int, ...]) -> UnitTable:
         """Count the costs of a network from which nothing has been removed."""
         blocks = residual_blocks(model)
         gated = find_gates(model)
@@ -103,8 +103,9 @@ class UnitTable:
         cost = part.cost
         return Cost(cost.flops_forward * now // dense, cost.flops_train * now // dense, cost.params * now // dense)
 
-    def rounding(self, round_to: int) -> dict[str, int]:
-        """Of how many units the size of each set is a multiple for its channels to be one of ``round_to``."""
+    def rounding(self, config: SurgeryConfig, device: torch.device) -> dict[str, int]:
+        """Of how many units the size of each set is a multiple for its channels to be one of ``surgery.round_to``."""
+        round_to = config.round_to or (8 if device.type == "cuda" else 1)
         return {name: round_to // math.gcd(round_to, width) for name, width in self.widths.items()}
 
 
@@ -138,19 +139,18 @@ def _parts(model: nn.Module, sets: dict[str, ChannelSet], counts: dict[str, Cost
     return parts
 
 
-def unit_costs(table: UnitTable, config: Config) -> UnitCosts:
+def unit_costs(table: UnitTable, budget: BudgetConfig) -> UnitCosts:
     """What each unit of a dense network costs in the budget's unit, as a share of the whole network.
 
     Raises:
-        ConfigError: The budget's target cannot be met.
+        ConfigError: The network has gates, and the budget's target cannot be met.
     """
-    if config.budget.unit == "blocks":
+    if budget.unit == "blocks":
         costs = UnitCosts.of(dict.fromkeys(table.branches, 1), len(table.branches))
     else:
-        measure = attrgetter("flops_forward" if config.budget.unit == "flops" else "params")
-        costs = _shares(table, measure)
-    if config.gate.enabled:
-        costs.check_target(config.budget.target, table.gates)
+        costs = _shares(table, attrgetter("flops_forward" if budget.unit == "flops" else "params"))
+    if table.gates:
+        costs.check_target(budget.target, table.gates)
     return costs
 
 
@@ -216,7 +216,7 @@ def prepare_network(config: Config, data: ImageData) -> Network:
             f"model.name: {config.model.name!r} cannot take images of {data.image_size} x {data.image_size} pixels: "
             f"{reason}"
         ) from None
-    return Network(model, table, unit_costs(table, config), notes)
+    return Network(model, table, unit_costs(table, config.budget), notes)
 
 
 def _gate(model: nn.Module, config: Config) -> list[str]:

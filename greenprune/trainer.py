@@ -98,13 +98,12 @@ class Trainer:
             self._load(checkpoint)
 
     def _new_policy(self) -> GatePolicy:
-        round_to = self.config.surgery.round_to or (8 if self.engine.device.type == "cuda" else 1)
         return GatePolicy(
             self.config,
             self.engine.module,
             self.costs,
             units_present(self.costs, self.structure),
-            rounding=self.unit_table.rounding(round_to),
+            rounding=self.unit_table.rounding(self.config.surgery, self.engine.device),
             total_steps=self.total_steps,
             window=self.config.removal.window or self.data.steps_per_epoch,
             device=self.engine.device,
@@ -253,7 +252,7 @@ class Trainer:
         assert self.policy is not None
         started = time.monotonic()
         epoch = self.step / self.data.steps_per_epoch
-        operations = [Operation(v.action, v.unit, self.step, epoch, v.reason, v.channels) for v in verdicts]
+        operations = [Operation.of(verdict, self.step, epoch) for verdict in verdicts]
         self.structure.operations += operations
         self.engine.check_agreement("the structure", self.structure.checksum())
 

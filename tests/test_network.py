@@ -112,7 +112,7 @@ TABLE = UnitTable(
     ],
 )
 def test_shares_are_of_the_whole_dense_network(unit: str, fixed: float, shares: dict[str, float]) -> None:
-    costs = unit_costs(TABLE, Config(budget=BudgetConfig(unit=unit, target=0.9)))  # type: ignore[arg-type]
+    costs = unit_costs(TABLE, BudgetConfig(unit=unit, target=0.9))  # type: ignore[arg-type]
     assert costs.fixed == pytest.approx(fixed, abs=1e-12)
     assert costs.units == pytest.approx(shares)
 
@@ -120,9 +120,9 @@ def test_shares_are_of_the_whole_dense_network(unit: str, fixed: float, shares: 
 def test_a_budget_below_what_has_no_gate_is_refused_if_it_matters() -> None:
     config = Config(budget=BudgetConfig(unit="flops", target=0.4))
     with pytest.raises(ConfigError, match=r"^budget\.target: 0\.4 "):
-        unit_costs(TABLE, config)
-    unit_costs(TABLE, replace(config, budget=BudgetConfig(unit="params", target=0.4)))
-    unit_costs(TABLE, replace(config, gate=GateConfig(enabled=False)))
+        unit_costs(TABLE, config.budget)
+    unit_costs(TABLE, BudgetConfig(unit="params", target=0.4))
+    unit_costs(replace(TABLE, gates={}), config.budget)  # a dense twin has no budget to meet
 
 
 def test_a_real_network_names_its_smallest_budget() -> None:

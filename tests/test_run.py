@@ -118,13 +118,16 @@ def test_the_dense_twin_removes_nothing(config: Path, tmp_path: Path) -> None:
     assert summary["co2_g"] is None  # no country, no CO2; never 0
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("processes", "units"), [(1, "[block]"), (2, "[block]"), (1, "[block, channel]"), (2, "[channel]")]
+)
 def test_interrupted_after_a_removal_and_resumed_is_the_uninterrupted_run(
-    config: Path, finished: Path, tmp_path: Path, processes: int
+    config: Path, finished: Path, tmp_path: Path, processes: int, units: str
 ) -> None:
     args = ["--config", str(config), "--output_dir", str(tmp_path), "--tracking.log_every", "2"]
+    args += ["--gate.units", units]
     whole = finished
-    if processes == 2:
+    if processes == 2 or units != "[block]":
         done = run(TRAIN, [*args, "--run_name", "whole"], processes)
         assert done.returncode == 0, done.stderr[-3000:]
         whole = tmp_path / "whole"

@@ -92,6 +92,11 @@ class Consensus:
         self._steps += 1
         self._samples += samples
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether anything was counted since the last window was closed."""
+        return self._steps > 0
+
     def close_window(self) -> dict[str, UnitWindow]:
         """Read the counts (one transfer from the device) and start the next window."""
         assert self._samples > 0, "a window without a step"

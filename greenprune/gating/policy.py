@@ -154,17 +154,35 @@ class GatePolicy:
     def close_window(self, steps_done: int) -> tuple[dict[str, UnitWindow], list[Verdict]]:
         """End the window: what the gates did in it, and what is removed and frozen now. One read of the device."""
         window = self.consensus.close_window()
-        verdicts = decide(
+        return window, self._decide(window, steps_done, final=steps_done >= self.deadline)
+
+    def settle_now(self) -> list[Verdict]:
+        """What is removed and frozen if everything has to be decided at once.
+
+        By what the gates did since the last boundary; without a step since then, by how open they are.
+        """
+        window = self.consensus.close_window() if self.consensus.has_steps else self._openness_now()
+        return self._decide(window, self.deadline, final=True)
+
+    def _openness_now(self) -> dict[str, UnitWindow]:
+        logits = torch.cat([gate.bias.detach() for gate in self._gates])
+        on, openness = (logits > 0).tolist(), logits.sigmoid().tolist()
+        return {
+            name: UnitWindow(on=int(is_on), samples=1, openness=mean, always_on=0)
+            for name, is_on, mean in zip(self._units, on, openness, strict=True)
+        }
+
+    def _decide(self, window: dict[str, UnitWindow], steps_done: int, *, final: bool) -> list[Verdict]:
+        return decide(
             window,
             self.present,
             self.costs,
             self.target,
             ceiling=self.controller.target_at(steps_done - LAG * self.window),
             freeze_after=self.freeze_after,
-            final=steps_done >= self.deadline,
+            final=final,
             rounding=self.rounding,
         )
-        return window, verdicts
 
     def carried_out(self, model: nn.Module, verdicts: list[Verdict]) -> None:
         """Follow the surgery that the verdicts asked for."""

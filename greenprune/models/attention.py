@@ -119,7 +119,7 @@ class WindowAttention(nn.Module):
 
     def _attend(self, tokens: Tensor, biases: Tensor) -> Tensor:
         """Attention of each window: tokens [B, windows, P, C] to the heads' outputs [B, windows, P, heads x D]."""
-        bias = self.qkv.bias
+        bias: Tensor | None = self.qkv.bias
         if self.logit_scale is not None and bias is not None:
             queries, keys, values = bias.chunk(3)
             bias = torch.cat([queries, torch.zeros_like(keys), values])  # V2: keys have no bias

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from greenprune.gating import Verdict
 from greenprune.surgery.removal import Surgeon
 
 FORMAT = 2
@@ -41,6 +42,11 @@ class Operation:
     epoch: float
     reason: Reason
     channels: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, verdict: Verdict, step: int, epoch: float) -> Operation:
+        """What carries out a verdict."""
+        return cls(verdict.action, verdict.unit, step, epoch, verdict.reason, verdict.channels)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without what does not apply."""

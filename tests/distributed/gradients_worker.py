@@ -14,7 +14,7 @@ from greenprune.config import Config, load_config
 from greenprune.data import open_data
 from greenprune.energy import open_meter
 from greenprune.engine import Engine
-from greenprune.gating import gated_units
+from greenprune.gating import find_gates
 from greenprune.network import prepare_network
 from greenprune.tracking import RunFolder
 from greenprune.trainer import Trainer
@@ -28,12 +28,11 @@ class RecordingEngine(Engine):
         self.gradients: list[dict[str, list[float]]] = []
 
     def step(self) -> None:
-        units = gated_units(self.module)
         self.gradients.append(
             {
                 f"{name}.{key}": parameter.grad.flatten().tolist()
-                for name, block in units.items()
-                for key, parameter in block.gate.named_parameters()
+                for name, gate in find_gates(self.module).items()
+                for key, parameter in gate.named_parameters()
             }
         )
         super().step()
@@ -50,9 +49,9 @@ def mix_decisions(model: nn.Module) -> None:
     """Give every gate its own opinion of every sample, so that the ranks' rates differ from the first step on."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for block in gated_units(model).values():
-            block.gate.weight.normal_(0, 2, generator=generator)
-            block.gate.bias.fill_(0.3)
+        for gate in find_gates(model).values():
+            gate.weight.normal_(0, 2, generator=generator)
+            gate.bias.fill_(0.3)
 
 
 def main(config_path: str, output: str) -> None:

@@ -20,16 +20,19 @@ removal: {window: 11, decide_by: 0.8}
 """
 
 
-def test_gate_gradients_and_structure_are_those_of_one_process(tmp_path: Path) -> None:
+# Among hundreds of channels one logit comes within a rounding error of its threshold sooner or later: there the
+# gradients are compared up to the first removals, and these.
+@pytest.mark.parametrize(("units", "steps"), [("[block]", 66), ("[block, channel]", 11)])
+def test_gate_gradients_and_structure_are_those_of_one_process(tmp_path: Path, units: str, steps: int) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text(CONFIG)
+    config.write_text(CONFIG.replace("gate: {", f"gate: {{units: {units}, "))
     for processes in (1, 2):
         done = run(HERE / "gradients_worker.py", [str(config), str(tmp_path)], processes)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads((tmp_path / f"world-{world}" / "gradients.json").read_text()) for world in (1, 2))
     assert len(one) == len(two) == 66
     compared = 0
-    for step, (alone, together) in enumerate(zip(one, two, strict=True)):
+    for step, (alone, together) in enumerate(zip(one[:steps], two[:steps], strict=True)):
         assert alone.keys() == together.keys(), f"different units have gates at step {step}"
         # fp32 sums in another order; training amplifies the difference from step to step.
         tolerance = 1e-5 if step < 5 else 2e-3
@@ -37,9 +40,10 @@ def test_gate_gradients_and_structure_are_those_of_one_process(tmp_path: Path) -
             assert together[name] == pytest.approx(gradient, rel=tolerance, abs=tolerance), (step, name)
             compared += any(value != 0 for value in gradient)
     assert compared > 100
-    structures = [(tmp_path / f"world-{world}" / "structure.json").read_text() for world in (1, 2)]
-    assert structures[0] == structures[1]
-    assert '"remove"' in structures[0]
+    structures = [json.loads((tmp_path / f"world-{world}" / "structure.json").read_text()) for world in (1, 2)]
+    first, second = ([done for done in found["operations"] if done["step"] <= steps] for found in structures)
+    assert first == second
+    assert any(done["action"] == "remove" for done in first)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

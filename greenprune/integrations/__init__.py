@@ -1,0 +1,1 @@
+"""Thin callbacks that drive a :class:`greenprune.Pruner` inside other libraries' training loops; optional extras."""

@@ -1,0 +1,75 @@
+"""A callback for Lightning's Trainer (``pip install 'greenprune[lightning]'``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from torch.utils.hooks import RemovableHandle
+
+from greenprune.config import UserError
+from greenprune.pruner import Pruner
+
+
+class PrunerCallback(pl.Callback):
+    """Adds the gates' penalty to the loss, removes units as the training goes on, and settles the rest at its end.
+
+    The module keeps its training step as it is. It makes its one optimizer of ``pruner.parameter_groups()``. The state
+    of the pruner is saved with Lightning's checkpoints; to go on from one, give it to a fresh pruner before the fit::
+
+        pruner.load_state_dict(torch.load(path, weights_only=True)["callbacks"]["PrunerCallback"])
+
+    Args:
+        pruner: The pruner of the network inside the module; its ``total_steps`` are the batches of the whole fit.
+    """
+
+    def __init__(self, pruner: Pruner) -> None:
+        self.pruner = pruner
+        self._handle: RemovableHandle | None = None
+        self._steps = 0
+
+    @property
+    def state_key(self) -> str:
+        """Where Lightning's checkpoints keep the state."""
+        return "PrunerCallback"
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what cannot work before anything is trained.
+
+        Raises:
+            UserError: Several processes or optimizers, or fp16 with a scaled loss.
+        """
+        if trainer.world_size > 1:
+            raise UserError(
+                f"devices: {trainer.world_size} processes are not valid with PrunerCallback, which cannot wrap the "
+                "network again after a removal; expected 1, or greenprune's own trainer"
+            )
+        if trainer.precision == "16-mixed":
+            raise UserError("precision: '16-mixed' is not valid with PrunerCallback; expected 32-true or bf16-mixed")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the penalty beside the network's output.
+
+        Raises:
+            UserError: There is not exactly one optimizer.
+        """
+        if len(trainer.optimizers) != 1:
+            raise UserError(f"PrunerCallback expects one optimizer, not {len(trainer.optimizers)}")
+        self._steps = trainer.global_step
+        self._handle = self.pruner.penalize_output(trainer.accumulate_grad_batches)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Follow the optimizer's step, if the batch ended in one."""
+        if trainer.global_step > self._steps:
+            self._steps = trainer.global_step
+            self.pruner.step(trainer.optimizers[0])
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Settle what is undecided and leave a network without gates."""
+        if self._handle is not None:
+            self._handle.remove()
+        self.pruner.finalize(trainer.optimizers[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pruner's state, for Lightning's checkpoints."""
+        return self.pruner.state_dict()

@@ -1,0 +1,292 @@
+"""Gated training as a library: for people who have a training loop of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from greenprune.config import BudgetConfig, GateConfig, RemovalConfig, SurgeryConfig
+from greenprune.gating import GatePolicy, Verdict, attach_gates, find_gates, gate_parameters
+from greenprune.models import convert_blocks
+from greenprune.network import UnitTable, gating_notes, unit_costs, units_present
+from greenprune.surgery import Operation, Structure, carry_out, refuse_wrapped, replay, update_optimizer
+
+
+class Pruner:
+    """Gates a network, steers the gates towards a budget, and removes units while the network is trained.
+
+    ::
+
+        pruner = Pruner(model, images[:2], total_steps=epochs * len(loader))
+        optimizer = torch.optim.SGD(pruner.parameter_groups(), lr=0.1, momentum=0.9)
+        for images, labels in batches:
+            loss = cross_entropy(model(images), labels) + pruner.penalty()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step(optimizer)
+        pruner.finalize(optimizer)
+
+    The network is changed in place: its blocks are taken apart into branch and shortcut (its parameters stay the same
+    objects), and at the end it is a smaller network without gates.
+
+    Args:
+        model: The unwrapped network, built of blocks that greenprune knows (:func:`greenprune.register_block`).
+        example: A small batch of its input, on its device: blocks are checked and costs are counted with it.
+        total_steps: Training batches of the whole run.
+        gate: What is gated, and how.
+        budget: How much of the network's cost is kept.
+        removal: When units leave. A window that is not set is a 25th of the run.
+        surgery: How channels are taken out.
+
+    Attributes:
+        structure: What was done so far.
+        notes: One line for each part of the network that is not gated though it might have been expected to be.
+
+    Raises:
+        UserError: There is nothing to gate, a block cannot be taken apart, or the budget cannot be met.
+        TypeError: The network is wrapped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        *,
+        total_steps: int,
+        gate: GateConfig | None = None,
+        budget: BudgetConfig | None = None,
+        removal: RemovalConfig | None = None,
+        surgery: SurgeryConfig | None = None,
+    ) -> None:
+        refuse_wrapped(model)
+        self.model = model
+        self.total_steps = total_steps
+        self.gate = gate or GateConfig()
+        self.budget = budget or BudgetConfig()
+        self.removal = removal or RemovalConfig()
+        self.structure = Structure()
+        convert_blocks(model, example)
+        attach_gates(model, self.gate)
+        self.notes = gating_notes(model, self.gate)
+        self._table = UnitTable.of(model, tuple(example.shape[1:]))
+        self._costs = unit_costs(self._table, self.budget)
+        self._device = example.device
+        self._rounding = self._table.rounding(surgery or SurgeryConfig(), self._device)
+        self._policy = self._new_policy()
+        self._batches = 0  # for which a penalty was given
+        self._looked = 0  # of these, how many had been when a boundary was last looked for
+
+    def _new_policy(self) -> GatePolicy:
+        return GatePolicy(
+            self,
+            self.model,
+            self._costs,
+            units_present(self._costs, self.structure),
+            rounding=self._rounding,
+            total_steps=self.total_steps,
+            window=self.removal.window or max(1, self.total_steps // 25),
+            device=self._device,
+        )
+
+    # The run.
+
+    def parameter_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer: the network's weights, and the gates at their own learning rate.
+
+        Args:
+            weight_decay: Decay of the weights; biases, norms and gates are not decayed.
+        """
+        gates = gate_parameters(self.model)
+        of_gates = set(gates)
+        weights = [parameter for parameter in self.model.parameters() if parameter not in of_gates]
+        lr = self.gate.lr / self.total_steps
+        return [
+            {"params": [p for p in weights if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": gates, "weight_decay": 0.0, "lr": lr, "name": "gates"},
+        ]
+
+    def penalty(self, loss_scale: Tensor | float | None = None) -> Tensor:
+        """What the gates add to the loss of the batch that has just passed through the network (scalar, fp32).
+
+        Call once after each forward pass in training. With several processes it is a collective.
+
+        Args:
+            loss_scale: Factor by which a GradScaler will scale the loss, if it does.
+
+        Raises:
+            RuntimeError: Nothing has passed through the network in training since the last call.
+        """
+        nothing = torch.zeros((), device=self._device)
+        if not self._policy.active:
+            return nothing
+        if loss_scale is not None:
+            self._policy.scale_losses_by(torch.as_tensor(loss_scale, device=self._device))
+        decision = next(iter(find_gates(self.model).values())).decision
+        local = 0 if decision is None else len(decision)
+        step, self._batches = self._batches, self._batches + 1
+        penalty = self._policy.penalty(step, local * _world_size(), _mean_over_ranks)
+        return nothing if penalty is None else penalty
+
+    def step(self, optimizer: Optimizer) -> list[Operation]:
+        """Follow a step of the optimizer, and at the end of a window remove what can go.
+
+        Call after ``optimizer.step()``, with the gradients cleared. Where units were removed, everything that holds
+        the network's old parameters or graphs has to be made anew: wrap it again for data parallelism. Learning-rate
+        schedules go on.
+
+        Args:
+            optimizer: The unwrapped torch optimizer of all of the network's parameters; follows the removals.
+
+        Returns:
+            What was removed and frozen; empty at most steps.
+
+        Raises:
+            ValueError: The gates are not in the optimizer.
+        """
+        if not self._policy.active:
+            return []
+        self._policy.after_step()
+        first, self._looked = self._looked + 1, self._batches
+        if not any(self._policy.at_boundary(step) for step in range(first, self._batches + 1)):
+            return []
+        _check_holds_gates(optimizer, self.model)
+        _, verdicts = self._policy.close_window(self._batches)
+        return self._operate(verdicts, optimizer)
+
+    def finalize(self, optimizer: Optimizer | None = None) -> list[Operation]:
+        """Settle against the budget now what is still undecided; afterwards the network has no gates.
+
+        The end of a run that went to its deadline (``removal.decide_by``) needs nothing more: then nothing happens.
+
+        Args:
+            optimizer: The optimizer, if training goes on.
+
+        Returns:
+            What was removed and frozen.
+        """
+        if not self._policy.active:
+            return []
+        return self._operate(self._policy.settle_now(), optimizer)
+
+    def _operate(self, verdicts: list[Verdict], optimizer: Optimizer | None) -> list[Operation]:
+        if not verdicts:
+            return []
+        share = self._batches / self.total_steps
+        operations = [Operation.of(verdict, self._batches, share) for verdict in verdicts]
+        surgeon = carry_out(operations, self.model)
+        if optimizer is not None:
+            update_optimizer(optimizer, surgeon)
+        self.structure.operations += operations
+        self._policy.carried_out(self.model, verdicts)
+        return operations
+
+    def penalize_output(self, accumulate: int = 1) -> RemovableHandle:
+        """Add the penalty to whatever loss is made from the network's output, for loops that hide their loss.
+
+        In place of calling :meth:`penalty`. Not for fp16 with a scaled loss.
+
+        Args:
+            accumulate: Batches whose gradients are averaged for one step of the optimizer.
+
+        Returns:
+            A handle that takes it off again.
+        """
+
+        def hook(_: nn.Module, __: object, output: object) -> object:
+            if not (self.model.training and torch.is_grad_enabled() and self._policy.active):
+                return output
+            return _with_penalty(output, self.penalty() / accumulate)
+
+        return self.model.register_forward_hook(hook)
+
+    # What came of it.
+
+    def report(self) -> dict[str, Any]:
+        """Where the network stands: its cost now and dense (one sample, multiply-add = 2), gates, what was removed."""
+        cost, dense = self._table.cost_of(self.structure), self._table.dense
+        return {
+            "kept_cost": self._policy.kept_cost,
+            "budget_target": self.budget.target,
+            "flops_forward": cost.flops_forward,
+            "flops_forward_dense": dense.flops_forward,
+            "params": cost.params,
+            "params_dense": dense.params,
+            "gates_left": len(find_gates(self.model)),
+            "removed_blocks": sorted(self.structure.removed_blocks()),
+            "removed_channels": self.structure.removed_channels(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs, besides the network's and the optimizer's own state, to go on exactly."""
+        return {
+            "structure": self.structure.to_dict(),
+            "policy": self._policy.state_dict(),
+            "batches": self._batches,
+            "looked": self._looked,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state: call on a fresh pruner, before the optimizer is made and the network's state is loaded.
+
+        Raises:
+            StructureMismatch: The state is of another network.
+        """
+        self.structure = Structure.from_dict(state["structure"])
+        replay(self.structure, self.model)
+        self._policy = self._new_policy()
+        self._policy.load_state_dict(state["policy"])
+        self._batches, self._looked = state["batches"], state["looked"]
+
+
+class _PenaltyBeside(torch.autograd.Function):
+    """Passes an output on; in the backward pass the penalty gets the gradient that a term of the loss has."""
+
+    @staticmethod
+    def forward(_: Any, output: Tensor, penalty: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
+        return grad, torch.ones((), device=grad.device)
+
+
+def _with_penalty(output: object, penalty: Tensor) -> object:
+    """The output with the penalty beside its first tensor that training goes back through."""
+    if isinstance(output, Tensor):
+        return _PenaltyBeside.apply(output, penalty)
+    changed: Any = output if isinstance(output, dict) else list(output) if isinstance(output, tuple | list) else {}
+    places = changed.items() if isinstance(changed, dict) else enumerate(changed)
+    for place, item in places:
+        if isinstance(item, Tensor) and item.requires_grad:
+            changed[place] = _PenaltyBeside.apply(item, penalty)
+            return tuple(changed) if isinstance(output, tuple) else changed
+    raise TypeError(f"the network gives a {type(output).__name__}; expected a tensor, or a tuple or dict of tensors")
+
+
+def _check_holds_gates(optimizer: Optimizer, model: nn.Module) -> None:
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if not held.issuperset(gate_parameters(model)):
+        raise ValueError(
+            "the gates are not in the optimizer; expected it to be made after the Pruner, of pruner.parameter_groups()"
+        )
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _mean_over_ranks(values: Tensor) -> Tensor:
+    if _world_size() == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total.div_(_world_size())

@@ -1,0 +1,173 @@
+"""The callbacks, inside the real Trainers of Lightning and transformers, on handwritten digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from greenprune import BudgetConfig, GateConfig, Pruner, UserError
+from greenprune.gating import gate_parameters
+from greenprune.models import CifarResNet
+
+BATCH, BATCHES, EPOCHS = 50, 12, 4
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Tensor, Tensor]:
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16 - 0.5
+    return images[: BATCH * BATCHES], torch.tensor(data.target)[: BATCH * BATCHES]
+
+
+def prune(model: nn.Module, images: Tensor, units: list[str]) -> Pruner:
+    gate, budget = GateConfig(units=units), BudgetConfig(target=0.6)  # type: ignore[arg-type]
+    return Pruner(model, images[:2], total_steps=EPOCHS * BATCHES, gate=gate, budget=budget)
+
+
+def check_outcome(pruner: Pruner, optimizer: torch.optim.Optimizer, model: nn.Module, images: Tensor) -> None:
+    report = pruner.report()
+    assert report["gates_left"] == 0
+    assert gate_parameters(model) == []
+    assert 0.5 < report["kept_cost"] <= 0.6
+    assert report["removed_blocks"] or report["removed_channels"]
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == set(model.parameters())
+    assert set(optimizer.state) <= held
+    assert model.eval()(images[:3]).shape == (3, 10)
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning advises on workers and loggers
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_lightning_trains_a_smaller_network(digits: tuple[Tensor, Tensor], tmp_path: Path, accumulate: int) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+    from greenprune.integrations.lightning import PrunerCallback
+
+    images, labels = digits
+    model = CifarResNet(20, 10, channels=1)
+    pruner = prune(model, images, ["block", "channel"])
+
+    class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.losses: list[float] = []
+
+        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+            loss = functional.cross_entropy(self.model(batch[0]), batch[1])
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(pruner.parameter_groups(), lr=0.05, momentum=0.9)
+
+    module = Module()
+    callback = PrunerCallback(pruner)
+    trainer = pl.Trainer(
+        max_epochs=EPOCHS,
+        accelerator="cpu",
+        callbacks=[callback],
+        accumulate_grad_batches=accumulate,
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(TensorDataset(images, labels), batch_size=BATCH, shuffle=True))
+    check_outcome(pruner, trainer.optimizers[0], model, images)
+    assert sum(module.losses[-5:]) < sum(module.losses[:5])
+    (saved,) = tmp_path.rglob("*.ckpt")
+    state = torch.load(saved, weights_only=True)["callbacks"]["PrunerCallback"]
+    fresh = prune(CifarResNet(20, 10, channels=1), images, ["block", "channel"])
+    fresh.load_state_dict(state)
+    assert fresh.report() == pruner.report()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_in_half_precision_is_refused(digits: tuple[Tensor, Tensor]) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+    from greenprune.integrations.lightning import PrunerCallback
+
+    callback = PrunerCallback(prune(CifarResNet(20, 10, channels=1), digits[0], ["block"]))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.precision_plugin.precision = "16-mixed"
+    with pytest.raises(UserError, match="bf16-mixed"):
+        callback.on_fit_start(trainer, pl.LightningModule())
+
+
+class Samples(Dataset[dict[str, Tensor]]):
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"pixel_values": self.images[index], "labels": self.labels[index]}
+
+
+class Classifier(nn.Module):
+    """A network in the form that transformers' Trainer expects."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.network(pixel_values)
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_transformers_trains_a_smaller_network(digits: tuple[Tensor, Tensor], tmp_path: Path, accumulate: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    from greenprune.integrations.transformers import PrunerCallback
+
+    images, labels = digits
+    network = CifarResNet(20, 10, channels=1)
+    pruner = prune(network, images, ["block", "channel"])
+    optimizer = torch.optim.AdamW(pruner.parameter_groups(weight_decay=0.01), lr=3e-3)
+    trainer = transformers.Trainer(
+        model=Classifier(network),
+        args=arguments(transformers, tmp_path, gradient_accumulation_steps=accumulate),
+        train_dataset=Samples(images, labels),
+        optimizers=(optimizer, None),
+        callbacks=[PrunerCallback(pruner)],
+    )
+    trainer.train()
+    check_outcome(pruner, optimizer, network, images)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def arguments(transformers: Any, folder: Path, **changed: Any) -> Any:
+    return transformers.TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=BATCH,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=4,
+        disable_tqdm=True,
+        **changed,
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_in_half_precision_is_refused(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from greenprune.integrations.transformers import PrunerCallback
+
+    callback = PrunerCallback(prune(CifarResNet(20, 10, channels=1), digits[0], ["block"]))
+    settings = arguments(transformers, tmp_path)
+    settings.fp16 = True
+    with pytest.raises(UserError, match="bf16"):
+        callback.on_train_begin(settings, transformers.TrainerState(), transformers.TrainerControl())
