@@ -1,6 +1,7 @@
 """Gated runs beside their dense twins: accuracy, FLOPs, joules and seconds over several seeds.
 
     python benchmarks/twins.py configs/digits.yaml --targets 0.5 0.3 --seeds 0 1 2 3 4
+    python benchmarks/twins.py configs/digits.yaml --units block channel block,channel --seeds 0 1 2 --name digits_units
 
 Every run is a process of its own, one after another, dense and gated in turn, so that a drift of the machine's speed
 meets all alike. Finished runs are kept: the command goes on where it was stopped. The table is written to
@@ -61,6 +62,9 @@ def rows(runs: dict[str, list[dict]]) -> list[list[str]]:
             f"{statistics.median(run['time_s'] for run in found):.0f}",
             f"{statistics.median(run['energy_j'] for run in found):.0f}" if found[0]["energy_j"] else "unknown",
             f"{statistics.mean(run['blocks'] for run in found):.1f} of {found[0]['blocks_dense']}",
+            f"{statistics.mean(run['channels'] for run in found):.0f} of {found[0]['channels_dense']}"
+            if found[0].get("channels_dense")
+            else "-",
             f"{settled:.1f} of {len(blocks_off) / len(found):.1f}" if blocks_off else "-",
             str(max(run["gates_left"] for run in found)),
         ]
@@ -80,6 +84,7 @@ HEADER = [
     "time s",
     "joules",
     "blocks",
+    "channels",
     "removals settled",
     "gates left",
 ]
@@ -89,18 +94,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--targets", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--units", nargs="+", default=["block"], help="gate.units of each row, with commas")
+    parser.add_argument("--name", help="name of the result files; by default the config's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"), help="where the runs are kept")
     parser.add_argument("flags", nargs="*", help="further flags of each run, after --")
     args = parser.parse_args()
     folder = args.runs / args.config.stem
-    runs: dict[str, list[dict]] = {"dense": [], **{f"target {target:g}": [] for target in args.targets}}
+    cells = [(units, target) for units in args.units for target in args.targets]
+    runs: dict[str, list[dict]] = {"dense": [], **{f"{units}, target {target:g}": [] for units, target in cells}}
     for seed in args.seeds:
         common = ["--seed", str(seed), *args.flags]
         runs["dense"].append(do_run(args.config, folder, f"dense-seed{seed}", ["--gate.enabled", "false", *common]))
-        for target in args.targets:
-            flags = ["--budget.target", str(target), *common]
-            runs[f"target {target:g}"].append(do_run(args.config, folder, f"gated-{target:g}-seed{seed}", flags))
+        for units, target in cells:
+            flags = ["--gate.units", f"[{units}]", "--budget.target", str(target), *common]
+            prefix = "gated" if units == "block" else units.replace(",", "-")
+            found = do_run(args.config, folder, f"{prefix}-{target:g}-seed{seed}", flags)
+            runs[f"{units}, target {target:g}"].append(found)
     table = [HEADER, ["---"] * len(HEADER), *rows(runs)]
     sources = ", ".join(runs["dense"][0]["energy_by_device_j"]) or "none"
     quality = runs["dense"][0]["energy_quality"]
@@ -113,9 +123,10 @@ def main() -> None:
         f"{provenance['versions']['torch']}. Joules: {quality} ({sources})."
     )
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.config.stem}.md").write_text(f"{text}\n\n{about}\n")
+    name = args.name or args.config.stem
+    (RESULTS / f"{name}.md").write_text(f"{text}\n\n{about}\n")
     report = {"provenance": provenance, "arguments": sys.argv[1:], "runs": runs}
-    (RESULTS / f"{args.config.stem}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     print(text, about, sep="\n\n")
 
 

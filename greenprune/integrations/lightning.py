@@ -11,7 +11,7 @@ from greenprune.config import UserError
 from greenprune.pruner import Pruner
 
 
-class PrunerCallback(pl.Callback):
+class PrunerCallback(pl.Callback):  # type: ignore[misc]
     """Adds the gates' penalty to the loss, removes units as the training goes on, and settles the rest at its end.
 
     The module keeps its training step as it is. It makes its one optimizer of ``pruner.parameter_groups()``. The state

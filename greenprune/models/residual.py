@@ -8,6 +8,14 @@ import torch
 from torch import Tensor, nn
 
 
+def _known_all_on(decision: Tensor) -> bool:
+    """Whether it costs nothing to see that every decision is 1: then there is nothing to multiply by.
+
+    On a GPU looking would make the host wait; under the compiler it would break the graph.
+    """
+    return decision.device.type == "cpu" and not torch.compiler.is_compiling() and bool((decision == 1).all())
+
+
 class _GatedSum(torch.autograd.Function):
     """``shortcut + decision * branch`` in one pass over the activations, and at most two in the backward.
 
@@ -16,7 +24,10 @@ class _GatedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shortcut: Tensor, branch: Tensor, decision: Tensor) -> Tensor:
-        ctx.save_for_backward(branch, decision)
+        ctx.all_on = _known_all_on(decision)
+        ctx.save_for_backward(branch if ctx.needs_input_grad[2] else None, decision)
+        if ctx.all_on:
+            return shortcut + branch
         return torch.addcmul(shortcut, branch, _per_sample(decision, branch))
 
     @staticmethod
@@ -26,7 +37,7 @@ class _GatedSum(torch.autograd.Function):
         towards_decision = None
         if ctx.needs_input_grad[2]:
             towards_decision = (grad * branch).sum(dim=tuple(range(1, grad.dim())), dtype=decision.dtype)
-        return grad, grad * _per_sample(decision, grad), towards_decision
+        return grad, grad if ctx.all_on else grad * _per_sample(decision, grad), towards_decision
 
 
 def _per_sample(decision: Tensor, activations: Tensor) -> Tensor:
@@ -39,8 +50,11 @@ class _GatedChannels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, activations: Tensor, decision: Tensor, dim: int) -> Tensor:
+        ctx.all_on = _known_all_on(decision)
         ctx.save_for_backward(activations, decision)
         ctx.dim = dim
+        if ctx.all_on:
+            return activations.view_as(activations)
         return activations * _per_channel(decision, activations, dim)
 
     @staticmethod
@@ -51,7 +65,7 @@ class _GatedChannels(torch.autograd.Function):
         positions = [dim for dim in range(1, grad.dim()) if dim != channel_dim]
         by_channel = (grad * activations).sum(dim=positions, dtype=decision.dtype)  # [B, C]
         by_unit = by_channel.unflatten(1, (decision.shape[1], -1)).sum(2)
-        return grad * _per_channel(decision, grad, ctx.dim), by_unit, None
+        return grad if ctx.all_on else grad * _per_channel(decision, grad, ctx.dim), by_unit, None
 
 
 def _per_channel(decision: Tensor, activations: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,164 @@
+"""What gates cost while everything is still on: step time of a gated network over the ungated one's, paired.
+
+    python benchmarks/gate_overhead.py --batch-size 128
+
+For each kind of gate the gated and the ungated network train in turn in one process, a few steps each, on the same
+batches of random images in CIFAR's shape; the ratio is taken pair by pair. A step is the whole of it: forward, loss with
+the gates' penalty, backward, optimizer, bounds. Gates are held open, so that both do the same work otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from greenprune.config import Config, GateConfig, ModelConfig
+from greenprune.engine import Engine
+from greenprune.gating import GatePolicy, attach_gates
+from greenprune.models import build_model
+from greenprune.network import UnitTable, unit_costs, units_present
+from greenprune.optimization import build_optimizer
+from greenprune.provenance import collect_provenance
+from greenprune.surgery import Structure
+
+RESULTS = Path(__file__).parent / "results"
+STEPS_A_TURN = 3
+WARMUP_TURNS = 2
+CASES = [
+    ("block, conditional", ["block"], "conditional"),
+    ("block, static", ["block"], "static"),
+    ("channel, conditional", ["channel"], "conditional"),
+    ("channel, static", ["channel"], "static"),
+    ("block and channel, conditional", ["block", "channel"], "conditional"),
+    ("block and channel, static", ["block", "channel"], "static"),
+]
+
+
+class Contestant:
+    """One network that trains a few steps at a time."""
+
+    def __init__(self, config: Config, image_size: int) -> None:
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, classes=10, channels=3, image_size=image_size)
+        self.policy = None
+        if config.gate.enabled:
+            attach_gates(model, config.gate)
+        table = UnitTable.of(model, (3, image_size, image_size))
+        if config.model.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.engine = Engine(config)
+        self.engine.prepare(model, build_optimizer(config, model, total_steps=10**9))  # gates stand still
+        self.engine.model.train()
+        if config.gate.enabled:
+            costs = unit_costs(table, config.budget)
+            self.policy = GatePolicy(
+                config,
+                model,
+                costs,
+                units_present(costs, Structure()),
+                rounding={},
+                total_steps=10**6,
+                window=10**6,
+                device=self.engine.device,
+            )
+
+    def turn(self, images: torch.Tensor, labels: torch.Tensor) -> float:
+        """Seconds a step over one turn."""
+        self.engine.synchronize()
+        start = time.perf_counter()
+        for _ in range(STEPS_A_TURN):
+            loss = functional.cross_entropy(self.engine.model(images), labels)
+            if self.policy is not None:
+                penalty = self.policy.penalty(500_000, len(images), self.engine.mean)
+                assert penalty is not None
+                loss = loss + penalty
+            self.engine.backward(loss)
+            self.engine.step()
+            if self.policy is not None:
+                self.policy.after_step()
+        self.engine.synchronize()
+        return (time.perf_counter() - start) / STEPS_A_TURN
+
+
+def measure(config: Config, image_size: int, turns: int) -> list[dict[str, object]]:
+    """One row for each kind of gate."""
+    dense = Contestant(dataclasses.replace(config, gate=GateConfig(enabled=False)), image_size)
+    device = dense.engine.device
+    images = torch.randn(config.data.batch_size, 3, image_size, image_size, device=device)
+    if config.model.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (config.data.batch_size,), device=device)
+    rows: list[dict[str, object]] = []
+    for name, units, kind in CASES:
+        gate = GateConfig(units=units, kind=kind)  # type: ignore[arg-type]
+        gated = Contestant(dataclasses.replace(config, gate=gate), image_size)
+        pairs = [(gated.turn(images, labels), dense.turn(images, labels)) for _ in range(WARMUP_TURNS + turns)]
+        ratios = [one / other for one, other in pairs[WARMUP_TURNS:]]
+        row = {
+            "gates": name,
+            "precision": config.precision,
+            "channels_last": config.model.channels_last,
+            "step_s": statistics.median(one for one, _ in pairs[WARMUP_TURNS:]),
+            "step_s_ungated": statistics.median(other for _, other in pairs[WARMUP_TURNS:]),
+            "ratio": statistics.median(ratios),
+            "ratio_quartiles": statistics.quantiles(ratios, n=4),
+            "turns": turns,
+        }
+        rows.append(row)
+        print(f"{name}: {row['ratio']:.3f}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--turns", type=int, default=15, help=f"pairs of turns, each of {STEPS_A_TURN} steps")
+    parser.add_argument("--name", default="gate_overhead", help="name of the result files; empty: none")
+    args = parser.parse_args()
+    rows: list[dict[str, object]] = []
+    base = Config()
+    data = dataclasses.replace(base.data, batch_size=args.batch_size)
+    for precision, channels_last in (("no", False), ("no", True), ("bf16", True)):
+        print(f"precision {precision}, channels_last {channels_last}")
+        model = ModelConfig(name=args.model, channels_last=channels_last)
+        config = dataclasses.replace(base, data=data, model=model, precision=precision)  # type: ignore[arg-type]
+        rows += measure(config, args.image_size, args.turns)
+    device = Engine(base).device
+    provenance = collect_provenance(1, device)
+    lines = [
+        "| gates, all open | precision | layout | step, ms | ungated, ms | ratio (quartiles) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, _, high = row["ratio_quartiles"]  # type: ignore[misc]
+        lines.append(
+            f"| {row['gates']} | {'fp32' if row['precision'] == 'no' else row['precision']} "
+            f"| {'channels last' if row['channels_last'] else 'channels first'} | {1e3 * row['step_s']:.1f} "  # type: ignore[operator]
+            f"| {1e3 * row['step_s_ungated']:.1f} | {row['ratio']:.3f} ({low:.3f}-{high:.3f}) |"  # type: ignore[operator]
+        )
+    lines += [
+        "",
+        f"{args.model}, images of {args.image_size} x {args.image_size}, batch {args.batch_size}; median of {args.turns} "
+        f"pairs of {STEPS_A_TURN} steps. {provenance['cpu']}, {provenance['threads']} threads, torch "
+        f"{provenance['versions']['torch']}.",
+    ]
+    print("\n".join(lines))
+    if args.name:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{args.name}.md").write_text("\n".join(lines) + "\n")
+        report = {"provenance": provenance, "arguments": sys.argv[1:], "rows": rows}
+        (RESULTS / f"{args.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
