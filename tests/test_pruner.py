@@ -1,0 +1,249 @@
+"""The library: a plain training loop with a pruner ends with a smaller network, in budget, and can be resumed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DataParallel
+from torch.optim import Optimizer
+
+from greenprune import BudgetConfig, GateConfig, Pruner, RemovalConfig, SurgeryConfig, UserError
+from greenprune.gating import find_gates, gate_parameters
+from greenprune.models import CifarResNet, PlainBlock, ResidualBlock
+from greenprune.surgery import StructureMismatch, replay
+
+STEPS, WINDOW = 60, 6
+
+
+def make_pruner(units: list[str] | None = None, target: float = 0.5, **settings: object) -> tuple[nn.Module, Pruner]:
+    torch.manual_seed(0)
+    model = CifarResNet(20, 10, channels=1)
+    gate = GateConfig(units=units or ["block", "channel"])  # type: ignore[arg-type]
+    options = {"removal": RemovalConfig(window=WINDOW), "budget": BudgetConfig(target=target), **settings}
+    return model, Pruner(model, torch.randn(2, 1, 8, 8), total_steps=STEPS, gate=gate, **options)  # type: ignore[arg-type]
+
+
+def make_optimizer(pruner: Pruner) -> Optimizer:
+    return torch.optim.SGD(pruner.parameter_groups(weight_decay=1e-3), lr=0.05, momentum=0.9)
+
+
+def batch_of(step: int) -> tuple[Tensor, Tensor]:
+    """Stripes, upright or lying, in ten widths and shades: learnt in a few steps."""
+    generator = torch.Generator().manual_seed(step)
+    labels = torch.randint(0, 10, (16,), generator=generator)
+    images = 0.3 * torch.randn(16, 1, 8, 8, generator=generator)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        image[0, :, label % 8] += 1.0 + label / 5
+    return images, labels
+
+
+def train(model: nn.Module, pruner: Pruner, optimizer: Optimizer, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        images, labels = batch_of(step)
+        loss = functional.cross_entropy(model(images), labels) + pruner.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        pruner.step(optimizer)
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("units", [["block"], ["channel"], ["block", "channel"]], ids="-".join)
+@pytest.mark.parametrize("target", [0.5, 0.3])
+def test_a_plain_loop_ends_in_budget_without_gates(units: list[str], target: float) -> None:
+    model, pruner = make_pruner(units, target)
+    dense = pruner.report()
+    assert dense["kept_cost"] == pytest.approx(1.0)
+    # The gates of branches multiply by what they see of their input; those of channels look at one number each.
+    assert (dense["flops_forward"] > dense["flops_forward_dense"]) == ("block" in units)
+    optimizer = make_optimizer(pruner)
+    train(model, pruner, optimizer, range(STEPS))
+    assert pruner.finalize(optimizer) == []  # the deadline has settled all
+    report = pruner.report()
+    assert report["gates_left"] == len(find_gates(model)) == len(gate_parameters(model)) == 0
+    granularity = 0.11 if units == ["block"] else 0.01
+    assert target - granularity < report["kept_cost"] <= target
+    assert report["flops_forward"] / report["flops_forward_dense"] == pytest.approx(report["kept_cost"])
+    assert report["params"] == sum(parameter.numel() for parameter in model.parameters())
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert set(held) == set(model.parameters())
+    assert len(held) == len(set(held))
+
+
+def test_the_structure_makes_the_same_network_of_a_fresh_dense_one() -> None:
+    model, pruner = make_pruner()
+    train(model, pruner, make_optimizer(pruner), range(STEPS))
+    fresh = CifarResNet(20, 10, channels=1)
+    replay(pruner.structure, fresh)
+    fresh.load_state_dict(model.state_dict())
+    images, _ = batch_of(0)
+    assert torch.equal(fresh.eval()(images), model.eval()(images))
+
+
+@pytest.mark.parametrize("cut", [20, 27, 41])
+def test_a_resumed_loop_is_the_uninterrupted_one(cut: int, tmp_path: Path) -> None:
+    model, pruner = make_pruner()
+    optimizer = make_optimizer(pruner)
+    train(model, pruner, optimizer, range(cut))
+    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "pruner": pruner.state_dict()}
+    torch.save(copy.deepcopy(parts), tmp_path / "saved.pt")
+    expected = train(model, pruner, optimizer, range(cut, STEPS))
+
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    model, pruner = make_pruner()
+    pruner.load_state_dict(saved["pruner"])
+    optimizer = make_optimizer(pruner)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert train(model, pruner, optimizer, range(cut, STEPS)) == expected
+
+
+def test_a_state_of_another_network_is_refused() -> None:
+    model, pruner = make_pruner(["block"])
+    train(model, pruner, make_optimizer(pruner), range(STEPS))
+    other = Pruner(
+        nn.Sequential(ResidualBlock(nn.Conv2d(1, 1, 1), nn.Identity(), nn.ReLU(), input_activated=True)),
+        torch.randn(2, 1, 8, 8),
+        total_steps=STEPS,
+    )
+    with pytest.raises(StructureMismatch, match="no unit"):
+        other.load_state_dict(pruner.state_dict())
+
+
+@pytest.mark.parametrize("trained", [0, 10, 12])
+def test_an_early_end_is_settled_against_the_budget(trained: int) -> None:
+    """Also before the first step, and right at a boundary, where nothing was counted since."""
+    model, pruner = make_pruner()
+    optimizer = make_optimizer(pruner)
+    train(model, pruner, optimizer, range(trained))
+    assert pruner.finalize(optimizer)
+    assert pruner.report()["gates_left"] == 0
+    assert 0.49 < pruner.report()["kept_cost"] <= 0.5
+    images, labels = batch_of(1)
+    functional.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    assert pruner.penalty().item() == 0
+    assert pruner.step(optimizer) == []
+
+
+def test_gradient_accumulation_changes_the_structure_only_after_a_step() -> None:
+    model, pruner = make_pruner()
+    optimizer = make_optimizer(pruner)
+    removed_at = []
+    for step in range(STEPS):
+        images, labels = batch_of(step)
+        loss = functional.cross_entropy(model(images), labels) + pruner.penalty()
+        (loss / 4).backward()
+        if step % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+            if pruner.step(optimizer):
+                removed_at.append(step)
+    assert removed_at
+    assert pruner.report()["gates_left"] == 0
+
+
+@pytest.mark.parametrize("shape", ["tensor", "tuple", "list", "dict"])
+def test_the_penalty_beside_the_output_is_the_penalty_in_the_loss(shape: str) -> None:
+    """For loops that do not let anyone at their loss."""
+
+    class Shaped(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, images: Tensor) -> object:
+            logits = self.network(images)
+            made: dict[str, Callable[[], object]] = {
+                "tensor": lambda: logits,
+                "tuple": lambda: (None, logits),
+                "list": lambda: [images, logits],
+                "dict": lambda: {"nothing": None, "logits": logits},
+            }
+            return made[shape]()
+
+    def gradients(hidden: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = Shaped(CifarResNet(20, 10, channels=1))
+        settings = GateConfig(units=["block", "channel"], warmup=0.0)
+        # The example only serves to count: the tensor form of the network's own output.
+        pruner = Pruner(model.network, torch.randn(2, 1, 8, 8), total_steps=STEPS, gate=settings)
+        pruner.model = model
+        images, labels = batch_of(0)
+        if hidden:
+            pruner.penalize_output()
+        output = model(images)
+        logits = {"tensor": lambda: output, "dict": lambda: output["logits"]}.get(shape, lambda: output[1])()
+        loss = functional.cross_entropy(logits, labels)
+        (loss if hidden else loss + pruner.penalty()).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    assert all(torch.equal(one, other) for one, other in zip(gradients(True), gradients(False), strict=True))
+
+
+def test_channels_are_rounded_where_asked() -> None:
+    model, pruner = make_pruner(["channel"], surgery=SurgeryConfig(round_to=4))
+    train(model, pruner, make_optimizer(pruner), range(STEPS))
+    widths = [block.branch[0].out_channels for block in model.modules() if isinstance(block, ResidualBlock)]
+    assert any(width < full for width, full in zip(widths, [16] * 3 + [32] * 3 + [64] * 3, strict=False))
+    assert all(width % 4 == 0 for width in widths)
+    assert 0.45 < pruner.report()["kept_cost"] <= 0.5
+
+
+# What is refused.
+
+
+def test_an_optimizer_without_the_gates_is_refused() -> None:
+    model, pruner = make_pruner()
+    gates = set(gate_parameters(model))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p not in gates], lr=0.1)
+    with pytest.raises(ValueError, match=r"gates are not in the optimizer; .*parameter_groups"):
+        train(model, pruner, optimizer, range(STEPS))
+
+
+def test_a_penalty_without_a_forward_pass_is_refused() -> None:
+    _, pruner = make_pruner()
+    with pytest.raises(RuntimeError, match="run the network in training"):
+        pruner.penalty()
+
+
+def test_a_wrapped_network_is_refused() -> None:
+    with pytest.raises(TypeError, match="unwrapped network, not DataParallel"):
+        Pruner(DataParallel(CifarResNet(20, 10)), torch.randn(2, 3, 8, 8), total_steps=STEPS)
+
+
+def test_a_network_without_blocks_is_refused() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+    with pytest.raises(UserError, match=r"no residual block .*register_block"):
+        Pruner(plain, torch.randn(2, 3, 8, 8), total_steps=STEPS)
+
+
+def test_a_budget_that_cannot_be_met_is_refused() -> None:
+    with pytest.raises(UserError, match=r"budget\.target: 0\.001 cannot be met; 0\.\d+ "):
+        make_pruner(target=0.001)
+
+
+def test_a_network_without_channels_inside_its_branches_is_refused() -> None:
+    block = ResidualBlock(nn.Sequential(nn.Conv2d(3, 3, 1)), nn.Identity(), nn.ReLU(), input_activated=True)
+    with pytest.raises(UserError, match=r"gate\.units: 'channel' is not valid .* no branch has channels inside"):
+        Pruner(nn.Sequential(block), torch.randn(2, 3, 8, 8), total_steps=STEPS, gate=GateConfig(units=["channel"]))
+
+
+def test_what_is_not_gated_is_named() -> None:
+    mixed = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 3, 1))
+    plain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+    model = nn.Sequential(ResidualBlock(mixed, nn.Identity(), nn.ReLU(), input_activated=False), PlainBlock(plain))
+    gate = GateConfig(units=["block", "channel"])
+    pruner = Pruner(model, torch.randn(2, 3, 4, 4), total_steps=STEPS, gate=gate, budget=BudgetConfig(target=0.9))
+    assert sorted(find_gates(model)) == ["0", "1:hidden"]
+    notes = " ".join(pruner.notes)
+    assert "0.branch.1 (GroupNorm) is not known to treat each channel by itself" in notes
+    assert "blocks without a shortcut stay: 1" in notes
