@@ -3,8 +3,8 @@
     python benchmarks/gate_overhead.py --batch-size 128
 
 For each kind of gate the gated and the ungated network train in turn in one process, a few steps each, on the same
-batches of random images in CIFAR's shape; the ratio is taken pair by pair. A step is the whole of it: forward, loss with
-the gates' penalty, backward, optimizer, bounds. Gates are held open, so that both do the same work otherwise.
+batches of random images in CIFAR's shape; the ratio is taken pair by pair. A step is the whole of it: forward, loss
+with the gates' penalty, backward, optimizer, bounds. Gates stand still, open, so that both do the same work otherwise.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from torch.nn import functional
 
 from greenprune.config import Config, GateConfig, ModelConfig
@@ -114,6 +115,7 @@ def measure(config: Config, image_size: int, turns: int) -> list[dict[str, objec
         }
         rows.append(row)
         print(f"{name}: {row['ratio']:.3f}", flush=True)
+    AcceleratorState._reset_state(reset_partial_state=True)  # the next precision starts afresh
     return rows
 
 
@@ -129,12 +131,11 @@ def main() -> None:
     base = Config()
     data = dataclasses.replace(base.data, batch_size=args.batch_size)
     for precision, channels_last in (("no", False), ("no", True), ("bf16", True)):
-        print(f"precision {precision}, channels_last {channels_last}")
+        print(f"precision {precision}, channels_last {channels_last}", flush=True)
         model = ModelConfig(name=args.model, channels_last=channels_last)
         config = dataclasses.replace(base, data=data, model=model, precision=precision)  # type: ignore[arg-type]
         rows += measure(config, args.image_size, args.turns)
-    device = Engine(base).device
-    provenance = collect_provenance(1, device)
+    provenance = collect_provenance(1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     lines = [
         "| gates, all open | precision | layout | step, ms | ungated, ms | ratio (quartiles) |",
         "|---|---|---|---|---|---|",
@@ -148,8 +149,8 @@ def main() -> None:
         )
     lines += [
         "",
-        f"{args.model}, images of {args.image_size} x {args.image_size}, batch {args.batch_size}; median of {args.turns} "
-        f"pairs of {STEPS_A_TURN} steps. {provenance['cpu']}, {provenance['threads']} threads, torch "
+        f"{args.model}, images of {args.image_size} x {args.image_size}, batch {args.batch_size}; median of "
+        f"{args.turns} pairs of {STEPS_A_TURN} steps. {provenance['cpu']}, {provenance['threads']} threads, torch "
         f"{provenance['versions']['torch']}.",
     ]
     print("\n".join(lines))

@@ -3,9 +3,9 @@
     pip install torch-pruning==1.6.1
     python benchmarks/removal_time.py
 
-Ours counts everything: finding the channels, cutting every tensor, and the optimizer with its momentum. torch-pruning
-has no part for the optimizer; its tracing of the dependencies is timed apart, since it can be done once. Both start from
-the same dense network, lose the same channels, and have to end with the same shapes and the same logits.
+Ours finds the channels, cuts every tensor, and makes the optimizer with its momentum follow. torch-pruning has no part
+for the optimizer; its tracing of the dependencies is timed apart, since it can be done once. Both start from the same
+dense network, lose the same channels, and have to end with the same number of parameters and the same logits.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def main() -> None:
         "",
         f"torch-pruning's removal over ours, pair by pair: {ratio:.1f} (median of {args.repeats}). ResNet-50, "
         f"{parameters[0]:,} parameters; {parameters[1]:,} left by ours, {parameters[2]:,} by torch-pruning; largest "
-        f"difference of logits {difference:.1e}. 1 thread, {provenance['cpu']}, torch {provenance['versions']['torch']}.",
+        f"difference of logits {difference:.1e}. 1 thread, {provenance['cpu']}, "
+        f"torch {provenance['versions']['torch']}.",
     ]
     print("\n".join(lines))
     RESULTS.mkdir(exist_ok=True)
