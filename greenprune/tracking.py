@@ -118,7 +118,7 @@ class FolderLock:
 def default_run_name(config: Config) -> str:
     """A name that says what the run is: data, model, budget and seed."""
     budget = f"{'-'.join(config.gate.units)}-{config.budget.target:g}" if config.gate.enabled else "dense"
-    return f"{config.data.name}-{config.model.name}-{budget}-seed{config.seed}"
+    return f"{config.data.name}-{config.model.name.replace('/', '-')}-{budget}-seed{config.seed}"
 
 
 def write_atomically(path: Path, text: str) -> None:

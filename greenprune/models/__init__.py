@@ -74,17 +74,22 @@ def build_model(config: ModelConfig, *, classes: int, channels: int, image_size:
     elif name.startswith(_TIMM):
         model = _from_timm(name, config, classes, channels, image_size)
     else:
-        valid = model_names()
-        close = difflib.get_close_matches(name, valid, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(
-            f"model.name: {name!r} is unknown; {hint}valid: {', '.join(valid)}, or {_TIMM}NAME for timm's"
-        )
+        raise ConfigError(_unknown_name(name))
     try:
         convert_blocks(model)
     except BlockError as error:
         raise ConfigError(f"model.name: {name!r} cannot be gated: {error}") from None
     return model
+
+
+def _unknown_name(name: str) -> str:
+    close = difflib.get_close_matches(name, model_names(), n=3)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    families = ", ".join(f"{prefix}..." for prefix in (*_RESNETS, *_OTHERS))
+    return (
+        f"model.name: {name!r} is unknown; {hint}valid: {', '.join(_CIFAR_DEPTHS)}, torchvision's networks by their "
+        f"names there ({families}), or {_TIMM}NAME for timm's"
+    )
 
 
 def _from_torchvision(

@@ -126,14 +126,35 @@ def test_a_cifar_network_has_the_small_stem_only(make_network: MakeNetwork, stem
         make_network("resnet20", stem="imagenet")
 
 
-def test_an_unknown_name_is_refused_with_the_closest_and_all_valid_ones() -> None:
+def test_an_unknown_name_is_refused_with_the_closest_and_what_is_valid() -> None:
     with pytest.raises(ConfigError) as refused:
         build_model(ModelConfig(name="resnet21"), classes=10, channels=3, image_size=32)
     message = str(refused.value)
     assert message.startswith("model.name: 'resnet21' is unknown; did you mean resnet")
-    assert all(name in message for name in model_names())
+    assert all(name in message for name in [*CIFAR, "mobilenet...", "timm/NAME"])
     with pytest.raises(ConfigError, match=r"'vgg' is unknown; valid: "):
         build_model(ModelConfig(name="vgg"), classes=10, channels=3, image_size=32)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("vit_b_16", 8, r"'vit_b_16' cannot be built for these images: .*indivisible"),
+        ("timm/no_such_net", 32, r"timm has no network 'no_such_net'"),
+        ("timm/resnet51", 32, r"timm has no network 'resnet51'; did you mean timm/resnet"),
+        ("timm/vgg11", 32, r"'timm/vgg11' cannot be gated: VGG has no residual block"),
+    ],
+)
+def test_a_network_that_cannot_be_had_is_refused(name: str, size: int, message: str) -> None:
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    with pytest.raises(ConfigError, match=rf"^model\.name: {message}"):
+        build_model(ModelConfig(name=name), classes=10, channels=3, image_size=size)
+
+
+def test_stems_are_for_resnets() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.stem: 'small' is not valid for mobilenet_v2; expected auto or"):
+        build_model(ModelConfig(name="mobilenet_v2", stem="small"), classes=10, channels=3, image_size=32)
 
 
 def test_every_name_in_the_help_text_exists() -> None:
