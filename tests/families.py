@@ -289,7 +289,7 @@ def patterns(model: nn.Module, seed: int = 0) -> dict[str, Pattern]:
 
 
 def follow(surgeon: Surgeon, parameter: nn.Parameter, value: Tensor) -> tuple[nn.Parameter, Tensor]:
-    """The parameter in the place of another after surgery, and the entries of a value of the other that belong to it."""
+    """What stands in a parameter's place after surgery, and the entries of the old one's value that belong to it."""
     while parameter in surgeon.replacements:
         replacement = surgeon.replacements[parameter]
         value = value.index_select(replacement.dim, replacement.index)

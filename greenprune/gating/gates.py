@@ -212,8 +212,8 @@ def attach_gates(model: nn.Module, config: GateConfig) -> list[str]:
     """
     conditional = config.kind == "conditional"
     if "block" in config.units:
-        for block in residual_blocks(model).values():
-            channels, dim = _input_channels(block)
+        for name, block in residual_blocks(model).items():
+            channels, dim = _input_channels(name, block)
             block.gate = BlockGate(channels if conditional else None, config.openness, dim)
     if "channel" in config.units:
         found = find_channels(model)
@@ -237,14 +237,14 @@ def _gate_channels(model: nn.Module, channel_set: ChannelSet, openness: float, *
     block.slots.append(slot)
 
 
-def _input_channels(block: ResidualBlock) -> tuple[int, int]:
+def _input_channels(name: str, block: ResidualBlock) -> tuple[int, int]:
     """Channels of a block's input and their dimension, as its first layer takes them."""
     for module in block.branch.modules():
         if isinstance(module, nn.Conv2d):
             return module.in_channels, 1
         if isinstance(module, nn.Linear):
             return module.in_features, -1
-    raise BlockError("a branch without a convolution or linear layer cannot be gated; expected one")
+    raise BlockError(f"{name}: a branch without a convolution or linear layer cannot be gated; expected one")
 
 
 def find_gates(model: nn.Module) -> dict[str, Gate]:

@@ -7,7 +7,7 @@ A network is converted in place: each block of a known class is exchanged for th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -69,16 +69,17 @@ def convert_blocks(model: nn.Module, example: Tensor | None = None) -> list[str]
         BlockError: There is no block to gate, or one cannot be taken apart, or is used in two places.
     """
     _load_timm_splits(model)
-    if type(model) in _SPLITS:
+    if type(model) in _SPLITS or isinstance(model, ResidualBlock | PlainBlock):
         raise BlockError(
             f"the network is itself a block ({type(model).__name__}); put it into a torch.nn.Sequential first"
         )
-    found = {name: module for name, module in model.named_modules() if type(module) in _SPLITS}
+    found = _outermost({name: module for name, module in model.named_modules() if type(module) in _SPLITS})
     inputs = _record_inputs(model, found, example)
     for name, block in found.items():
         split = _take_apart(name, block)
         if name in inputs:
             _check_same(name, block, split, inputs[name])
+            _check_activated(split, inputs[name])
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, split)
     blocks = [name for name, module in model.named_modules() if isinstance(module, ResidualBlock | PlainBlock)]
@@ -86,6 +87,15 @@ def convert_blocks(model: nn.Module, example: Tensor | None = None) -> list[str]
         raise BlockError(_nothing_to_gate(model))
     _refuse_shared(model)
     return blocks
+
+
+def _outermost(blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The blocks that do not lie inside another one of them."""
+    found: dict[str, nn.Module] = {}
+    for name, block in blocks.items():  # an outer one comes first
+        if not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = block
+    return found
 
 
 def _nothing_to_gate(model: nn.Module) -> str:
@@ -102,12 +112,17 @@ def _take_apart(name: str, block: nn.Module) -> nn.Module:
         split = _SPLITS[type(block)](block)
     except AttributeError as error:
         raise BlockError(f"{name}: a {type(block).__name__} cannot be taken apart: {error}") from None
-    if not any(isinstance(module, ResidualBlock | PlainBlock) for module in split.modules()):
+    inside = split.modules() if isinstance(split, nn.Module) else ()
+    if not any(isinstance(module, ResidualBlock | PlainBlock) for module in inside):
         raise BlockError(
             f"{name}: the function registered for {type(block).__name__} gave a {type(split).__name__} without a "
             "ResidualBlock; expected a ResidualBlock or a torch.nn.Sequential of them"
         )
-    return split.train(block.training)
+    own = set(block.modules())
+    for module in split.modules():
+        if module not in own:  # the block's own modules, a frozen norm among them, keep their mode
+            module.training = block.training
+    return split
 
 
 def _record_inputs(model: nn.Module, blocks: dict[str, nn.Module], example: Tensor | None) -> dict[str, Tensor]:
@@ -142,18 +157,43 @@ def _check_same(name: str, block: nn.Module, split: nn.Module, x: Tensor) -> Non
     Raises:
         BlockError: It does not.
     """
+    # One copy of both: they go on sharing their tensors.
+    block, split = copy.deepcopy((block, split))
+    _move_constants(block)
+    failure = ""
     with torch.no_grad():
-        # Copies: a module of one may work in place on an input that the other still needs.
-        expected = copy.deepcopy(block).eval()(x.clone())
-        got = copy.deepcopy(split).eval()(x.clone())
-    same_shape = got.shape == expected.shape
-    scale = expected.abs().max().clamp(min=1e-6) if same_shape else 1.0
-    if not same_shape or float((got - expected).abs().max() / scale) > _TOLERANCE:
+        # Copies of the input: a module of one may work in place on what the other still needs.
+        expected = block.eval()(x.clone())
+        try:
+            got = split.eval()(x.clone())
+        except (RuntimeError, TypeError, ValueError) as error:
+            failure = f" ({' '.join(str(error).split())})"
+    same = not failure and got.shape == expected.shape
+    if same:
+        scale = expected.abs().max().clamp(min=1e-6)
+        same = bool((got - expected).abs().max() / scale <= _TOLERANCE)  # not if there is a NaN
+    if not same:
         raise BlockError(
             f"{name}: taken apart by the function registered for {type(block).__name__}, the block computes something "
-            "else; expected branch, shortcut and activation to be those of its forward, none of them in place on the "
-            "block's input"
+            f"else{failure}; expected branch, shortcut and activation to be those of its forward, made of its own "
+            "modules, none of them in place on the block's input"
         )
+
+
+def _move_constants(block: nn.Module) -> None:
+    """Move parameters that are constant, in place: a branch that starts at zero would hide what it computes."""
+    for number, parameter in enumerate(block.parameters()):
+        if parameter.numel() and parameter.min() == parameter.max():
+            generator = torch.Generator(parameter.device).manual_seed(number)
+            inputs = parameter.numel() // parameter.shape[0] if parameter.dim() else 1
+            parameter.detach().normal_(0.0, inputs**-0.5, generator=generator)
+
+
+def _check_activated(split: nn.Module, x: Tensor) -> None:
+    """Correct a block of which it is wrongly assumed that its activation leaves its input as it is."""
+    if isinstance(split, ResidualBlock) and isinstance(split.shortcut, nn.Identity) and split.input_activated:
+        with torch.no_grad():
+            split.input_activated = torch.equal(split.activation(x.clone()), x)
 
 
 def _refuse_shared(model: nn.Module) -> None:
@@ -165,15 +205,21 @@ def _refuse_shared(model: nn.Module) -> None:
     owners: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ResidualBlock | PlainBlock):
-            for path, parameter in module.branch.named_parameters(f"{name}.branch"):
-                owners.setdefault(id(parameter), path)
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        first = owners.get(id(parameter), path)
+            for path, tensor in _tensors(module.branch, f"{name}.branch"):
+                owners.setdefault(id(tensor), path)
+    for path, tensor in _tensors(model):
+        first = owners.get(id(tensor), path)
         if first != path:
             raise BlockError(
                 f"{first} is also {path}: a unit that is used in two places cannot be removed; expected blocks that "
                 "share nothing with the rest of the network"
             )
+
+
+def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by every path that leads to them."""
+    yield from module.named_parameters(prefix, remove_duplicate=False)
+    yield from module.named_buffers(prefix, remove_duplicate=False)
 
 
 # torchvision.
@@ -185,6 +231,12 @@ def _chain(*modules: nn.Module | None) -> nn.Sequential:
     return nn.Sequential(*there)
 
 
+def _activated(branch: nn.Module, shortcut: nn.Module | None, activation: nn.Module) -> ResidualBlock:
+    """A block whose sum is activated, in a network in which every block is, and the first one's input too."""
+    idempotent = isinstance(activation, nn.ReLU | nn.ReLU6 | nn.Identity)
+    return ResidualBlock(branch, shortcut or nn.Identity(), activation, input_activated=idempotent)
+
+
 def _stream(branch: nn.Module, shortcut: nn.Module | None = None) -> ResidualBlock:
     """A block whose sum is not activated, as in inverted residuals and transformers."""
     return ResidualBlock(branch, shortcut or nn.Identity(), nn.Identity(), input_activated=True)
@@ -193,19 +245,19 @@ def _stream(branch: nn.Module, shortcut: nn.Module | None = None) -> ResidualBlo
 @register_block(resnet.BasicBlock)
 def _basic_block(block: resnet.BasicBlock) -> nn.Module:
     branch = _chain(block.conv1, block.bn1, nn.ReLU(inplace=True), block.conv2, block.bn2)
-    return ResidualBlock(branch, block.downsample or nn.Identity(), nn.ReLU(inplace=True), input_activated=True)
+    return _activated(branch, block.downsample, nn.ReLU(inplace=True))
 
 
 @register_block(resnet.Bottleneck)
 def _bottleneck(block: resnet.Bottleneck) -> nn.Module:
     first = (block.conv1, block.bn1, nn.ReLU(inplace=True))
     branch = _chain(*first, block.conv2, block.bn2, nn.ReLU(inplace=True), block.conv3, block.bn3)
-    return ResidualBlock(branch, block.downsample or nn.Identity(), nn.ReLU(inplace=True), input_activated=True)
+    return _activated(branch, block.downsample, nn.ReLU(inplace=True))
 
 
 @register_block(regnet.ResBottleneckBlock)
 def _regnet_block(block: regnet.ResBottleneckBlock) -> nn.Module:
-    return ResidualBlock(block.f, block.proj or nn.Identity(), block.activation, input_activated=True)
+    return _activated(block.f, block.proj, block.activation)
 
 
 @register_block(mobilenetv2.InvertedResidual)
@@ -306,13 +358,13 @@ def _load_timm_splits(model: nn.Module) -> None:
 def _timm_basic_block(block: Any) -> nn.Module:
     hidden = (block.conv1, block.bn1, block.drop_block, block.act1, block.aa)
     branch = _chain(*hidden, block.conv2, block.bn2, block.se, block.drop_path)
-    return ResidualBlock(branch, block.downsample or nn.Identity(), block.act2, input_activated=True)
+    return _activated(branch, block.downsample, block.act2)
 
 
 def _timm_bottleneck(block: Any) -> nn.Module:
     hidden = (block.conv1, block.bn1, block.act1, block.conv2, block.bn2, block.drop_block, block.act2, block.aa)
     branch = _chain(*hidden, block.conv3, block.bn3, block.se, block.drop_path)
-    return ResidualBlock(branch, block.downsample or nn.Identity(), block.act3, input_activated=True)
+    return _activated(branch, block.downsample, block.act3)
 
 
 def _timm_convnext_block(block: Any) -> nn.Module:

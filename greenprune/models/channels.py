@@ -49,9 +49,18 @@ _CHANNELWISE: set[type[nn.Module]] = {
 }
 
 
-# Of the activations those that map 0 to something else: behind the place where channels are switched they would turn a
-# channel that is off into a constant.
-_NOT_ZERO_AT_ZERO = (nn.Sigmoid, nn.Hardsigmoid, nn.LogSigmoid, nn.Softplus, nn.Threshold)
+# Of these modules those that map 0 to something else, in training at least. Behind the place where channels are
+# switched they would turn a channel that is off into a constant.
+_NOT_ZERO_AT_ZERO = (
+    nn.Sigmoid,
+    nn.Hardsigmoid,
+    nn.LogSigmoid,
+    nn.Softplus,
+    nn.Threshold,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+_NOT_ZERO_AT_ZERO_IN_TIMM = ("Sigmoid", "HardSigmoid")
 
 
 def register_channelwise(kind: type[nn.Module]) -> type[nn.Module]:
@@ -187,8 +196,8 @@ class _Walk:
 
     def pass_through(self, path: str, module: nn.Module) -> None:
         """Take the next module of the chain."""
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            if isinstance(module, nn.Conv2d) and module.groups > 1:
+        if isinstance(module, nn.Conv2d | nn.Linear) and _holds_its_weight(module):
+            if isinstance(module, nn.Conv2d) and (module.groups > 1 or was_grouped(module)):
                 self._grouped(path, module)
             else:
                 self._dense(path, module)
@@ -200,7 +209,7 @@ class _Walk:
             self._squeeze_excitation(path, module)
         elif type(module) not in _CHANNELWISE and not _is_channelwise_by_name(module):
             self._unknown(path, module)
-        elif self._switched and isinstance(module, _NOT_ZERO_AT_ZERO):
+        elif self._switched and _makes_constants(module):
             self._spoil(f"{path} ({type(module).__name__}) makes a constant of a channel that is off")
         self._previous = path
 
@@ -257,6 +266,10 @@ class _Walk:
             self._spoil(f"{path} makes a constant of a channel that is off")
             return
         width = int(module.num_features)  # type: ignore[arg-type]
+        if self._open.channel_dim != 1 and not isinstance(module, nn.BatchNorm1d):
+            self._spoil(f"{path} normalises another dimension")
+        elif width % self._open.units:
+            self._spoil(f"{path} does not take the same channels")
         per_unit = width // self._open.units
         tensors = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
         self._open.slices += [Slice(path, name, 0, per_unit) for name, tensor in tensors if tensor.dim() == 1]
@@ -266,7 +279,9 @@ class _Walk:
         """A grouped convolution ties the inputs and the outputs of a group together into one unit."""
         opened = self._open
         if opened is None:
-            return  # it works on the residual stream, whose width stays
+            self._begin(path, module.out_channels, 1)
+            self._spoil(f"the groups of {path} take the block's input, whose width stays")
+            return
         if max(opened.units, module.groups) % min(opened.units, module.groups):
             self._spoil(f"the {module.groups} groups of {path} do not divide its channels evenly")
             return
@@ -326,6 +341,31 @@ class _Walk:
         self.notes.append(f"{self.block}: channels from {self._from} to {path} are not gated: they feed an attention")
 
 
+def _holds_its_weight(module: nn.Conv2d | nn.Linear) -> bool:
+    """Whether a layer uses its weight as it is, and does not derive it from other tensors or normalise it."""
+    kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
+    methods = ("forward", "_conv_forward") if kind is nn.Conv2d else ("forward",)
+    as_it_is = all(getattr(type(module), method) is getattr(kind, method) for method in methods)
+    return as_it_is and "weight" in dict(module.named_parameters(recurse=False))
+
+
+def mark_grouped(module: nn.Module) -> None:
+    """Remember that a convolution works in groups, of which a removal may leave only one."""
+    module._greenprune_grouped = True  # type: ignore[assignment]
+
+
+def was_grouped(module: nn.Module) -> bool:
+    """Whether a convolution worked in groups before any were removed."""
+    return getattr(module, "_greenprune_grouped", False) is True
+
+
+def _makes_constants(module: nn.Module) -> bool:
+    """Whether a module that treats each channel by itself maps 0 to something else."""
+    if type(module).__module__.startswith("timm."):
+        return type(module).__name__ in _NOT_ZERO_AT_ZERO_IN_TIMM
+    return isinstance(module, _NOT_ZERO_AT_ZERO)
+
+
 def _is_squeeze_excitation(module: nn.Module) -> bool:
     """Torchvision's, or timm's of the same form, which is an optional dependency and known by its name."""
     if isinstance(module, SqueezeExcitation):
@@ -338,4 +378,5 @@ def _is_channelwise_by_name(module: nn.Module) -> bool:
     kind = type(module)
     if not kind.__module__.startswith("timm.layers"):
         return False
-    return kind.__module__.startswith("timm.layers.activations") or kind.__name__ == "DropPath"
+    in_activations = kind.__module__.startswith("timm.layers.activations") and kind.__name__ != "PReLU"
+    return in_activations or kind.__name__ == "DropPath"

@@ -63,7 +63,9 @@ class _GatedChannels(torch.autograd.Function):
         activations, decision = ctx.saved_tensors
         channel_dim = ctx.dim % grad.dim()
         positions = [dim for dim in range(1, grad.dim()) if dim != channel_dim]
-        by_channel = (grad * activations).sum(dim=positions, dtype=decision.dtype)  # [B, C]
+        products = grad * activations
+        # Without positions there is nothing to sum over; for torch that would mean to sum over everything.
+        by_channel = products.sum(dim=positions, dtype=decision.dtype) if positions else products.to(decision.dtype)
         by_unit = by_channel.unflatten(1, (decision.shape[1], -1)).sum(2)
         return grad if ctx.all_on else grad * _per_channel(decision, grad, ctx.dim), by_unit, None
 

@@ -11,6 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from greenprune.models import ChannelSet, ChannelSlot, PlainBlock, ResidualBlock, Slice, find_channels
+from greenprune.models.channels import mark_grouped
 
 _WRAPPERS = (
     "DeepSpeedEngine",
@@ -96,7 +97,8 @@ class Surgeon:
         if missing:
             raise KeyError(f"{name!r} has no units {missing}")
         if len(gone) == len(left):
-            raise KeyError(f"{name!r} would have no unit left; remove its block")
+            advice = "remove its block" if channels.removable else "its block has no shortcut, keep at least one"
+            raise KeyError(f"{name!r} would have no unit left; {advice}")
         keep = [position for position, index in enumerate(left) if index not in gone]
         slices = list(channels.slices)
         gate_path = self._gate_path(channels)
@@ -108,6 +110,8 @@ class Surgeon:
         for path, attribute in channels.sizes:
             module = self.model.get_submodule(path)
             setattr(module, attribute, getattr(module, attribute) * len(keep) // channels.units)
+            if attribute == "groups":
+                mark_grouped(module)
         channels.units = len(keep)
         block.channels_left[channels.label] = [left[position] for position in keep]
 
@@ -210,7 +214,8 @@ def update_optimizer(optimizer: Optimizer, surgeon: Surgeon) -> None:
     Raises:
         TypeError: The optimizer keeps something for a parameter in another shape, which cannot be cut.
     """
-    alive = set(surgeon.model.parameters())
+    alive = {parameter: name for name, parameter in surgeon.model.named_parameters()}
+    _refuse_uncuttable(optimizer, surgeon.replacements, alive)
     for group in optimizer.param_groups:
         kept = []
         for parameter in group["params"]:
@@ -222,6 +227,39 @@ def update_optimizer(optimizer: Optimizer, surgeon: Surgeon) -> None:
         group["params"] = kept
 
 
+def _refuse_uncuttable(
+    optimizer: Optimizer, replacements: dict[nn.Parameter, Replacement], alive: dict[nn.Parameter, str]
+) -> None:
+    """Refuse an optimizer that keeps what cannot follow a removal of channels, before anything of it is changed.
+
+    Raises:
+        TypeError: It does; the message names the first parameter.
+    """
+    for parameter in replacements:
+        survivor = parameter
+        while survivor in replacements:
+            survivor = replacements[survivor].parameter
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if survivor in alive and not _has_shape(value, parameter) and not _is_single(value):
+                kept = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"as a {type(value).__name__}"
+                raise TypeError(
+                    f"{type(optimizer).__name__} keeps {name!r} {kept} for {alive[survivor]!r} of shape "
+                    f"{tuple(parameter.shape)}, which cannot follow the removal of channels; expected an optimizer "
+                    "whose state has the parameters' shapes, such as SGD or AdamW"
+                )
+
+
+def _has_shape(value: object, parameter: nn.Parameter) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def _is_single(value: object) -> bool:
+    """Whether a value of an optimizer's state is one for the whole parameter, such as a number of steps."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.dim() <= 1
+    return value is None or isinstance(value, int | float | str)
+
+
 def _follow(
     optimizer: Optimizer, parameter: nn.Parameter, replacements: dict[nn.Parameter, Replacement]
 ) -> nn.Parameter:
@@ -231,14 +269,8 @@ def _follow(
         state = optimizer.state.pop(parameter, None)
         if state is not None:
             for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                if _has_shape(value, parameter):
                     state[name] = _select(value, replacement.dim, replacement.index)
-                elif isinstance(value, Tensor) and value.numel() > 1:
-                    raise TypeError(
-                        f"{type(optimizer).__name__} keeps {name!r} of shape {tuple(value.shape)} for a parameter of "
-                        f"shape {tuple(parameter.shape)}, which cannot follow the removal of channels; expected an "
-                        "optimizer whose state has the parameters' shapes, such as SGD or AdamW"
-                    )
             optimizer.state[replacement.parameter] = state
         parameter = replacement.parameter
     return parameter

@@ -1,0 +1,476 @@
+"""Every family: taken apart it computes the same with the same tensors, and all its channels are found."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from families import BATCH, CLASSES, FAMILIES, build, difference, wake
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models import regnet, resnet
+from torchvision.ops import SqueezeExcitation
+
+from greenprune.config import GateConfig, ModelConfig
+from greenprune.gating import attach_gates
+from greenprune.models import (
+    BlockError,
+    PlainBlock,
+    ResidualBlock,
+    build_model,
+    convert_blocks,
+    find_channels,
+    register_block,
+    register_channelwise,
+    residual_blocks,
+)
+from greenprune.models.blocks import _SPLITS
+
+EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
+
+
+def gradients(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    logits = model.train()(images)
+    functional.cross_entropy(logits, torch.arange(BATCH) % CLASSES).backward()
+    return logits.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+@EVERY_FAMILY
+def test_a_converted_network_computes_the_same_with_the_same_parameters(name: str) -> None:
+    model = FAMILIES[name].build()
+    wake(model)
+    original = copy.deepcopy(model)
+    parameters, images = list(model.parameters()), FAMILIES[name].images()
+    blocks = convert_blocks(model, images)
+    assert {id(parameter) for parameter in model.parameters()} == {id(parameter) for parameter in parameters}
+    assert difference(original.eval()(images).detach(), model.eval()(images).detach()) <= 1e-6
+    expected, expected_gradients = gradients(original, images)
+    got, _ = gradients(model, images)
+    assert difference(expected, got) <= 1e-6
+    whole = float(torch.stack([gradient.norm() for gradient in expected_gradients]).norm())
+    for parameter, gradient in zip(parameters, expected_gradients, strict=True):
+        assert difference(gradient, parameter.grad, 1e-3 * whole) <= 1e-5
+    assert convert_blocks(model, images) == blocks  # a second time nothing is left to do
+
+
+@EVERY_FAMILY
+def test_without_an_example_a_network_is_taken_apart_alike(name: str) -> None:
+    model = FAMILIES[name].build()
+    convert_blocks(model)
+    assert [type(module) for module in model.modules()] == [type(module) for module in build(name).modules()]
+
+
+# Residual blocks, blocks without a shortcut, and the sets as (label, units, channels of a unit), block by block.
+FOUND: dict[str, tuple[int, int, list[tuple[str, int, int]]]] = {
+    "cifar-a": (6, 0, [("hidden", width, 1) for width in (16, 16, 32, 32, 64, 64)]),
+    "cifar-b": (6, 0, [("hidden", width, 1) for width in (16, 16, 32, 32, 64, 64)]),
+    "resnet-basic": (5, 0, [("hidden", width, 1) for width in (16, 16, 32, 64, 128)]),
+    "resnet-bottleneck": (
+        5,
+        0,
+        [(label, width, 1) for width in (16, 16, 32, 64, 128) for label in ("hidden1", "hidden2")],
+    ),
+    "resnext": (5, 0, [("hidden", 8, width) for width in (2, 2, 4, 8, 16)]),
+    "wide-resnet": (5, 0, [(label, width, 1) for width in (32, 32, 64, 128, 256) for label in ("hidden1", "hidden2")]),
+    "regnet-x": (4, 0, [("hidden", groups, 8) for groups in (2, 2, 4, 4)]),
+    "regnet-y": (4, 0, [("hidden", groups, 8) for groups in (2, 2, 4, 4)]),
+    "mobilenet-v2": (3, 2, [("hidden", width, 1) for width in (32, 32, 32, 64)]),
+    "mobilenet-v3-small": (3, 2, [("hidden", width, 1) for width in (24, 32, 40, 40)]),
+    "mobilenet-v3-large": (3, 2, [("hidden", width, 1) for width in (32, 40, 48, 48)]),
+    "efficientnet-b0": (3, 3, [("hidden", width, 1) for width in (32, 64, 64, 96)]),
+    "efficientnet-v2-s": (4, 2, [("hidden", width, 1) for width in (64, 96, 96, 128)]),
+    "convnext": (4, 0, [("hidden", width, 1) for width in (32, 32, 64, 64)]),
+    "vit": (4, 0, [("heads", 4, 8), ("hidden", 48, 1)] * 2),
+    "swin": (8, 0, [("heads", 2, 8), ("hidden", 32, 1)] * 2 + [("heads", 4, 8), ("hidden", 64, 1)] * 2),
+    "swin-v2": (8, 0, [("heads", 2, 8), ("hidden", 32, 1)] * 2 + [("heads", 4, 8), ("hidden", 64, 1)] * 2),
+    "timm-resnet": (5, 0, [(label, width, 1) for width in (8, 8, 16, 24, 32) for label in ("hidden1", "hidden2")]),
+    "timm-resnet-basic": (5, 0, [("hidden", width, 1) for width in (8, 8, 16, 24, 32)]),
+    "timm-resnet-se": (5, 0, [(label, width, 1) for width in (8, 8, 16, 24, 32) for label in ("hidden1", "hidden2")]),
+    "timm-resnext": (5, 0, [("hidden", 4, width) for width in (4, 4, 8, 12, 16)]),
+    "timm-convnext": (5, 0, [("hidden", width, 1) for width in (32, 64, 96, 96, 128)]),
+    "timm-convnext-linear": (5, 0, [("hidden", width, 1) for width in (32, 64, 96, 96, 128)]),
+    "timm-vit": (4, 0, [("heads", 3, 8), ("hidden", 96, 1)] * 2),
+}
+
+TIMM_CONVNEXT = [f"stages.{at}" for at in ("0.blocks.0", "1.blocks.0", "2.blocks.0", "2.blocks.1", "3.blocks.0")]
+
+# What is not gated: channels whose convolution works in groups on the block's input.
+NOTES = {
+    "mobilenet-v2": ["features.1"],
+    "mobilenet-v3-small": ["features.1"],
+    "mobilenet-v3-large": ["features.1"],
+    "efficientnet-b0": ["features.1.0", "features.1.1"],
+    "convnext": ["features.1.0", "features.1.1", "features.3.0", "features.3.1"],
+    "timm-convnext": TIMM_CONVNEXT,
+    "timm-convnext-linear": TIMM_CONVNEXT,
+}
+
+
+@EVERY_FAMILY
+def test_all_blocks_and_channels_of_a_family_are_found(name: str) -> None:
+    model = build(name)
+    residual, plain, sets = FOUND[name]
+    assert len(residual_blocks(model)) == residual
+    assert sum(isinstance(module, PlainBlock) for module in model.modules()) == plain
+    found = find_channels(model)
+    assert [(one.label, one.units, one.width) for one in found.sets.values()] == sets
+    assert list(found.sets) == [f"{one.block}:{one.label}" for one in found.sets.values()]
+    for one in found.sets.values():
+        assert one.removable == (one.block in residual_blocks(model))
+    noted = NOTES.get(name, [])
+    assert [note.partition(":")[0] for note in found.notes] == noted
+    assert all("take the block's input, whose width stays" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "sets"),
+    [
+        ("resnet18", 8, 8),
+        ("resnet50", 16, 32),
+        ("resnext50_32x4d", 16, 16),
+        ("wide_resnet50_2", 16, 32),
+        ("regnet_x_400mf", 22, 22),
+        ("regnet_y_400mf", 16, 16),
+        ("mobilenet_v2", 10, 16),
+        ("mobilenet_v3_small", 6, 10),
+        ("mobilenet_v3_large", 10, 14),
+        ("efficientnet_b0", 9, 15),
+        ("efficientnet_v2_s", 35, 38),
+        ("convnext_tiny", 18, 18),
+        ("vit_b_16", 24, 24),
+        ("swin_t", 24, 24),
+        ("swin_v2_t", 24, 24),
+    ],
+)
+def test_a_published_network_has_its_blocks_and_sets(name: str, blocks: int, sets: int) -> None:
+    # RegNet computes its widths with tensors.
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+        model = build_model(ModelConfig(name=name), classes=10, channels=3, image_size=224)
+    assert len(residual_blocks(model)) == blocks
+    assert len(find_channels(model).sets) == sets
+
+
+# What a branch is made of.
+
+
+def block_of(*branch: nn.Module) -> nn.Module:
+    """A network of one block with this branch."""
+    return nn.Sequential(ResidualBlock(nn.Sequential(*branch), nn.Identity(), nn.ReLU(), input_activated=True))
+
+
+class Doubled(nn.Conv2d):
+    """A convolution that does not use its weight as it is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, 2 * self.weight / self.weight.norm(), self.bias)
+
+
+def conv(*sizes: int, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(*sizes, 1, **options)
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        ([nn.LayerNorm([8, 4, 4])], r"0\.branch\.1 \(LayerNorm\) is not known to treat each channel by itself"),
+        ([nn.GroupNorm(2, 8)], r"0\.branch\.1 \(GroupNorm\) is not known"),
+        ([nn.ReLU(), nn.InstanceNorm2d(8)], r"0\.branch\.2 \(InstanceNorm2d\) is not known"),
+        ([nn.Softmax(1)], r"0\.branch\.1 \(Softmax\) is not known"),
+        ([nn.PReLU(8)], r"0\.branch\.1 \(PReLU\) is not known"),
+        (
+            [SqueezeExcitation(8, 2), nn.Sigmoid()],
+            r"0\.branch\.2 \(Sigmoid\) makes a constant of a channel that is off",
+        ),
+        ([SqueezeExcitation(8, 2), nn.BatchNorm2d(8)], r"0\.branch\.2 makes a constant of a channel that is off"),
+        ([SqueezeExcitation(8, 2), nn.AlphaDropout(0.1)], r"0\.branch\.2 \(AlphaDropout\) makes a constant"),
+        ([SqueezeExcitation(8, 2), conv(8, 8, groups=8)], r"0\.branch\.2 works in groups behind a squeeze"),
+        ([conv(8, 8, groups=8), SqueezeExcitation(8, 2), nn.Softplus()], r"\(Softplus\) makes a constant"),
+    ],
+    ids=lambda value: "-".join(type(module).__name__ for module in value) if isinstance(value, list) else "",
+)
+def test_channels_that_cannot_be_switched_are_noted_with_the_reason(between: list[nn.Module], reason: str) -> None:
+    model = block_of(conv(4, 8), *between, conv(8, 4))
+    found = find_channels(model)
+    assert found.sets == {}
+    (note,) = found.notes
+    assert note.startswith("0: channels from 0.branch.0 to 0.branch.")
+    with pytest.raises(BlockError, match=reason):
+        attach_gates(model, GateConfig(units=["channel"]))
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Doubled(4, 8, 1), r"0\.branch\.0 \(Doubled\) is not known|0\.branch\.0: the channels inside a Doubled"),
+        (nn.utils.parametrizations.weight_norm(conv(4, 8)), r"the channels inside a ParametrizedConv2d are not gated"),
+        (nn.utils.parametrizations.spectral_norm(conv(4, 8)), r"the channels inside a ParametrizedConv2d"),
+        (nn.ConvTranspose2d(4, 8, 1), r"0\.branch\.0 \(ConvTranspose2d\) is not known"),
+    ],
+    ids=["own class", "weight norm", "spectral norm", "transposed"],
+)
+@pytest.mark.parametrize("position", ["first", "last"])
+def test_a_layer_that_derives_its_weight_is_left_alone(layer: nn.Module, reason: str, position: str) -> None:
+    if position == "first":
+        found = find_channels(block_of(layer, nn.ReLU(), conv(8, 4)))
+        if not isinstance(layer, nn.ConvTranspose2d):
+            assert any(re.search(reason, note) for note in found.notes)
+    else:
+        found = find_channels(block_of(conv(8, 4), nn.ReLU(), layer, nn.ReLU(), conv(8, 8)))
+        assert any("channels from 0.branch.0 to 0.branch.4 are not gated: 0.branch.2" in note for note in found.notes)
+    assert found.sets == {}
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        [nn.Linear(4, 8), nn.BatchNorm2d(4), nn.ReLU(), nn.Linear(8, 4)],
+        [nn.Linear(4, 8), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(8, 4)],
+        [conv(4, 8), nn.ReLU(), nn.Linear(4, 4)],
+    ],
+    ids=["a norm of rows", "a norm of tokens", "a layer along a row"],
+)
+def test_channels_are_not_mistaken_for_another_dimension(branch: list[nn.Module]) -> None:
+    found = find_channels(block_of(*branch))
+    assert found.sets == {}
+    assert len(found.notes) == 1
+
+
+def test_a_branch_that_is_no_chain_is_gated_as_a_whole_and_noted() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = conv(4, 8), conv(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).relu())
+
+    model = nn.Sequential(ResidualBlock(Branch(), nn.Identity(), nn.ReLU(), input_activated=True))
+    assert find_channels(model).notes == ["0.branch: the channels inside a Branch are not gated"]
+    assert attach_gates(model, GateConfig(units=["block"])) == ["0"]
+
+
+@pytest.mark.parametrize("options", [{"qk_norm": True}, {"scale_attn_norm": True}], ids=str)
+def test_an_attention_with_more_in_it_is_kept_whole_and_noted(options: dict[str, bool]) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=3, num_classes=4, **options
+    )
+    original, images = copy.deepcopy(model), torch.randn(2, 3, 16, 16)
+    convert_blocks(model, images)
+    assert difference(original.eval()(images).detach(), model.eval()(images).detach()) <= 1e-6
+    found = find_channels(model)
+    assert list(found.sets) == ["blocks.0.mlp:hidden"]
+    assert found.notes == ["blocks.0.attention.branch.1: the channels inside a Attention are not gated"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"aa_layer": "BlurPool2d"}, r"BlurPool2d\) is not known"),
+        ({"drop_block_rate": 0.1}, r"DropBlock2d\) is not known"),
+        ({"act_layer": "prelu"}, r"PReLU\) is not known"),
+        ({"norm_layer": "groupnorm"}, r"GroupNorm\) is not known"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_timm_can_put_into_a_block_is_noted(options: dict[str, Any], reason: str) -> None:
+    timm = pytest.importorskip("timm")
+    if "aa_layer" in options:
+        options = {"aa_layer": timm.layers.BlurPool2d}
+    model = timm.create_model("resnet26", layers=(1, 1, 1, 1), channels=(32, 32, 64, 64), num_classes=4, **options)
+    convert_blocks(model)
+    found = find_channels(model)
+    assert any(re.search(reason, note) for note in found.notes)
+    assert len(found.sets) + len(found.notes) == 8
+
+
+# What is refused, and what is put right.
+
+
+class Block(nn.Module):
+    """A user's own block: two convolutions around an own activation."""
+
+    def __init__(self, width: int = 8, hidden: int = 12) -> None:
+        super().__init__()
+        self.first, self.norm = conv(width, hidden), nn.BatchNorm2d(hidden)
+        self.second = conv(hidden, width)
+        nn.init.zeros_(self.second.weight)  # a branch that starts at zero hides what it computes
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.first(x))
+        return torch.tanh(x + self.second(hidden * torch.tanh(hidden)))
+
+
+@register_channelwise
+class Bend(nn.Module):
+    """An own activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.tanh(x)
+
+
+def split_of(block: Block, bend: nn.Module | None = None, activation: nn.Module | None = None) -> ResidualBlock:
+    branch = nn.Sequential(block.first, block.norm, bend or Bend(), block.second)
+    return ResidualBlock(branch, nn.Identity(), activation or nn.Tanh(), input_activated=False)
+
+
+@pytest.fixture
+def register() -> Iterator[Callable[[Callable[[Any], Any]], None]]:
+    """Registers how the blocks are taken apart, for one test."""
+    before = dict(_SPLITS)
+    yield lambda split: register_block(Block)(split) and None
+    _SPLITS.clear()
+    _SPLITS.update(before)
+
+
+def network(*blocks: nn.Module) -> nn.Module:
+    return nn.Sequential(conv(3, 8), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES))
+
+
+IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        lambda block: split_of(block, bend=nn.ReLU()),
+        lambda block: split_of(block, activation=nn.Identity()),
+        lambda block: ResidualBlock(
+            nn.Sequential(block.first, block.norm, Bend(), block.first), nn.Identity(), nn.Tanh(), input_activated=False
+        ),
+        lambda block: ResidualBlock(
+            nn.Sequential(block.first, block.norm, Bend(), block.second),
+            nn.Flatten(),
+            nn.Tanh(),
+            input_activated=False,
+        ),
+        lambda block: ResidualBlock(
+            nn.Sequential(block.first, block.norm, Bend(), conv(12, 8)), nn.Identity(), nn.Tanh(), input_activated=False
+        ),
+        lambda block: ResidualBlock(
+            nn.Sequential(nn.ReLU(inplace=True), block.first, block.norm, Bend(), block.second),
+            nn.Identity(),
+            nn.Tanh(),
+            input_activated=False,
+        ),
+        lambda block: nn.Sequential(split_of(block), nn.AvgPool2d(2)),
+    ],
+    ids=["activation inside", "activation", "shapes that do not fit", "shortcut", "new layer", "in place", "shape"],
+)
+def test_a_split_that_computes_something_else_is_refused(register: Any, split: Callable[[Any], nn.Module]) -> None:
+    register(split)
+    with pytest.raises(BlockError, match=r"^2: taken apart by the function registered for Block, .*; expected branch"):
+        convert_blocks(network(nn.Identity(), Block()), IMAGES)
+
+
+def test_a_split_that_gives_nan_is_refused(register: Any) -> None:
+    register(lambda block: split_of(block, activation=nn.Threshold(9.0, float("nan"))))
+    with pytest.raises(BlockError, match=r"^1: .* computes something else"):
+        convert_blocks(network(Block()), IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("split", "what"),
+    [
+        (lambda block: nn.Sequential(block.first, block.second), "gave a Sequential without"),
+        (lambda block: None, "gave a NoneType without"),
+        (lambda block: (block.first, block.second), "gave a tuple without"),
+        (lambda block: ResidualBlock(block.nothing, nn.Identity(), nn.Tanh(), input_activated=False), "'nothing'"),
+    ],
+    ids=["chain", "nothing", "tuple", "missing attribute"],
+)
+def test_a_split_without_a_block_is_refused(register: Any, split: Callable[[Any], Any], what: str) -> None:
+    register(split)
+    with pytest.raises(BlockError, match=f"^1: .*{what}"):
+        convert_blocks(network(Block()))
+
+
+@pytest.mark.parametrize("example", [None, IMAGES], ids=["unseen", "seen"])
+def test_a_block_in_two_places_is_refused(register: Any, example: Tensor | None) -> None:
+    register(split_of)
+    block = Block()
+    with pytest.raises(BlockError, match=r"1\.branch\.0\.weight is also 2\.first\.weight: a unit that is used in two"):
+        convert_blocks(network(block, block), example)
+
+
+def test_a_tensor_of_two_branches_is_refused(register: Any) -> None:
+    register(split_of)
+    one, other = Block(), Block()
+    other.second.weight = one.second.weight
+    with pytest.raises(BlockError, match=r"1\.branch\.3\.weight is also 2\.branch\.3\.weight.*share nothing"):
+        convert_blocks(network(one, other), IMAGES)
+
+
+def test_statistics_in_two_places_are_refused(register: Any) -> None:
+    register(split_of)
+    one, other = Block(), Block()
+    one.norm = other.norm = nn.BatchNorm2d(12, affine=False)
+    with pytest.raises(BlockError, match=r"1\.branch\.1\.running_mean is also 2\.branch\.1\.running_mean"):
+        convert_blocks(network(one, other), IMAGES)
+
+
+def test_a_network_that_is_itself_a_block_is_refused(register: Any) -> None:
+    register(split_of)
+    for model in (Block(), split_of(Block()), resnet.BasicBlock(4, 4), PlainBlock(conv(4, 4))):
+        with pytest.raises(BlockError, match=f"itself a block .{type(model).__name__}.; put it into a torch.nn.Seq"):
+            convert_blocks(model)
+
+
+def test_a_network_with_nothing_to_gate_says_what_it_is_made_of() -> None:
+    for model, made_of in ((network(Block()), "Block"), (network(), "torch.nn's layers alone")):
+        with pytest.raises(BlockError, match=f"no residual block that greenprune knows; it is made of {made_of}. Exp"):
+            convert_blocks(model, IMAGES)
+
+
+def test_a_branch_without_a_layer_is_refused_by_name() -> None:
+    model = nn.Sequential(ResidualBlock(nn.Tanh(), nn.Identity(), nn.ReLU(), input_activated=True))
+    with pytest.raises(BlockError, match=r"^0: a branch without a convolution or linear layer"):
+        attach_gates(model, GateConfig())
+
+
+def test_of_blocks_inside_each_other_the_outer_one_is_taken_apart(register: Any) -> None:
+    register(split_of)
+    outer = Block()
+    outer.first = nn.Sequential(Block(8, 4), conv(8, 12))
+    model = network(outer)
+    original = copy.deepcopy(model)
+    assert convert_blocks(model, IMAGES) == ["1"]
+    assert difference(original.eval()(IMAGES).detach(), model.eval()(IMAGES).detach()) <= 1e-6
+    assert any("inside a Block are not gated" in note for note in find_channels(model).notes)
+
+
+@pytest.mark.parametrize("activated", [True, False])
+def test_a_block_whose_input_turns_out_not_to_be_activated_keeps_its_activation(activated: bool) -> None:
+    blocks = nn.Sequential(resnet.BasicBlock(8, 8), resnet.BasicBlock(8, 8))
+    model = network(nn.ReLU() if activated else nn.Identity(), blocks)
+    convert_blocks(model, IMAGES)
+    first, second = residual_blocks(model).values()
+    assert first.input_activated == activated
+    assert second.input_activated
+
+
+def test_an_activation_that_changes_its_own_output_stays_when_a_branch_goes() -> None:
+    timm = pytest.importorskip("timm")
+    regnet_silu = FAMILIES["regnet-x"].build()
+    for module in regnet_silu.modules():
+        if isinstance(module, regnet.ResBottleneckBlock):
+            module.activation = nn.SiLU(inplace=True)
+    timm_silu = timm.create_model("resnet18", layers=(2, 1, 1, 1), channels=(8, 8, 8, 8), act_layer="silu")
+    for model in (regnet_silu, timm_silu):
+        convert_blocks(model)
+        assert not any(block.input_activated for block in residual_blocks(model).values())
+
+
+def test_frozen_norms_stay_frozen_through_the_conversion() -> None:
+    model = FAMILIES["resnet-basic"].build().train()
+    frozen = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for module in frozen:
+        module.eval()
+    convert_blocks(model, FAMILIES["resnet-basic"].images())
+    assert not any(module.training for module in frozen)
+    assert all(block.training and block.branch.training for block in residual_blocks(model).values())
