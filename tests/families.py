@@ -188,7 +188,7 @@ FAMILIES: dict[str, Family] = {
 def build(name: str) -> nn.Module:
     """A family's network, dense, converted, with nothing at a value at which it would not matter."""
     model = FAMILIES[name].build()
-    wake(model)
+    wake(model, FAMILIES[name].images(2))
     convert_blocks(model, FAMILIES[name].images())
     return model
 
@@ -200,22 +200,28 @@ def gated(name: str, kind: str) -> nn.Module:
     return model
 
 
-def wake(model: nn.Module) -> None:
-    """Move what starts as a constant (factors of norms and branches, statistics) to random values.
+def wake(model: nn.Module, images: Tensor) -> None:
+    """Move what starts as a constant (factors of norms and branches, statistics) or small to random values.
 
     Several libraries start a branch at zero or close to it, and nothing in it would matter.
     """
     for parameter in model.parameters():
         if parameter.numel() > 1 and parameter.min() == parameter.max():
-            nn.init.uniform_(parameter, 0.7, 1.3)
-            if parameter.ndim > 1 or torch.rand(()) < 0.5:
-                with torch.no_grad():
-                    parameter.sub_(1.0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.7, 1.3)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.7, 1.3)
+            centre = float(parameter.min() == 1)
+            nn.init.uniform_(parameter, centre - 0.3, centre + 0.3)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            usual = layer.weight[0].numel() ** -0.5
+            if layer.weight.std() < usual / 2:
+                nn.init.normal_(layer.weight, std=usual)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.7, 1.3)
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(images)  # the statistics are those of the features: signals do not die out on their way
+    for norm in norms:
+        norm.momentum = 0.1
 
 
 @dataclass(frozen=True)

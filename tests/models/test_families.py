@@ -42,7 +42,7 @@ def gradients(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
 @EVERY_FAMILY
 def test_a_converted_network_computes_the_same_with_the_same_parameters(name: str) -> None:
     model = FAMILIES[name].build()
-    wake(model)
+    wake(model, FAMILIES[name].images(2))
     original = copy.deepcopy(model)
     parameters, images = list(model.parameters()), FAMILIES[name].images()
     blocks = convert_blocks(model, images)
