@@ -7,12 +7,12 @@ activations and pooling are not (torch.utils.flop_counter).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 _BATCH = 2  # batch normalisation in training needs more than one value a channel
 
@@ -42,6 +42,30 @@ def subtract(whole: Cost, parts: Iterable[Cost]) -> Cost:
     )
 
 
+def _convolution_backward(
+    grad_shape: Sequence[int],
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    _bias: object,
+    _stride: object,
+    _padding: object,
+    _dilation: object,
+    transposed: bool,
+    _output_padding: object,
+    _groups: int,
+    output_mask: Sequence[bool],
+    **_: object,
+) -> int:
+    """FLOPs of a convolution's backward: for each of input and weight as many as in its forward."""
+    forward: int = conv_flop_count(list(x_shape), list(weight_shape), list(grad_shape), transposed)
+    return forward * (int(output_mask[0]) + int(output_mask[1]))
+
+
+# PyTorch's formula takes the weight's gradient of a convolution in groups for that of one without, which is as many
+# times larger as there are groups.
+_CORRECTIONS = {torch.ops.aten.convolution_backward: _convolution_backward}
+
+
 def count_costs(model: nn.Module, image_shape: tuple[int, ...], names: Iterable[str] = ("",)) -> dict[str, Cost]:
     """Count what a network and its parts cost, gates included.
 
@@ -60,7 +84,7 @@ def count_costs(model: nn.Module, image_shape: tuple[int, ...], names: Iterable[
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         shadow(images)
     # One counter over both passes: it knows whose backward it sees only if it saw the forward.
-    with FlopCounterMode(display=False) as training:
+    with FlopCounterMode(display=False, custom_mapping=_CORRECTIONS) as training:
         shadow(images).sum().backward()
     in_forward, in_training = forward.get_flop_counts(), training.get_flop_counts()
     root = type(model).__name__

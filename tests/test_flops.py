@@ -87,6 +87,14 @@ def test_a_branch_costs_the_same_whatever_the_shortcut_beside_it(make_network: M
     assert projected == without
 
 
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_convolution_in_groups_trains_at_three_forward_passes(groups: int, kind: type[nn.Conv2d]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), kind(8, 8, 3, groups=groups))
+    costs = count_costs(model, (3, 10, 10), ["", "0"])
+    assert costs[""].flops_train == 3 * costs[""].flops_forward - costs["0"].flops_forward  # images need no gradient
+
+
 def test_a_count_by_hand() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
     convolution, linear = 2 * 9 * 3 * 4 * 36, 2 * 144 * 5

@@ -85,6 +85,10 @@ def convert_blocks(model: nn.Module, example: Tensor | None = None) -> list[str]
     blocks = [name for name, module in model.named_modules() if isinstance(module, ResidualBlock | PlainBlock)]
     if not any(isinstance(model.get_submodule(name), ResidualBlock) for name in blocks):
         raise BlockError(_nothing_to_gate(model))
+    for name in blocks:
+        inner = next((other for other in blocks if other.startswith(f"{name}.")), None)
+        if inner is not None:
+            raise BlockError(f"{inner} lies inside the block {name}; expected a chain of blocks, not one in another")
     _refuse_shared(model)
     return blocks
 
@@ -131,14 +135,18 @@ def _record_inputs(model: nn.Module, blocks: dict[str, nn.Module], example: Tens
         return {}
     inputs: dict[str, Tensor] = {}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if args:
-                inputs[name] = args[0].clone()
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def keep(block: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            if len(args) != 1 or options:
+                raise BlockError(
+                    f"{name}: a {type(block).__name__} that is called with more than its input cannot be taken apart; "
+                    "expected a block called with one tensor"
+                )
+            inputs[name] = args[0].clone()
 
         return keep
 
-    handles = [block.register_forward_pre_hook(hook(name)) for name, block in blocks.items()]
+    handles = [block.register_forward_pre_hook(hook(name), with_kwargs=True) for name, block in blocks.items()]
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():

@@ -182,6 +182,7 @@ class _Walk:
         self.notes: list[str] = []
         self._open: ChannelSet | None = None  # its next dense layer is still to come
         self._from = ""
+        self._width = 0  # channels of the open set, where the walk stands
         self._switched = False  # the place for the open set's gate is fixed
         self._previous = ""
         self._spoilt = ""  # why the channels that are open cannot be gated
@@ -227,7 +228,7 @@ class _Walk:
 
     def _begin(self, path: str, units: int, channel_dim: int) -> None:
         self._open = ChannelSet("", self.block, units, "", channel_dim, self.removable)
-        self._from, self._switched, self._spoilt = path, False, ""
+        self._from, self._width, self._switched, self._spoilt = path, units, False, ""
 
     def _add_output(self, path: str, module: nn.Conv2d | nn.Linear) -> None:
         assert self._open is not None
@@ -243,7 +244,7 @@ class _Walk:
         if (ended.channel_dim == 1) != is_conv:
             self._spoil(f"{path} takes its channels from another dimension")
         width = module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
-        if not self._spoilt and width % ended.units:
+        if width != self._width:
             self._spoil(f"{path} does not take the same channels")
         if self._spoilt:
             self.notes.append(f"{self.block}: channels from {self._from} to {path} are not gated: {self._spoilt}")
@@ -266,9 +267,9 @@ class _Walk:
             self._spoil(f"{path} makes a constant of a channel that is off")
             return
         width = int(module.num_features)  # type: ignore[arg-type]
-        if self._open.channel_dim != 1 and not isinstance(module, nn.BatchNorm1d):
+        if self._open.channel_dim != 1 and isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
             self._spoil(f"{path} normalises another dimension")
-        elif width % self._open.units:
+        elif width != self._width:
             self._spoil(f"{path} does not take the same channels")
         per_unit = width // self._open.units
         tensors = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
@@ -298,6 +299,7 @@ class _Walk:
             Slice(path, name, 0, module.out_channels // units) for name, _ in module.named_parameters(recurse=False)
         ]
         opened.sizes += [(path, name) for name in ("in_channels", "out_channels", "groups")]
+        self._width = module.out_channels
 
     def _squeeze_excitation(self, path: str, module: nn.Module) -> None:
         """Scales each channel by a factor made from all of them: they have to be switched before it."""

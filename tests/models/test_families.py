@@ -228,7 +228,7 @@ def test_a_layer_that_derives_its_weight_is_left_alone(layer: nn.Module, reason:
     "branch",
     [
         [nn.Linear(4, 8), nn.BatchNorm2d(4), nn.ReLU(), nn.Linear(8, 4)],
-        [nn.Linear(4, 8), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(8, 4)],
+        [nn.Linear(4, 8), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(8, 4)],
         [conv(4, 8), nn.ReLU(), nn.Linear(4, 4)],
     ],
     ids=["a norm of rows", "a norm of tokens", "a layer along a row"],
@@ -442,6 +442,32 @@ def test_of_blocks_inside_each_other_the_outer_one_is_taken_apart(register: Any)
     assert convert_blocks(model, IMAGES) == ["1"]
     assert difference(original.eval()(IMAGES).detach(), model.eval()(IMAGES).detach()) <= 1e-6
     assert any("inside a Block are not gated" in note for note in find_channels(model).notes)
+
+
+def test_a_split_with_a_block_inside_another_is_refused(register: Any) -> None:
+    def nested(block: Block) -> nn.Module:
+        inner = ResidualBlock(nn.Sequential(conv(8, 8)), nn.Identity(), nn.Identity(), input_activated=True)
+        return ResidualBlock(nn.Sequential(inner, conv(8, 8)), nn.Identity(), nn.Identity(), input_activated=True)
+
+    register(nested)
+    with pytest.raises(BlockError, match=r"^1\.branch\.0 lies inside the block 1; expected a chain of blocks"):
+        convert_blocks(network(Block()))
+
+
+def test_a_block_that_is_called_with_more_than_its_input_is_refused() -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=3)
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = model.blocks[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x, is_causal=True)
+
+    with pytest.raises(BlockError, match=r"^block: a Block that is called with more than its input cannot be taken"):
+        convert_blocks(Masked(), torch.randn(2, 5, 24))
 
 
 @pytest.mark.parametrize("activated", [True, False])
