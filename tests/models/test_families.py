@@ -239,6 +239,31 @@ def test_channels_are_not_mistaken_for_another_dimension(branch: list[nn.Module]
     assert len(found.notes) == 1
 
 
+def test_timms_own_activations_are_switched_where_they_map_zero_to_zero() -> None:
+    activations = pytest.importorskip("timm.layers.activations")
+    squeeze = (conv(4, 8), SqueezeExcitation(8, 2))
+    for kind in (activations.Swish, activations.HardSwish, activations.GELU):
+        assert len(find_channels(block_of(*squeeze, kind(), conv(8, 4))).sets) == 1
+    for kind in (activations.Sigmoid, activations.HardSigmoid):
+        assert len(find_channels(block_of(conv(4, 8), kind(), conv(8, 4))).sets) == 1  # switched behind it
+        found = find_channels(block_of(*squeeze, kind(), conv(8, 4)))
+        assert found.sets == {}
+        assert f"0.branch.2 ({kind.__name__}) makes a constant of a channel that is off" in found.notes[0]
+
+
+def test_a_module_that_changes_the_number_of_channels_is_seen_even_if_declared_channelwise() -> None:
+    @register_channelwise
+    class BothSigns(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x.relu(), (-x).relu()], 1)
+
+    found = find_channels(block_of(conv(4, 8), BothSigns(), conv(16, 4)))
+    assert found.sets == {}
+    assert found.notes == [
+        "0: channels from 0.branch.0 to 0.branch.2 are not gated: 0.branch.2 does not take the same channels"
+    ]
+
+
 def test_a_branch_that_is_no_chain_is_gated_as_a_whole_and_noted() -> None:
     class Branch(nn.Module):
         def __init__(self) -> None:
