@@ -229,9 +229,16 @@ def _gate(model: nn.Module, config: Config) -> list[str]:
 
 
 def gating_notes(model: nn.Module, config: GateConfig) -> list[str]:
-    """What of a network is not gated though it might have been expected to be, and why; one line each."""
+    """What of a network is not gated though it might have been expected to be, and why; alike places in one line."""
     notes = find_channels(model).notes if "channel" in config.units else []
     plain = [name for name, module in model.named_modules() if isinstance(module, PlainBlock)]
-    if "block" in config.units and plain:
-        notes = [f"blocks without a shortcut stay: {', '.join(plain)}", *notes]
-    return notes
+    places: dict[str, list[str]] = {"a block without a shortcut stays": plain} if "block" in config.units else {}
+    for note in notes:
+        place, _, reason = note.partition(": ")
+        places.setdefault(reason.replace(f"{place}.", ""), []).append(place)
+    return [f"{_list_places(found)}: {reason}" for reason, found in places.items() if found]
+
+
+def _list_places(places: list[str]) -> str:
+    shown = ", ".join(places[:3])
+    return shown if len(places) <= 3 else f"{shown} and {len(places) - 3} more"

@@ -245,5 +245,19 @@ def test_what_is_not_gated_is_named() -> None:
     pruner = Pruner(model, torch.randn(2, 3, 4, 4), total_steps=STEPS, gate=gate, budget=BudgetConfig(target=0.9))
     assert sorted(find_gates(model)) == ["0", "1:hidden"]
     notes = " ".join(pruner.notes)
-    assert "0.branch.1 (GroupNorm) is not known to treat each channel by itself" in notes
-    assert "blocks without a shortcut stay: 1" in notes
+    assert "0: channels from branch.0 to branch.2 are not gated: branch.1 (GroupNorm) is not known to treat" in notes
+    assert "1: a block without a shortcut stays" in notes
+
+
+def test_alike_places_that_are_not_gated_are_named_in_one_line() -> None:
+    def block() -> nn.Module:
+        branch = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 3, 1))
+        return ResidualBlock(branch, nn.Identity(), nn.ReLU(), input_activated=False)
+
+    model = nn.Sequential(*(block() for _ in range(5)))
+    inner = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+    model.append(ResidualBlock(inner, nn.Identity(), nn.ReLU(), input_activated=False))
+    gate = GateConfig(units=["block", "channel"])
+    notes = Pruner(model, torch.randn(2, 3, 4, 4), total_steps=STEPS, gate=gate).notes
+    assert len(notes) == 1
+    assert notes[0].startswith("0, 1, 2 and 2 more: channels from branch.0 to branch.2 are not gated")

@@ -221,6 +221,8 @@ def attach_gates(model: nn.Module, config: GateConfig) -> list[str]:
             why = "".join(f"; {note}" for note in found.notes)
             raise BlockError(f"gate.units: 'channel' is not valid for this network: no branch has channels inside{why}")
         for channel_set in found.sets.values():
+            if channel_set.units == 1 and not channel_set.removable:
+                continue  # the last unit of a block that has to stay has to stay
             _gate_channels(model, channel_set, config.openness, conditional=conditional)
     return list(find_gates(model))
 
