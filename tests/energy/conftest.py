@@ -22,7 +22,7 @@ def nvml_stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nvml")
     source = Path(__file__).with_name("nvml_stub.c")
     target = folder / "libnvidia-ml.so.1"
-    subprocess.run(["gcc", "-Wall", "-O1", "-shared", "-fPIC", "-o", target, source], check=True)
+    subprocess.run(["gcc", "-Wall", "-O1", "-shared", "-fPIC", "-o", target, source, "-lm"], check=True)
     return folder
 
 
