@@ -19,7 +19,6 @@ from greenprune.tracking import Event, RunFolder, read_events
 
 _TWIN_KEYS = ("model", "data", "seed", "epochs", "batch_size", "precision")
 _RUN_FILES = ("summary.json", "events.jsonl", "config.yaml")
-_OF_ENERGY = ("energy_j", "energy_to_accuracy_j", "co2_g")
 _EXPECTED = "expected a run's folder, its summary.json, or a folder that holds runs"
 
 
@@ -309,9 +308,10 @@ def _same_machine(run: ComparedRun, other: ComparedRun) -> bool:
 def _ratios(run: ComparedRun, twin: ComparedRun, notes: list[str]) -> dict[str, float | None]:
     """Accuracy in points above the twin's, everything else as a multiple of it."""
     mine, theirs = run.summary, twin.summary
+    energies = [key for key in ("energy_j", "energy_to_accuracy_j", "co2_g") if key in mine]
     ratios: dict[str, float | None] = {
         key: _ratio(mine.get(key), theirs.get(key))
-        for key in ("params", "flops_forward", "flops_train", *_OF_ENERGY, "time_s")
+        for key in ("params", "flops_forward", "flops_train", *energies, "time_s")
     }
     ratios["step_time_s"] = _ratio(run.step_time_s, twin.step_time_s)
     ratios["accuracy_points"] = None
@@ -323,10 +323,10 @@ def _ratios(run: ComparedRun, twin: ComparedRun, notes: list[str]) -> dict[str, 
         )
     if not _same_machine(run, twin):
         notes.append(f"{run.name} and {twin.name} ran on different hardware: no ratios of joules, CO2e and seconds")
-        ratios |= dict.fromkeys((*_OF_ENERGY, "time_s", "step_time_s"))
+        ratios |= dict.fromkeys((*energies, "time_s", "step_time_s"))
     elif mine.get("energy_quality") != theirs.get("energy_quality"):
         notes.append(f"{run.name} and {twin.name} were not metered alike: no ratios of joules and CO2e")
-        ratios |= dict.fromkeys(_OF_ENERGY)
+        ratios |= dict.fromkeys(energies)
     return ratios
 
 
