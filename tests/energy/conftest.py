@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,20 +12,14 @@ from typing import Any
 
 import pytest
 from fake_powercap import Powercap
+from stub import build_stub
 
 
 @pytest.fixture(scope="session")
 def nvml_stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a libnvidia-ml.so.1 compiled from nvml_stub.c, and an nvidia-smi that does nothing."""
-    if shutil.which("gcc") is None:
-        pytest.fail("gcc is missing: the NVML tests compile a stand-in for libnvidia-ml.so.1; install gcc")
     folder = tmp_path_factory.mktemp("nvml")
-    source = Path(__file__).with_name("nvml_stub.c")
-    target = folder / "libnvidia-ml.so.1"
-    subprocess.run(["gcc", "-Wall", "-O1", "-shared", "-fPIC", "-o", target, source, "-lm"], check=True)
-    program = folder / "nvidia-smi"  # CodeCarbon looks for GPUs only where there is one
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
+    build_stub(folder)
     return folder
 
 

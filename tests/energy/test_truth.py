@@ -3,49 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stub import Curve
 
 PERIOD_S = 0.1
 WINDOWS = [["train", 0.6], ["eval", 0.25], ["train", 0.35]]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A GPU's power: a step and a sine."""
-
-    uuid: str
-    watts: float
-    to: float
-    at_s: float
-    wave: float
-    cycle_s: float
-
-    def energy_j(self, begin_s: float, end_s: float) -> float:
-        return self._until(end_s) - self._until(begin_s)
-
-    def _until(self, time_s: float) -> float:
-        sine_j = self.wave * self.cycle_s / (2 * math.pi) * (1 - math.cos(2 * math.pi * time_s / self.cycle_s))
-        return self.watts * time_s + (self.to - self.watts) * max(0.0, time_s - self.at_s) + sine_j
-
-    @property
-    def peak_w(self) -> float:
-        return max(self.watts, self.to) + self.wave
-
-    def scenario(self, counter: bool) -> str:
-        return (
-            f"uuid={self.uuid} watts={self.watts} to={self.to} at={self.at_s} wave={self.wave} cycle={self.cycle_s} "
-            f"limit={self.peak_w} counter={int(counter)} period={PERIOD_S}"
-        )
 
 
 def curves(count: int) -> list[Curve]:
@@ -64,7 +34,7 @@ def run_ranks(nvml_stub: Path, gpus: Sequence[Curve], masks: Sequence[str | None
         env={
             **os.environ,
             "LD_LIBRARY_PATH": str(nvml_stub),
-            "NVML_STUB": ";".join(gpu.scenario(counter) for gpu in gpus),
+            "NVML_STUB": ";".join(gpu.scenario(counter=counter, period_s=PERIOD_S) for gpu in gpus),
             "NVML_STUB_START": repr(start_s),
         },
         capture_output=True,
