@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -58,7 +57,6 @@ class Accounts:
         self.ledger = Ledger()
         self._engine = engine
         self._slurm_job = slurm_job
-        self._started = time.monotonic()
         # On the scale of energy/total_j: where each earlier attempt ended, as far as it is known, where the last known
         # one did, and the spans whose work was done again.
         self._ended_j: list[float | None] = []
@@ -121,7 +119,8 @@ class Accounts:
 
     def numbers(self) -> dict[str, object]:
         """What was spent so far, as events tell it; all ranks call it. Unknown only where no rank can read anything."""
-        known = [_known(self.meter.total().energy_j), _known(self.meter.power_w())]
+        total = self.meter.total()
+        known = [_known(total.energy_j), _known(self.meter.power_w())]
         here = torch.tensor(known, dtype=torch.float64, device=self._engine.device)
         (joules, some_joules), (power_w, some_power) = self._engine.sum(here).tolist()
         earlier_j = self.ledger.energy_j
@@ -132,31 +131,30 @@ class Accounts:
             "energy__total_j": energy_j,
             "energy__power_w": power_w if some_power else None,
             "energy__co2_g": co2_g(energy_j, self.carbon),
-            "time_s": self._seconds(),
+            "time_s": self.ledger.time_s + total.seconds,
         }
 
     def ledger_now(self) -> Ledger:
         """The ledger with this attempt's joules and seconds so far, of all ranks; all ranks call it."""
-        mine = {name: (measured.energy_j, measured.bound_j) for name, measured in self.meter.by_phase().items()}
-        shares = self._engine.gather_objects((node_id(), socket.gethostname(), mine, self.meter.total().readings))
-        several_nodes = len({node for node, _, _, _ in shares}) > 1
+        shares = self._engine.gather_objects((node_id(), socket.gethostname(), self.meter.by_phase()))
+        several_nodes = len({node for node, _, _ in shares}) > 1
         ledger = self.ledger
         phases, devices = dict(ledger.energy_by_phase_j), dict(ledger.energy_by_device_j)
         bounds = dict(ledger.energy_by_phase_bound_j)
         qualities = {ledger.energy_quality}
         complete = ledger.energy_complete
-        for _, host, by_phase, readings in shares:
-            for phase, (joules, bound_j) in by_phase.items():
-                if joules is not None:
-                    # A bound of a sum is known only if those of all its parts are.
-                    unknown = bound_j is None or (phase in bounds and bounds[phase] is None)
-                    bounds[phase] = None if unknown else (bounds.get(phase) or 0.0) + bound_j
-                phases[phase] = _add(phases.get(phase), joules)
-            for reading in readings:
-                qualities.add(reading.quality if reading.joules is not None else None)
-                complete &= reading.complete
-                name = f"{host}: {_name(reading)}" if several_nodes else _name(reading)
-                devices[name] = _add(devices.get(name), reading.joules)
+        for _, host, by_phase in shares:
+            for phase, measured in by_phase.items():
+                if measured.energy_j is not None:
+                    bounds[phase] = _add_bounds(bounds.get(phase, 0.0), measured.bound_j)
+                phases[phase] = _add(phases.get(phase), measured.energy_j)
+                qualities.add(measured.quality)
+                complete &= measured.complete
+                # By device from the same reads as by phase, so that both add up to the same total.
+                for reading in measured.readings:
+                    name = f"{host}: {_name(reading)}" if several_nodes else _name(reading)
+                    devices[name] = _add(devices.get(name), reading.joules)
+        mine = shares[self._engine.rank][2].values()
         return replace(
             ledger,
             energy_by_phase_j=phases,
@@ -164,7 +162,7 @@ class Accounts:
             energy_by_device_j=devices,
             energy_quality=next((quality for quality in _WORST_FIRST if quality in qualities), None),
             energy_complete=complete,
-            time_s=self._seconds(),
+            time_s=ledger.time_s + sum(measured.seconds for measured in mine),
         )
 
     def energy_figures(self, ledger: Ledger) -> dict[str, object]:
@@ -218,9 +216,6 @@ class Accounts:
             return SlurmEnergy(None, "not a Slurm job")
         return slurm_energy(self._slurm_job)
 
-    def _seconds(self) -> float:
-        return self.ledger.time_s + time.monotonic() - self._started
-
 
 def _joules(numbers: dict[str, object]) -> float | None:
     value = numbers["energy__total_j"]
@@ -253,6 +248,11 @@ def _overlap_j(spans: Iterable[tuple[float, float]], begin_j: float, end_j: floa
 def _known(value: float | None) -> tuple[float, float]:
     """A value for a sum over ranks, and whether it is known."""
     return (0.0, 0.0) if value is None else (value, 1.0)
+
+
+def _add_bounds(left: float | None, right: float | None) -> float | None:
+    """A bound of a sum, which is known only if those of all its parts are."""
+    return None if left is None or right is None else left + right
 
 
 def _add(left: float | None, right: float | None) -> float | None:

@@ -69,6 +69,7 @@ def test_a_first_attempt_has_all_joules_and_lost_none(engine: Engine, meter: Met
     assert found["energy_by_phase_j"] == {"idle": 30, "train": 70}
     assert found["energy_by_attempt"] == [{"attempt": 1, "energy_j": 100, "lost_j": 0}]
     assert found["energy_by_device_j"] == {"GPU-1 H100 (counter: test counter)": 100}
+    assert accounts.ledger_now().time_s == pytest.approx(meter.total().seconds, abs=0.1)
     assert found["energy_per_sample_j"] == 10
     assert found["energy_lost_j"] == 0
     assert found["energy_bound_j"] == 0.5  # 0.001 s at 500 W

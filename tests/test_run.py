@@ -103,6 +103,7 @@ def test_energy_adds_up_and_names_its_source(finished: Path) -> None:
     known = [joules for joules in summary["energy_by_phase_j"].values() if joules is not None]
     assert sum(known) == pytest.approx(summary["energy_j"])
     assert set(summary["energy_by_phase_j"]) == {"data", "setup", "train", "eval", "surgery", "checkpoint", "idle"}
+    assert sum(summary["energy_by_device_j"].values()) == pytest.approx(summary["energy_j"])
     assert summary["energy_by_attempt"] == [{"attempt": 1, "energy_j": summary["energy_j"], "lost_j": 0.0}]
     assert summary["energy_per_sample_j"] == pytest.approx(summary["energy_j"] / summary["samples"])
     epochs = summary["energy_by_epoch_j"]

@@ -107,7 +107,7 @@ def _energy_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         lost = format_joules(summary["energy_lost_j"])
         rows.append(("", f"{lost} of it for work that was lost and done again"))
     if summary.get("energy_per_sample_j") is not None:
-        each = f"{format_joules(summary['energy_per_sample_j'])} an image trained on"
+        each = f"{format_si(summary['energy_per_sample_j'], 'J')} an image trained on"
         rows.append(("", f"{each}, {format_joules(summary['energy_per_epoch_j'])} an epoch"))
     if len(summary.get("energy_by_attempt", [])) > 1:
         rows.append(("  by attempt", ", ".join(_attempt(attempt) for attempt in summary["energy_by_attempt"])))
