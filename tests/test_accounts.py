@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,3 +183,19 @@ def test_unknown_energy_is_unknown_in_every_figure(engine: Engine) -> None:
     assert found["energy_by_epoch_j"] == [None]
     assert set(found["energy_by_phase_j"].values()) == {None}
     assert not found["energy_complete"]
+
+
+def test_slurms_own_figure_stands_beside_the_meters_and_is_not_added(
+    engine: Engine, meter: Meter, dial: Dial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sacct = tmp_path / "sacct"
+    sacct.write_text("#!/bin/sh\necho '42|5000'\n")
+    sacct.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    accounts = Accounts(engine, meter, None, slurm_job="42")
+    accounts.add_earlier_attempts([])
+    dial.joules += 70
+    ledger = accounts.ledger_now()
+    found = accounts.energy_figures(ledger)
+    assert (found["energy_slurm_j"], found["energy_slurm_reason"]) == (5000, None)
+    assert ledger.energy_j == 70

@@ -207,6 +207,26 @@ int nvmlDeviceGetArchitecture(Gpu *gpu, unsigned *architecture) {
     return SUCCESS;
 }
 
+typedef struct {
+    unsigned field, scope;
+    long long timestamp, latency;
+    int type, result;
+    union { double d; unsigned ui; unsigned long long ull; } value;
+} Field;
+
+/* Zeus samples the power of GPUs without a counter by these fields: 185 the mean, 186 that of the moment. */
+int nvmlDeviceGetFieldValues(Gpu *gpu, int n, Field *fields) {
+    if (!is_initialized()) return UNINITIALIZED;
+    for (int i = 0; i < n; i++) {
+        fields[i].result = NOT_SUPPORTED;
+        if (fields[i].field == 185 || fields[i].field == 186) {
+            fields[i].type = 1; /* unsigned int */
+            fields[i].result = nvmlDeviceGetPowerUsage(gpu, &fields[i].value.ui);
+        }
+    }
+    return SUCCESS;
+}
+
 int nvmlDeviceGetC2cModeInfoV(Gpu *gpu, void *info) { (void)gpu, (void)info; return NOT_SUPPORTED; }
 
 int nvmlDeviceGetMemoryInfo(Gpu *gpu, unsigned long long memory[3]) {
