@@ -67,8 +67,9 @@ def zeus(options: dict, own: bool) -> dict:
     monitor.begin_window("train", sync_execution=False)
     wait_until(options["end_s"])
     measured = monitor.end_window("train", sync_execution=False)
-    says = "" if measured.gpu_energy else "no GPU: an empty dictionary"
-    return {"gpu_j": sum(measured.gpu_energy.values()), "host_j": None, "says": says}
+    if not measured.gpu_energy:
+        return {"gpu_j": None, "host_j": None, "says": "an empty dictionary"}
+    return {"gpu_j": sum(measured.gpu_energy.values()), "host_j": None, "says": ""}
 
 
 def codecarbon(options: dict) -> dict:

@@ -118,14 +118,15 @@ def truth_j(case: Case) -> float:
     return sum(GPUS[index].energy_j(READY_S, READY_S + case.measured_s) for index in case.used)
 
 
-def cell(case: Case, ranks: list[dict]) -> str:
+def cell(truth: float, ranks: list[dict] | None) -> str:
+    if ranks is None:
+        return ""
     known = [rank["gpu_j"] for rank in ranks if rank["gpu_j"] is not None]
     says = next((rank["says"] for rank in ranks if rank["says"]), "")
     says = says if len(says) < 90 else says[:87] + "..."
     if not known:
         return f"unknown: {says}"
-    total_j = sum(known)
-    text = f"{total_j:.1f} J, {total_j / truth_j(case):.3f}x"
+    text = f"{sum(known):.1f} J, {sum(known) / truth:.3f}x"
     return f"{text}; {says}" if says else text
 
 
@@ -138,44 +139,52 @@ def main() -> None:
     library.mkdir(parents=True, exist_ok=True)
     build_stub(library)
     report = []
-    lines = ["| case | truth | " + " | ".join(TOOLS.values()) + " |", "|---" * (2 + len(TOOLS)) + "|"]
     for case in CASES:
         row = {"case": case.name, "mask": case.mask, "ranks": case.ranks, "truth_j": truth_j(case), "meters": {}}
-        cells = []
         for tool in TOOLS:
             if tool == "zeus-own" and case.ranks == 1:
-                cells.append("")
                 continue
             found = run_case(case, tool, zeus if tool.startswith("zeus") else Path(sys.executable), library)
             row["meters"][tool] = found
-            cells.append(cell(case, found))
-            print(case.name, "|", tool, "|", cells[-1], flush=True)
+            print(case.name, "|", tool, "|", cell(row["truth_j"], found), flush=True)
         report.append(row)
-        lines.append(f"| {case.name} | {truth_j(case):.1f} J | " + " | ".join(cells) + " |")
-    lines += ["", host_line(report)]
     provenance = collect_provenance(1, torch.device("cpu"))
+    result = {"provenance": provenance, "zeus": ZEUS, "arguments": sys.argv[1:], "cases": report}
+    text = table(report, provenance)
+    print(text)
+    (RESULTS / "meters.md").write_text(text)
+    (RESULTS / "meters.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def table(report: list[dict], provenance: dict) -> str:
+    lines = ["| case | truth | " + " | ".join(TOOLS.values()) + " |", "|---" * (2 + len(TOOLS)) + "|"]
+    for row in report:
+        cells = [cell(row["truth_j"], row["meters"].get(tool)) for tool in TOOLS]
+        lines.append(f"| {row['case']} | {row['truth_j']:.1f} J | " + " | ".join(cells) + " |")
     versions = provenance["versions"]
     lines += [
+        "",
+        host_line(report),
         "",
         f"GPU joules over {MEASURED_S:g} s (the counter moves every 0.1 s), and their ratio to the truth; summed over "
         f"the ranks as their users would. {ZEUS.replace('==', ' ')}, codecarbon {versions['codecarbon']}, "
         f"nvidia-ml-py {versions['nvidia-ml-py']}; {provenance['cpu']}.",
     ]
-    print("\n".join(lines))
-    (RESULTS / "meters.md").write_text("\n".join(lines) + "\n")
-    result = {"provenance": provenance, "zeus": ZEUS, "arguments": sys.argv[1:], "cases": report}
-    (RESULTS / "meters.json").write_text(json.dumps(result, indent=1) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def host_line(report: list[dict]) -> str:
-    """How often the CPU and the memory of the node are counted by two ranks."""
-    one, two = report[0]["meters"], report[1]["meters"]
-    parts = []
-    for tool in ("ours", "codecarbon"):
-        alone_j = sum(rank["host_j"] for rank in one[tool])
-        both_j = sum(rank["host_j"] for rank in two[tool])
-        parts.append(f"{TOOLS[tool]} {both_j:.0f} J on two ranks, {alone_j:.0f} J on one ({both_j / alone_j:.2f}x)")
-    return f"CPU and memory of the node: {'; '.join(parts)}. Zeus reads them through RAPL only, which is not here."
+    """What each of two ranks says that the CPU and the memory of their one node took."""
+    meters = next(row["meters"] for row in report if row["ranks"] == 2)
+    said = [f"{TOOLS[tool]}'s say {_each(meters[tool])}" for tool in ("ours", "codecarbon")]
+    return (
+        f"CPU and memory of the node (estimated by its load), told by two ranks: {'; '.join(said)}. Zeus reads them "
+        "through RAPL only, which is not here."
+    )
+
+
+def _each(ranks: list[dict]) -> str:
+    return " and ".join(f"{rank['host_j']:.0f} J" for rank in ranks)
 
 
 if __name__ == "__main__":

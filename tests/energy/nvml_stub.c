@@ -5,6 +5,7 @@
  *     to=100 at=0.5            the power becomes `to` watts `at` seconds after the start
  *     wave=50 cycle=2          a sine of `wave` watts and `cycle` seconds on top
  *     period=0.1               the energy counter is brought up to date only so often
+ *     sampled=0.02             the power is brought up to date only so often
  *     still=1                  the energy counter never moves
  *     jump=0.3                 the energy counter is a million joules ahead from then on
  *     restart=0.5              the energy counter restarts from zero then
@@ -30,7 +31,7 @@ static const double NEVER = 1e9;
 
 typedef struct {
     char uuid[96], instance[96], name[64];
-    double watts, limit, to, at, wave, cycle, period, jump, restart, lost, back, reload;
+    double watts, limit, to, at, wave, cycle, period, sampled, jump, restart, lost, back, reload;
     int counter, power, mig, still, code, hidden, is_instance;
 } Gpu;
 
@@ -63,6 +64,7 @@ static void parse(const char *scenario) {
             sscanf(field, "wave=%lf", &g->wave);
             sscanf(field, "cycle=%lf", &g->cycle);
             sscanf(field, "period=%lf", &g->period);
+            sscanf(field, "sampled=%lf", &g->sampled);
             sscanf(field, "jump=%lf", &g->jump);
             sscanf(field, "restart=%lf", &g->restart);
             sscanf(field, "lost=%lf", &g->lost);
@@ -177,6 +179,7 @@ int nvmlDeviceGetPowerUsage(Gpu *gpu, unsigned *milliwatts) {
     double t = now();
     if (state(gpu)) return state(gpu);
     if (!gpu->power) return NOT_SUPPORTED;
+    if (gpu->sampled) t = floor(t / gpu->sampled) * gpu->sampled;
     *milliwatts = 1000 * ((t < gpu->at ? gpu->watts : gpu->to) + gpu->wave * sin(2 * M_PI * t / gpu->cycle));
     return SUCCESS;
 }

@@ -52,5 +52,5 @@ class Curve:
         """The GPU as NVML_STUB describes it."""
         return (
             f"uuid={self.uuid} watts={self.watts} to={self.to} at={self.at_s} wave={self.wave} cycle={self.cycle_s} "
-            f"limit={self.peak_w} counter={int(counter)} period={period_s} {more}"
+            f"limit={self.peak_w} counter={int(counter)} period={period_s} sampled=0.02 {more}"
         )
