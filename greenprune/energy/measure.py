@@ -65,6 +65,9 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
         SystemExit: Help was asked for (0), or the arguments are wrong (2).
     """
     options, command = _parse(args, prog)
+    if not hasattr(signal, "sigwaitinfo"):
+        print(f"{prog}: error: this system cannot tell who sent a signal; measure works on Linux", file=sys.stderr)
+        return 2
     try:
         carbon = _carbon(options)
     except UserError as error:
@@ -91,13 +94,22 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
             code = _wait(process)
         notes = meter.notes
     report = _report(window.measurement, command, code, carbon, notes)
-    if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
-    if options.json:
-        print(json.dumps(report), flush=True)
-    else:
-        print(_text(report), file=sys.stderr, flush=True)
+    _tell(report, options, prog)
     return code
+
+
+def _tell(report: dict[str, Any], options: argparse.Namespace, prog: str) -> None:
+    """Write the report where it was asked for; a place that cannot be written does not change the exit code."""
+    if options.output is not None:
+        try:
+            options.output.write_text(json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            print(f"{prog}: error: --output: {str(options.output)!r}: {error.strerror}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal or pipe may be gone, and with it the reader
+        if options.json:
+            print(json.dumps(report), flush=True)
+        else:
+            print(_text(report), file=sys.stderr, flush=True)
 
 
 def _parse(args: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]]:

@@ -25,20 +25,41 @@ def plain(measured: Measurement) -> dict[str, Any]:
     }
 
 
+class Edge:
+    """Between which two moments a meter was read: on a busy machine that may be a while."""
+
+    def __init__(self) -> None:
+        self.before_s = self.after_s = time.monotonic()
+
+    def passed(self) -> None:
+        self.after_s = time.monotonic()
+
+    @property
+    def vague_s(self) -> float:
+        return self.after_s - self.before_s
+
+
 def rank(index: int, parent: Connection, mask: str | None, interval_s: float, windows: list[list[Any]]) -> None:
     uuids = visible_gpu_uuids(mask)
     parent.send((node_id(), uuids))
     share = share_devices(index, parent.recv())
     measured = []
-    opened_s = time.monotonic()
+    opened = Edge()
     with open_meter(gpu_uuids=share.gpu_uuids, host=False, interval_s=interval_s) as meter:
+        opened.passed()
         for name, seconds in windows:
+            first = Edge()
             with meter.window(name) as window:
-                began_s = time.monotonic()
+                first.passed()
                 time.sleep(seconds)
-            # The window's own length tells best when its first edge was read.
-            measured.append({"name": name, "began_s": began_s, **plain(window.measurement)})
-        total = {"began_s": opened_s, **plain(meter.total())}
+                last = Edge()
+            last.passed()
+            times = {"began_s": first.after_s, "vague_s": first.vague_s + last.vague_s}
+            measured.append({"name": name, **times, **plain(window.measurement)})
+        last = Edge()
+        total = plain(meter.total())
+        last.passed()
+        total |= {"began_s": opened.after_s, "vague_s": opened.vague_s + last.vague_s}
         phases = {name: plain(phase) for name, phase in meter.by_phase().items()}
     parent.send({"host": share.host, "sees": uuids, "windows": measured, "total": total, "phases": phases})
 

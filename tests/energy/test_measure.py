@@ -36,7 +36,10 @@ def test_the_visible_gpus_are_metered_and_the_commands_output_is_its_own(nvml_st
     (gpu,) = [line for line in done.stderr.splitlines() if A in line]
     assert "H100" in gpu
     assert "counter: NVML energy counter" in gpu
-    assert float(gpu.split()[0].replace(",", "")) == pytest.approx(100, rel=0.15)
+    (total,) = [line for line in done.stderr.splitlines() if "total:" in line]
+    seconds = float(total.split(", ")[-1].removesuffix(" s"))
+    assert seconds >= 0.5
+    assert float(gpu.split()[0].replace(",", "")) == pytest.approx(200 * seconds, rel=0.05)
     assert "± 30.00" in gpu
     assert B not in done.stderr
     assert any(line.split()[2:3] == ["cpu"] for line in done.stderr.splitlines())
@@ -62,6 +65,13 @@ def test_json_has_every_device_with_source_quality_and_reason(nvml_stub: Path, t
     assert report["co2_g"] == pytest.approx(report["energy_j"] * 1.5 / 3.6e6 * 100)
     assert (report["carbon_intensity_g_per_kwh"], report["carbon_intensity_source"]) == (100, "given")
     assert any("MIG" in note for note in report["notes"])
+
+
+def test_a_report_that_cannot_be_written_does_not_change_the_exit_code(tmp_path: Path) -> None:
+    done = run("--output", str(tmp_path), "--", "sh", "-c", "exit 5")
+    assert done.returncode == 5
+    assert f"--output: {str(tmp_path)!r}: Is a directory" in done.stderr
+    assert "total:" in done.stderr
 
 
 def test_gpus_that_should_be_there_and_are_not_are_unknown(nvml_stub: Path) -> None:

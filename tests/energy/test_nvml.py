@@ -395,7 +395,7 @@ with open_meter(gpu_uuids=["{A}"], host=False) as meter:
     assert any("more than the device can take" in note for note in notes)
 
 
-@pytest.mark.parametrize("trouble", ["reload=0.25", "lost=0.25", "lost=0.25 code=4", "lost=0.25 code=999"])
+@pytest.mark.parametrize("trouble", ["reload=0.45", "lost=0.45", "lost=0.45 code=4", "lost=0.45 code=999"])
 @pytest.mark.parametrize("counter", [0, 1])
 def test_a_driver_that_goes_away_marks_what_follows_and_the_total(
     with_nvml: RunNvml, trouble: str, counter: int
@@ -404,9 +404,9 @@ def test_a_driver_that_goes_away_marks_what_follows_and_the_total(
 with open_meter(gpu_uuids=["{A}"], host=False, interval_s=0.02) as meter:
     with meter.window("before") as before:
         time.sleep(0.2)
-    time.sleep(0.1)
+    time.sleep(0.35)
     with meter.window("after") as after:
-        time.sleep(0.1)
+        time.sleep(0.05)
     result = [details(before.measurement)[0], details(after.measurement)[0], details(meter.total())[0],
               meter.by_phase_j()]
 """
@@ -416,7 +416,7 @@ with open_meter(gpu_uuids=["{A}"], host=False, interval_s=0.02) as meter:
     assert after[0] is None
     assert not after[3]
     assert after[4]
-    assert before[0] <= total[0] < 200 * 0.27
+    assert before[0] <= total[0] < 200 * 0.47
     assert not total[3]
     assert phases_j["after"] is None
 

@@ -55,7 +55,7 @@ def check(measured: dict[str, Any], gpus: dict[str, Curve]) -> None:
     for uuid, joules in measured["joules"].items():
         curve = gpus[uuid]
         truth_j = curve.energy_j(measured["began_s"], measured["began_s"] + measured["seconds"])
-        error_j = abs(joules - truth_j)
+        error_j = max(0.0, abs(joules - truth_j) - measured["vague_s"] * curve.peak_w)
         assert error_j <= max(0.01 * truth_j, PERIOD_S * curve.peak_w), (uuid, joules, truth_j)
         assert error_j <= measured["bound_j"][uuid]
 
@@ -86,21 +86,26 @@ def test_every_window_is_right_and_every_joule_is_counted_once(
             phases_j = [phase["joules"][uuid] for phase in rank["phases"].values()]
             assert sum(phases_j) == pytest.approx(total_j, rel=1e-9, abs=1e-6)
     # The whole node: what all ranks say together is what its used devices took, none of them twice.
-    truth_j = sum(
-        by_uuid[uuid].energy_j(rank["total"]["began_s"], rank["total"]["began_s"] + rank["total"]["seconds"])
-        for rank in ranks
-        for uuid in rank["total"]["joules"]
-    )
+    truth_j = vague_j = 0.0
+    for rank in ranks:
+        total = rank["total"]
+        for uuid in total["joules"]:
+            truth_j += by_uuid[uuid].energy_j(total["began_s"], total["began_s"] + total["seconds"])
+            vague_j += total["vague_s"] * by_uuid[uuid].peak_w
     told_j = sum(joules for rank in ranks for joules in rank["total"]["joules"].values())
     used = {uuid for rank in ranks for uuid in rank["sees"]}
     assert {uuid for rank in ranks for uuid in rank["total"]["joules"]} == used
-    assert abs(told_j - truth_j) <= max(0.01 * truth_j, PERIOD_S * sum(by_uuid[uuid].peak_w for uuid in used))
+    one_period_j = PERIOD_S * sum(by_uuid[uuid].peak_w for uuid in used)
+    assert abs(told_j - truth_j) <= max(0.01 * truth_j, one_period_j) + vague_j
 
 
 def test_sampled_power_is_right_within_one_percent(nvml_stub: Path) -> None:
     (gpu,) = curves(1)
     (rank,) = run_ranks(nvml_stub, [gpu], ["0"], counter=False)
     for measured in (*rank["windows"], rank["total"]):
-        truth_j = gpu.energy_j(measured["began_s"], measured["began_s"] + measured["seconds"])
-        # Besides the percent, a step between two samples may be misplaced by up to one of them (0.02 s).
-        assert measured["joules"][gpu.uuid] == pytest.approx(truth_j, rel=0.01, abs=0.02 * (gpu.to - gpu.watts))
+        ended_s = measured["began_s"] + measured["seconds"]
+        truth_j = gpu.energy_j(measured["began_s"], ended_s)
+        # A step between two samples may be misplaced by as much as the samples, of 0.02 s, are apart when late.
+        step_j = 0.06 * (gpu.to - gpu.watts) if measured["began_s"] < gpu.at_s < ended_s else 0.0
+        error_j = abs(measured["joules"][gpu.uuid] - truth_j)
+        assert error_j <= 0.01 * truth_j + step_j + measured["vague_s"] * gpu.peak_w
