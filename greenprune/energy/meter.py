@@ -18,6 +18,9 @@ IDLE = "idle"
 _STILL_PERIODS = 20
 _STILL_S = 1.0
 
+# Watts over less than this many periods of a counter would show its steps.
+_POWER_PERIODS = 10
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -182,7 +185,9 @@ class Meter:
             except MeterUnavailable as error:
                 self._unreadable[index] = idle.missing[index] = error.reason
         self._opened_s = self._now_s = time.perf_counter()
-        self._first = self._power_from = self._shown()
+        self._first = self._power_from = self._power_mark = self._shown()
+        periods = [source.period_s or 0.0 for source in self._sources if source.quality == "counter"]
+        self._power_span_s = _POWER_PERIODS * max(periods, default=0.0)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         polled = [source for source in self._sources if source.polled]
@@ -227,10 +232,14 @@ class Meter:
         return {name: measured.energy_j for name, measured in self.by_phase().items()}
 
     def power_w(self) -> float | None:
-        """Watts of all readable devices, averaged since the previous call; None if nothing could be read."""
+        """Watts of all readable devices, averaged since the previous call; None if nothing could be read.
+
+        Calls that follow each other faster than ten updates of a counter are given the mean over ten to twenty.
+        """
         now = self._read()
+        if now.time_s - self._power_mark.time_s >= self._power_span_s:
+            self._power_from, self._power_mark = self._power_mark, now
         measured = self._between(self._power_from, now)
-        self._power_from = now
         if measured.energy_j is None or measured.seconds <= 0:
             return None
         return measured.energy_j / measured.seconds

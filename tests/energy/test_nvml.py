@@ -361,6 +361,20 @@ with open_meter(gpu_uuids=["{A}"], host=False) as meter:
     assert not too_short
 
 
+def test_watts_do_not_show_the_counters_steps(with_nvml: RunNvml) -> None:
+    code = f"""{METER}
+with open_meter(gpu_uuids=["{A}"], host=False) as meter:
+    time.sleep(1.0)
+    result = []
+    for _ in range(40):
+        time.sleep(0.03)
+        result.append(meter.power_w())
+"""
+    watts = with_nvml(f"uuid={A} watts=200 limit=300 period=0.1", code)
+    assert min(watts) > 170
+    assert max(watts) < 230
+
+
 def test_a_counter_that_stands_still_is_unknown_and_not_zero(with_nvml: RunNvml) -> None:
     code = f"""{METER}{DETAILS}
 with open_meter(gpu_uuids=["{A}", "{B}"], host=False) as meter:
