@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
-from greenprune.energy import CarbonIntensity, Meter, co2_g
+from greenprune.energy import CarbonIntensity, Meter, Reading, SlurmEnergy, co2_g, node_id, slurm_energy
 from greenprune.engine import Engine
 from greenprune.tracking import Event, Ledger, RunFolder
 
@@ -26,6 +25,7 @@ class Records:
         carbon: What a joule costs in CO2, if the country is known.
         mirrors: Called with every event on rank 0.
         notes: What the user should know of them, one line each.
+        slurm_job: The Slurm job that the run is, if it is one.
     """
 
     folder: RunFolder
@@ -33,6 +33,7 @@ class Records:
     carbon: CarbonIntensity | None
     mirrors: list[Callable[[Event], None]]
     notes: list[str]
+    slurm_job: str | None = None
 
 
 class Accounts:
@@ -42,17 +43,26 @@ class Accounts:
         engine: The run's engine.
         meter: Meter of this process's share of the devices.
         carbon: What a joule costs in CO2, if the country is known.
+        slurm_job: The Slurm job that the run is, if it is one.
 
     Attributes:
         ledger: Totals; its joules and seconds are those of earlier attempts, the rest is up to date.
     """
 
-    def __init__(self, engine: Engine, meter: Meter, carbon: CarbonIntensity | None) -> None:
+    def __init__(
+        self, engine: Engine, meter: Meter, carbon: CarbonIntensity | None, slurm_job: str | None = None
+    ) -> None:
         self.meter = meter
         self.carbon = carbon
         self.ledger = Ledger()
         self._engine = engine
-        self._started = time.monotonic()
+        self._slurm_job = slurm_job
+        # On the scale of energy/total_j: where each earlier attempt ended, as far as it is known, where the last known
+        # one did, and the spans whose work was done again.
+        self._ended_j: list[float | None] = []
+        self._reached_j = 0.0
+        self._lost_j: list[tuple[float, float]] = []
+        self._resumed_at_j = 0.0
 
     def add_earlier_attempts(self, events: Iterable[Event]) -> None:
         """Add what earlier attempts spent after the checkpoint, if any, that this one goes on from.
@@ -61,16 +71,46 @@ class Accounts:
             events: All events of the run so far; call once, after the checkpoint's ledger was taken up.
         """
         ledger = self.ledger
-        ledger.attempts = 1
-        last: Event | None = None
+        self._resumed_at_j = ledger.energy_j or 0.0
+        last: Event = {}
+        time_s = 0.0
         for event in events:
-            ledger.attempts += event["kind"] == "start"
-            last = event if "energy/total_j" in event else last
-        if last is None:
+            if event["kind"] == "start":
+                self._end_attempt(last.get("kind"), event.get("energy/resumed_at_j"))
+                self._ended_j.append(None)
+            if event.get("energy/total_j") is not None:
+                self._ended_j[-1] = self._reached_j = event["energy/total_j"]
+            time_s = event.get("time_s", time_s)
+            last = event
+        self._end_attempt(last.get("kind"), self._resumed_at_j)
+        ledger.attempts = len(self._ended_j) + 1
+        ledger.energy_lost_j += max(0.0, self._reached_j - self._resumed_at_j)
+        ledger.time_s = max(ledger.time_s, time_s)
+
+    def _end_attempt(self, last_kind: str | None, resumed_at_j: float | None) -> None:
+        """An attempt ended with an event of some kind, and the next went on from a checkpoint at so many joules."""
+        if not self._ended_j:
             return
-        if last["energy/total_j"] is not None:
-            ledger.energy_lost_j += max(0.0, last["energy/total_j"] - (ledger.energy_j or 0.0))
-        ledger.time_s = max(ledger.time_s, last["time_s"])
+        if last_kind not in ("interrupt", "end"):
+            self.ledger.energy_complete = False  # killed: what it took after its last event is on no record
+        if resumed_at_j is not None:
+            self._lost_j.append((resumed_at_j, self._reached_j))
+
+    def begin(self) -> dict[str, object]:
+        """:meth:`numbers` as an attempt starts, and at how many joules its checkpoint was; all ranks call it."""
+        numbers = self.numbers()
+        if not self.ledger.energy_by_epoch_j and self.ledger.energy_at_epoch_j is None:
+            self.ledger.energy_at_epoch_j = _joules(numbers)
+        return {**numbers, "energy__resumed_at_j": self._resumed_at_j}
+
+    def end_epoch(self) -> dict[str, object]:
+        """:meth:`numbers` as an epoch ends, and the joules of that epoch; all ranks call it."""
+        numbers, ledger = self.numbers(), self.ledger
+        now_j, before_j = _joules(numbers), ledger.energy_at_epoch_j
+        epoch_j = None if now_j is None or before_j is None else now_j - before_j
+        ledger.energy_by_epoch_j.append(epoch_j)
+        ledger.energy_at_epoch_j = now_j
+        return {**numbers, "energy__epoch_j": epoch_j}
 
     def sources(self) -> list[tuple[str, str | None, str | None]]:
         """Device, source and quality of every meter on every rank; all ranks call it."""
@@ -79,7 +119,8 @@ class Accounts:
 
     def numbers(self) -> dict[str, object]:
         """What was spent so far, as events tell it; all ranks call it. Unknown only where no rank can read anything."""
-        known = [_known(self.meter.total().energy_j), _known(self.meter.power_w())]
+        total = self.meter.total()
+        known = [_known(total.energy_j), _known(self.meter.power_w())]
         here = torch.tensor(known, dtype=torch.float64, device=self._engine.device)
         (joules, some_joules), (power_w, some_power) = self._engine.sum(here).tolist()
         earlier_j = self.ledger.energy_j
@@ -90,40 +131,128 @@ class Accounts:
             "energy__total_j": energy_j,
             "energy__power_w": power_w if some_power else None,
             "energy__co2_g": co2_g(energy_j, self.carbon),
-            "time_s": self._seconds(),
+            "time_s": self.ledger.time_s + total.seconds,
         }
 
     def ledger_now(self) -> Ledger:
         """The ledger with this attempt's joules and seconds so far, of all ranks; all ranks call it."""
-        shares = self._engine.gather_objects(
-            (socket.gethostname(), self.meter.by_phase_j(), self.meter.total().readings)
-        )
-        several_hosts = len({host for host, _, _ in shares}) > 1
-        phases, devices = dict(self.ledger.energy_by_phase_j), dict(self.ledger.energy_by_device_j)
-        qualities = {self.ledger.energy_quality}
-        for host, by_phase, readings in shares:
-            for phase, joules in by_phase.items():
-                phases[phase] = _add(phases.get(phase), joules)
-            for reading in readings:
-                qualities.add(reading.quality)
-                name = f"{host}: {reading.device}" if several_hosts else reading.device
-                name = f"{name} ({reading.source})" if reading.source else name
-                devices[name] = _add(devices.get(name), reading.joules)
+        shares = self._engine.gather_objects((node_id(), socket.gethostname(), self.meter.by_phase()))
+        several_nodes = len({node for node, _, _ in shares}) > 1
+        ledger = self.ledger
+        phases, devices = dict(ledger.energy_by_phase_j), dict(ledger.energy_by_device_j)
+        bounds = dict(ledger.energy_by_phase_bound_j)
+        qualities = {ledger.energy_quality}
+        complete = ledger.energy_complete
+        for _, host, by_phase in shares:
+            for phase, measured in by_phase.items():
+                if measured.energy_j is not None:
+                    bounds[phase] = _add_bounds(bounds.get(phase, 0.0), measured.bound_j)
+                phases[phase] = _add(phases.get(phase), measured.energy_j)
+                qualities.add(measured.quality)
+                complete &= measured.complete
+                # By device from the same reads as by phase, so that both add up to the same total.
+                for reading in measured.readings:
+                    name = f"{host}: {_name(reading)}" if several_nodes else _name(reading)
+                    devices[name] = _add(devices.get(name), reading.joules)
+        mine = shares[self._engine.rank][2].values()
         return replace(
-            self.ledger,
+            ledger,
             energy_by_phase_j=phases,
+            energy_by_phase_bound_j=bounds,
             energy_by_device_j=devices,
             energy_quality=next((quality for quality in _WORST_FIRST if quality in qualities), None),
-            time_s=self._seconds(),
+            energy_complete=complete,
+            time_s=ledger.time_s + sum(measured.seconds for measured in mine),
         )
 
-    def _seconds(self) -> float:
-        return self.ledger.time_s + time.monotonic() - self._started
+    def energy_figures(self, ledger: Ledger) -> dict[str, object]:
+        """The joules of a summary by phase, device, epoch and attempt, and what they are worth; all ranks call it.
+
+        Args:
+            ledger: What :meth:`ledger_now` gave.
+        """
+        energy_j, epochs = ledger.energy_j, ledger.energy_by_epoch_j
+        slurm = self._slurm()
+        return {
+            "energy_complete": ledger.energy_complete,
+            "energy_bound_j": self._bound_j(),
+            "energy_by_phase_j": ledger.energy_by_phase_j,
+            "energy_by_phase_bound_j": ledger.energy_by_phase_bound_j,
+            "energy_by_device_j": ledger.energy_by_device_j,
+            "energy_by_epoch_j": epochs,
+            "energy_by_attempt": self._by_attempt(energy_j),
+            "energy_lost_j": ledger.energy_lost_j,
+            "energy_per_sample_j": energy_j / ledger.samples if energy_j is not None and ledger.samples else None,
+            "energy_per_epoch_j": _mean(epochs),
+            "energy_slurm_j": slurm.energy_j,
+            "energy_slurm_reason": slurm.reason,
+        }
+
+    def _by_attempt(self, energy_j: float | None) -> list[dict[str, float | int | None]]:
+        """Joules of each attempt, and how many of them were for work that a later one did again."""
+        attempts: list[dict[str, float | int | None]] = []
+        begun_j = 0.0
+        for number, ended_j in enumerate([*self._ended_j, energy_j], start=1):
+            spent_j = None if ended_j is None else ended_j - begun_j
+            lost_j = None if ended_j is None else _overlap_j(self._lost_j, begun_j, ended_j)
+            attempts.append({"attempt": number, "energy_j": spent_j, "lost_j": lost_j})
+            begun_j = begun_j if ended_j is None else ended_j
+        return attempts
+
+    def _bound_j(self) -> float | None:
+        """Most joules that the run's total is off because its sources move in steps; None if not known.
+
+        Every attempt is one span, and is taken to have been metered as this one is.
+        """
+        shares = self._engine.gather_objects(self.meter.total().readings)
+        bounds = [reading.bound_j for share in shares for reading in share if reading.joules is not None]
+        if not bounds or None in bounds:
+            return None
+        return self.ledger.attempts * float(sum(bounds))
+
+    def _slurm(self) -> SlurmEnergy:
+        """What Slurm says that the run's job took, as a check."""
+        if self._slurm_job is None or not self._engine.is_main:
+            return SlurmEnergy(None, "not a Slurm job")
+        return slurm_energy(self._slurm_job)
+
+
+def _joules(numbers: dict[str, object]) -> float | None:
+    value = numbers["energy__total_j"]
+    assert value is None or isinstance(value, float)
+    return value
+
+
+def _mean(joules: list[float | None]) -> float | None:
+    known = [value for value in joules if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(joules) else None
+
+
+def _name(reading: Reading) -> str:
+    """A device as people know it, with the source of its joules and how much that is worth."""
+    device = reading.device if reading.model is None else f"{reading.device} {reading.model}"
+    return device if reading.quality is None else f"{device} ({reading.quality}: {reading.source})"
+
+
+def _overlap_j(spans: Iterable[tuple[float, float]], begin_j: float, end_j: float) -> float:
+    """Joules of [begin, end] that lie in any of several spans, each counted once."""
+    covered_j, reached_j = 0.0, begin_j
+    for start_j, stop_j in sorted(spans):
+        here_j = min(stop_j, end_j) - max(start_j, reached_j)
+        if here_j > 0:
+            covered_j += here_j
+            reached_j = stop_j
+    return covered_j
 
 
 def _known(value: float | None) -> tuple[float, float]:
     """A value for a sum over ranks, and whether it is known."""
     return (0.0, 0.0) if value is None else (value, 1.0)
+
+
+def _add_bounds(left: float | None, right: float | None) -> float | None:
+    """A bound of a sum, which is known only if those of all its parts are."""
+    return None if left is None or right is None else left + right
 
 
 def _add(left: float | None, right: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""The ``greenprune`` command: train, compare runs, and look over the machine."""
+"""The ``greenprune`` command: train, compare runs, look over the machine, and measure other commands."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ commands:
   train      do one run: all its settings from a YAML file and flags
   compare    set runs side by side, each against its dense twin
   doctor     say what this machine has and what is missing
+  measure    run any command and say what joules it took
 
 examples:
   greenprune train --config configs/digits.yaml --budget.target 0.3
   greenprune compare runs/
+  greenprune measure -- python train.py
 
 Each command has its own --help. Several processes: accelerate launch greenprune/train.py (see launch/)."""
 
@@ -50,7 +52,8 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         prog="greenprune", dest="command", metavar="COMMAND", required=True, help=argparse.SUPPRESS
     )
-    commands.add_parser("train", add_help=False)  # has a parser of its own: here it is only a valid name
+    for own in ("train", "measure"):
+        commands.add_parser(own, add_help=False)  # has a parser of its own: here it is only a valid name
     compare = commands.add_parser("compare", description="Set runs side by side, each against its dense twin.")
     compare.add_argument(
         "runs",
@@ -58,6 +61,9 @@ def _build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="RUN",
         help="a run's folder, its summary.json, or a folder that holds runs",
+    )
+    compare.add_argument(
+        "--to-accuracy", type=float, metavar="SHARE", help="also tell the joules until this accuracy was reached (0.9)"
     )
     doctor = commands.add_parser("doctor", description="Say what this machine has and what is missing.")
     for command in (compare, doctor):
@@ -71,7 +77,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     from greenprune.report import compare_runs
 
     try:
-        comparison = compare_runs(arguments.runs)
+        comparison = compare_runs(arguments.runs, arguments.to_accuracy)
     except UserError as error:
         print(f"greenprune: error: {error}", file=sys.stderr)
         return 2
@@ -115,6 +121,10 @@ def main(argv: list[str] | None = None) -> int:
         from greenprune.command import run_command
 
         return run_command(args[1:], os.environ, "greenprune train")
+    if args[0] == "measure":
+        from greenprune.energy.measure import main as measure
+
+        return measure(args[1:], os.environ)
     arguments = parser.parse_args(args)
     return _compare(arguments) if arguments.command == "compare" else _doctor(arguments)
 

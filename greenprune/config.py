@@ -239,6 +239,11 @@ class EnergyConfig:
     """Three-letter ISO code of the country whose grid feeds the machine (FRA, USA). Unset: joules without CO2."""
     region: str | None = None
     """Province or state, where CodeCarbon knows it (for example california with country USA)."""
+    intensity_g_per_kwh: float | None = None
+    """Carbon intensity of the grid in gCO2e/kWh, where you know it better than a country's mean; replaces country."""
+    pue: float = 1.0
+    """Power usage effectiveness of the site, at least 1: CO2 counts every metered joule so many times. 1 counts the
+    computers alone."""
     interval_s: float = 1.0
     """Seconds between two samples of sources that have no energy counter."""
 
@@ -256,6 +261,19 @@ class EnergyConfig:
             self.region,
             "null unless energy.country is set",
         )
+        _require(
+            self.intensity_g_per_kwh is None or self.intensity_g_per_kwh >= 0,
+            "energy.intensity_g_per_kwh",
+            self.intensity_g_per_kwh,
+            "a number of at least 0, or null",
+        )
+        _require(
+            self.intensity_g_per_kwh is None or self.country is None,
+            "energy.intensity_g_per_kwh",
+            self.intensity_g_per_kwh,
+            f"null where energy.country ({self.country}) is set: give one of the two",
+        )
+        _require(self.pue >= 1, "energy.pue", self.pue, "a number of at least 1")
 
 
 @dataclass(frozen=True)

@@ -195,11 +195,12 @@ def _meters() -> list[Finding]:
     from greenprune.energy import SourceRow, describe_sources
 
     def finding(row: SourceRow) -> Finding:
+        name = row.device if row.model is None else f"{row.device} {row.model}"
         if row.source is None:
-            return Finding("energy", row.device, "note", f"not measured: {row.why_not}", row.advice)
+            return Finding("energy", name, "note", f"not measured: {row.why_not}", row.advice)
         because = f", because {row.why_not}" if row.why_not else ""
         state: State = "ok" if row.quality == "counter" else "note"
-        return Finding("energy", row.device, state, f"{row.quality}: {row.source}{because}", row.advice)
+        return Finding("energy", name, state, f"{row.quality}: {row.source}{because}", row.advice)
 
     return [finding(row) for row in describe_sources()]
 

@@ -147,7 +147,6 @@ class RunStatus:
         self._start: Event = {}
         self._now: Event = {}
         self._accuracy: float | None = None
-        self._epoch_started_j: float | None = None
         self._interval = (0, 0.0)  # steps of this epoch that were timed, and their seconds
         self._operations: list[Event] = []
         self._marks: deque[tuple[float, int]] = deque()  # time and step of recent events, over one epoch of steps
@@ -186,7 +185,6 @@ class RunStatus:
 
     def _take_start(self, event: Event) -> list[Line]:
         self._start = self._now = event
-        self._epoch_started_j = 0.0 if event["attempt"] == 1 else None
         self._mark(event)
         processes = f"{event['world_size']} processes" if event["world_size"] > 1 else "1 process"
         lines = [
@@ -228,7 +226,6 @@ class RunStatus:
         self._now = {**self._now, **event}
         line = Line(self._epoch_line(event))
         self._accuracy = event["eval/accuracy"]
-        self._epoch_started_j = event["energy/total_j"]
         self._interval = (0, 0.0)
         self._mark(event)
         return [line]
@@ -263,15 +260,13 @@ class RunStatus:
 
     def _epoch_line(self, event: Event) -> str:
         steps, seconds = self._interval
-        total_j = event["energy/total_j"]
-        known = total_j is not None and self._epoch_started_j is not None
         return self._columns(
             f"{event['epoch']}/{self._start['epochs']}",
             _format_float(event["train/loss"], 4),
             format_percent(event["eval/accuracy"], 2),
             _format_float(steps * self._start["batch_size"] / seconds if seconds else None, 0),
-            format_joules(total_j - self._epoch_started_j if known else None),
-            format_joules(total_j),
+            format_joules(event["energy/epoch_j"]),
+            format_joules(event["energy/total_j"]),
             f"{event['structure/blocks']}/{len(self._start['units'])}",
             *((self._channels(),) if self._channels() else ()),
             format_share(event["flops/forward"], self._start["flops/forward_dense"]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import socket
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from greenprune.accounts import Records
 from greenprune.checkpoint import load_checkpoint, load_newest
 from greenprune.config import Config, ConfigError, UserError, load_config, shaping_values
 from greenprune.data import ImageData, open_data
-from greenprune.energy import Meter, carbon_intensity, open_meter
+from greenprune.energy import Meter, carbon_intensity, node_id, open_meter, share_devices
 from greenprune.engine import Engine
 from greenprune.network import prepare_network
 from greenprune.progress import Display
@@ -46,7 +45,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
     Args:
         config: The run.
         environment: The process's environment: GREENPRUNE_DATA, the folder of the data sets if the config names none,
-            and what tells of a W&B login.
+            what tells of a W&B login, and SLURM_JOB_ID.
         display: Makes the progress display; called on rank 0 only.
 
     Raises:
@@ -54,13 +53,21 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         Interrupted: A signal asked to stop; a checkpoint is written.
         TrainingDiverged: The loss is not finite.
     """
-    carbon = carbon_intensity(config.energy.country, config.energy.region)
+    carbon = carbon_intensity(
+        config.energy.country,
+        config.energy.region,
+        g_per_kwh=config.energy.intensity_g_per_kwh,
+        pue=config.energy.pue,
+    )
     online = "wandb" in config.tracking.trackers and wandb_goes_online(config, environment)
     engine = Engine(config)
     with ExitStack() as stack:
         stack.callback(engine.finish)
-        data = _open_data(config, environment.get("GREENPRUNE_DATA"), engine)
-        network = engine.together(lambda: prepare_network(config, data))
+        meter = stack.enter_context(_open_meter(config, engine))
+        with meter.window("data"):
+            data = _open_data(config, environment.get("GREENPRUNE_DATA"), engine)
+        with meter.window("setup"):
+            network = engine.together(lambda: prepare_network(config, data))
         claim = engine.together(lambda: _claim(config, stack), main_only=True)
         folder = RunFolder(claim.path)
         if claim.finished:
@@ -73,8 +80,9 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         notes += claim.notes
         if carbon is None:
             notes.append("CO2 is unknown: set energy.country to the country whose grid feeds this machine")
-        meter = stack.enter_context(_open_meter(config, engine))
-        trainer = Trainer(config, data, engine, network, Records(folder, meter, carbon, mirrors, notes), resume)
+        records = Records(folder, meter, carbon, mirrors, notes, environment.get("SLURM_JOB_ID"))
+        with meter.window("setup"):
+            trainer = Trainer(config, data, engine, network, records, resume)
         stack.callback(trainer.events.close)
         return RunResult(trainer.fit(), folder, engine.is_main)
 
@@ -92,15 +100,13 @@ def _open_data(config: Config, data_root: str | None, engine: Engine) -> ImageDa
 
 
 def _open_meter(config: Config, engine: Engine) -> Meter:
-    """A meter of this process's share: each GPU is read by one rank, each host by one rank of it."""
-    host = socket.gethostname()
-    ranks = engine.gather_objects((host, engine.gpu_uuid))
+    """A meter of this process's share: each GPU is read by one rank, each machine by one rank of it."""
     gpu = engine.gpu_uuid
-    mine = gpu is not None and [uuid for _, uuid in ranks].index(gpu) == engine.rank
-    reads_host = [name for name, _ in ranks].index(host) == engine.rank
+    claims = engine.gather_objects((node_id(), [] if gpu is None else [gpu]))
+    share = share_devices(engine.rank, claims)
     return open_meter(
-        gpu_uuids=[gpu] if mine and gpu is not None else [],
-        host=reads_host,
+        gpu_uuids=share.gpu_uuids,
+        host=share.host,
         interval_s=config.energy.interval_s,
         synchronize=engine.synchronize,
     )

@@ -204,8 +204,13 @@ class Ledger:
         samples: Training samples seen, on all ranks.
         time_s: Wall-clock seconds of all attempts.
         energy_by_phase_j: Joules by phase on all ranks; None for a phase with nothing that could be read.
-        energy_by_device_j: Joules by device, with the source in the name.
+        energy_by_phase_bound_j: Most joules that a phase is off because its sources move in steps; None if not known.
+        energy_by_device_j: Joules by device, with the source and its quality in the name.
+        energy_by_epoch_j: Joules from the end of the epoch before (of the first: from the start event) to the end of
+            each, work that was done twice included; None for an epoch in which nothing could be read.
+        energy_at_epoch_j: Joules of the run when the last of them ended.
         energy_quality: Quality of the worst source that any attempt used; None if nothing could be read.
+        energy_complete: Whether nothing is missing; else the joules are a lower bound.
         attempts: Times the run was started.
         energy_lost_j: Joules of attempts spent after their last checkpoint: the work was done again.
     """
@@ -215,8 +220,12 @@ class Ledger:
     samples: int = 0
     time_s: float = 0.0
     energy_by_phase_j: dict[str, float | None] = field(default_factory=dict)
+    energy_by_phase_bound_j: dict[str, float | None] = field(default_factory=dict)
     energy_by_device_j: dict[str, float | None] = field(default_factory=dict)
+    energy_by_epoch_j: list[float | None] = field(default_factory=list)
+    energy_at_epoch_j: float | None = None
     energy_quality: str | None = None
+    energy_complete: bool = True
     attempts: int = 0
     energy_lost_j: float = 0.0
 

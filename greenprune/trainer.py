@@ -60,7 +60,7 @@ class Trainer:
         self.engine = engine
         self.folder = records.folder
         self.meter = records.meter
-        self.accounts = Accounts(engine, records.meter, records.carbon)
+        self.accounts = Accounts(engine, records.meter, records.carbon, records.slurm_job)
         self.notes = [*network.notes, *records.notes]
         self.total_steps = config.optim.epochs * data.steps_per_epoch
         self.step = 0
@@ -153,7 +153,7 @@ class Trainer:
             energy_sources=self.accounts.sources(),
             notes=[*self.meter.notes, *self.notes],
             **self._structure_numbers,
-            **self.accounts.numbers(),
+            **self.accounts.begin(),
             flops__forward_dense=self.unit_table.dense.flops_forward,
             structure__params_dense=self.unit_table.dense.params,
         )
@@ -348,7 +348,7 @@ class Trainer:
             eval__loss=self.last_evaluation.loss,
             eval__accuracy=self.last_evaluation.accuracy,
             **self._structure_numbers,
-            **self.accounts.numbers(),
+            **self.accounts.end_epoch(),
         )
         self._totals.zero_()
 
@@ -473,11 +473,11 @@ class Trainer:
             ],
             "energy_j": energy_j,
             "energy_quality": ledger.energy_quality,
-            "energy_by_phase_j": ledger.energy_by_phase_j,
-            "energy_by_device_j": ledger.energy_by_device_j,
-            "energy_lost_j": ledger.energy_lost_j,
+            **self.accounts.energy_figures(ledger),
             "co2_g": co2_g(energy_j, carbon),
             "carbon_intensity_g_per_kwh": carbon.g_per_kwh if carbon else None,
+            "carbon_intensity_source": carbon.source if carbon else None,
+            "pue": carbon.pue if carbon else None,
             "time_s": ledger.time_s,
             "step_time_s": self.step_times.medians(),
             "attempts": ledger.attempts,

@@ -83,7 +83,7 @@ def test_every_field_can_be_read_from_yaml_and_written_back(tmp_path: Path) -> N
         gate=GateConfig(kind="static", warmup=0.2, openness=0.8, lr=3.0, polarization=0.0),
         budget=BudgetConfig(target=0.3, unit="params"),
         removal=RemovalConfig(window=5, freeze_after=1, decide_by=0.7),
-        energy=EnergyConfig(country="USA", region="california", interval_s=0.5),
+        energy=EnergyConfig(country="USA", region="california", pue=1.3, interval_s=0.5),
         tracking=TrackingConfig(trackers=["wandb"], project="p", mode="offline", log_every=3),
     )
     path = tmp_path / "config.yaml"
@@ -201,6 +201,8 @@ OUT_OF_RANGE = [
     ("energy.country", "fra", "three-letter ISO code"),
     ("energy.country", "FRANCE", "three-letter ISO code"),
     ("energy.region", "california", "energy.country"),
+    ("energy.intensity_g_per_kwh", -1.0, "at least 0, or null"),
+    ("energy.pue", 0.9, "at least 1"),
     ("tracking.log_every", 0, "at least 1"),
     ("checkpoint.every", 0, "at least 1"),
     ("checkpoint.keep_last", 0, "at least 1"),
@@ -232,13 +234,19 @@ def test_a_flag_out_of_range_is_refused_in_the_same_words(tmp_path: Path, key: s
         Config(seed=2**31 - 1, run_name="_"),
         Config(data=DataConfig(batch_size=1, eval_batch_size=1, workers=0, image_size=8)),
         Config(optim=OptimConfig(epochs=1, momentum=0, weight_decay=0, warmup=0)),
+        Config(energy=EnergyConfig(intensity_g_per_kwh=0, pue=1)),
         Config(gate=GateConfig(warmup=0, polarization=0)),
         Config(budget=BudgetConfig(target=1.0), removal=RemovalConfig(decide_by=1.0, window=1, freeze_after=1)),
     ],
-    ids=["seed", "largest seed", "data", "optim", "gate", "budget"],
+    ids=["seed", "largest seed", "data", "optim", "energy", "gate", "budget"],
 )
 def test_values_at_the_edge_are_valid(tmp_path: Path, config: Config) -> None:
     assert parse_values(tmp_path, config.to_dict()) == config
+
+
+def test_a_country_and_an_intensity_exclude_each_other() -> None:
+    message = refusal(["--energy.country", "FRA", "--energy.intensity_g_per_kwh", "50"])
+    assert message.startswith("energy.intensity_g_per_kwh: 50.0 is not valid; expected null where energy.country (FRA)")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

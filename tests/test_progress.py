@@ -86,7 +86,7 @@ def train(step: int, energy_j: float | None = 50.0, step_time_s: float = 0.1, **
     }
 
 
-def epoch(number: int, energy_j: float | None = 50.0, **changes: object) -> Event:
+def epoch(number: int, energy_j: float | None = 50.0, epoch_j: float | None = 50.0, **changes: object) -> Event:
     return {
         "time": 100.0 + 10 * number,
         "step": 10 * number,
@@ -98,6 +98,7 @@ def epoch(number: int, energy_j: float | None = 50.0, **changes: object) -> Even
         "eval/accuracy": 0.7326,
         **structure(),
         **spending(energy_j),
+        "energy/epoch_j": epoch_j,
         **changes,
     }
 
@@ -144,7 +145,7 @@ def test_piped_an_epoch_is_one_line_in_stable_columns() -> None:
         epoch(1, 50.0),
         {"time": 111.0, "step": 10, "kind": "checkpoint", "path": "p", "pause_s": 0.1},
         train(20, 12_000.0),
-        epoch(2, 12_345.0),
+        epoch(2, 12_345.0, 12_295.0),
     )
     header, first, second = lines[-3:]
     # 5 steps of 0.1 s and 5 of 0.3 s are 640 images in 2 s.
@@ -177,13 +178,13 @@ def test_a_boundary_that_only_freezes_is_silent() -> None:
     assert len(piped(start(), change("freeze", "d", "on"), train(21))) == 5
 
 
-def test_a_resumed_run_says_so_and_guesses_no_joules_for_its_first_epoch() -> None:
+def test_a_resumed_run_says_so_and_guesses_no_joules_that_are_not_told() -> None:
     lines = piped(
         start(step=10, attempt=2, resumed_from="runs/it/checkpoints/step-000000010"),
         train(20, 70.0),
-        epoch(2, 75.0),
+        epoch(2, 75.0, None),
         train(30, 95.0),
-        epoch(3, 100.0),
+        epoch(3, 100.0, 25.0),
     )
     assert lines[1] == "attempt 2: goes on after step 10 from runs/it/checkpoints/step-000000010"
     assert "unknown    75.0 J" in lines[-2]
@@ -192,7 +193,7 @@ def test_a_resumed_run_says_so_and_guesses_no_joules_for_its_first_epoch() -> No
 
 def test_unknown_energy_is_never_zero() -> None:
     sources = [["gpu", None, None]]
-    events = [start(energy_sources=sources), train(10, None), epoch(1, None)]
+    events = [start(energy_sources=sources), train(10, None), epoch(1, None, None)]
     lines = piped(*events)
     assert lines[2] == "joules: not measured: gpu"
     assert lines[-1].count("unknown") == 2

@@ -102,7 +102,14 @@ def test_energy_adds_up_and_names_its_source(finished: Path) -> None:
     assert summary["energy_quality"] in ("counter", "integrated power", "estimate")
     known = [joules for joules in summary["energy_by_phase_j"].values() if joules is not None]
     assert sum(known) == pytest.approx(summary["energy_j"])
-    assert {"train", "eval", "surgery", "checkpoint"} <= summary["energy_by_phase_j"].keys()
+    assert set(summary["energy_by_phase_j"]) == {"data", "setup", "train", "eval", "surgery", "checkpoint", "idle"}
+    assert sum(summary["energy_by_device_j"].values()) == pytest.approx(summary["energy_j"])
+    assert summary["energy_by_attempt"] == [{"attempt": 1, "energy_j": summary["energy_j"], "lost_j": 0.0}]
+    assert summary["energy_per_sample_j"] == pytest.approx(summary["energy_j"] / summary["samples"])
+    epochs = summary["energy_by_epoch_j"]
+    assert len(epochs) == 6
+    assert epochs == [event["energy/epoch_j"] for event in read_events(finished) if event["kind"] == "epoch"]
+    assert 0.5 * summary["energy_j"] < sum(epochs) < summary["energy_j"]  # less what setting up and ending took
     assert summary["co2_g"] == pytest.approx(summary["energy_j"] / 3.6e6 * summary["carbon_intensity_g_per_kwh"])
 
 
@@ -320,6 +327,10 @@ def test_joules_of_a_run_killed_before_its_first_checkpoint_are_not_lost(config:
     summary = read_summary(tmp_path / "k")
     assert summary["attempts"] == 2
     assert summary["energy_lost_j"] == pytest.approx(spent)
+    first, second = summary["energy_by_attempt"]
+    assert (first["energy_j"], first["lost_j"]) == (pytest.approx(spent), pytest.approx(spent))
+    assert second["energy_j"] == pytest.approx(summary["energy_j"] - spent)
+    assert not summary["energy_complete"]
     assert summary["energy_j"] > spent
 
 

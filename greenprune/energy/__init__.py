@@ -5,32 +5,46 @@ Nothing here imports torch, and importing this package touches no hardware.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from greenprune.energy.carbon import CarbonIntensity, carbon_intensity, co2_g
 from greenprune.energy.estimate import open_cpu_estimate, open_ram_estimate
-from greenprune.energy.meter import Measurement, Meter, Reading, Window
+from greenprune.energy.meter import IDLE, Measurement, Meter, Reading, Window
 from greenprune.energy.nvml import gpu_uuids as all_gpu_uuids
-from greenprune.energy.nvml import open_gpu, visible_gpu_uuids
-from greenprune.energy.rapl import open_rapl
+from greenprune.energy.nvml import nvml_session, open_gpu, visible_gpu_uuids
+from greenprune.energy.rapl import POWERCAP, open_rapl
+from greenprune.energy.sharing import Share, node_id, share_devices
+from greenprune.energy.slurm import SlurmEnergy, slurm_energy
 from greenprune.energy.source import MeterUnavailable, Quality, Source, UnreadableSource
 
 __all__ = [
+    "IDLE",
     "CarbonIntensity",
     "Measurement",
     "Meter",
     "MeterUnavailable",
     "Quality",
     "Reading",
+    "Share",
+    "SlurmEnergy",
     "SourceRow",
     "Window",
     "carbon_intensity",
     "co2_g",
     "describe_sources",
+    "node_id",
+    "open_local_meter",
     "open_meter",
+    "share_devices",
+    "slurm_energy",
     "visible_gpu_uuids",
 ]
+
+# The driver's own device: where it is, there is a GPU, also if its library cannot be found.
+_DRIVER = Path("/dev/nvidiactl")
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,8 @@ class SourceRow:
     """Why there is no source, or no better one; None for a counter."""
     advice: str | None
     """What would help; None for a counter."""
+    model: str | None = None
+    """What the device is sold as; None if that is not told."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,7 @@ class _Choice:
         name = None if self.source.quality is None else self.source.name
         reason = None if self.why_not is None else self.why_not.reason
         advice = None if self.why_not is None else self.why_not.advice
-        return SourceRow(self.source.device, name, self.source.quality, reason, advice)
+        return SourceRow(self.source.device, name, self.source.quality, reason, advice, self.source.model)
 
     @property
     def note(self) -> str | None:
@@ -78,40 +94,85 @@ def open_meter(
     host: bool,
     interval_s: float = 1.0,
     synchronize: Callable[[], None] | None = None,
+    powercap: Path = POWERCAP,
 ) -> Meter:
     """Open a meter with the best source for each device; one that has none is metered as unknown.
 
     Args:
         gpu_uuids: Physical GPUs to read, each once however often it is named; see :func:`visible_gpu_uuids`.
-            Across processes of a node the caller gives each GPU to one of them.
+            Across processes of a node the caller gives each GPU to one of them; see :func:`share_devices`.
         host: Whether to read the CPU and memory of this machine; true in one process of a node.
         interval_s: Seconds between two samples of sources that have no counter.
         synchronize: Waits for the work queued on the device; called at the edges of windows.
+        powercap: Where the kernel shows the counters of the CPU.
     """
-    choices = [_choose_gpu(uuid) for uuid in dict.fromkeys(gpu_uuids)]
+    choices = [_choose_gpu(uuid, interval_s) for uuid in dict.fromkeys(gpu_uuids)]
     if host:
-        choices += _choose_host()
-    notes = [choice.note for choice in choices if choice.note is not None]
+        choices += _choose_host(powercap)
+    return _meter(choices, [], interval_s, synchronize)
+
+
+def open_local_meter(
+    environment: Mapping[str, str],
+    *,
+    interval_s: float = 1.0,
+    synchronize: Callable[[], None] | None = None,
+    powercap: Path = POWERCAP,
+) -> Meter:
+    """Open a meter of all that a process sees: its visible GPUs, and the CPU and memory of the machine.
+
+    Args:
+        environment: The process's environment: CUDA_VISIBLE_DEVICES.
+        interval_s: Seconds between two samples of sources that have no counter.
+        synchronize: Waits for the work queued on the device; called at the edges of windows.
+        powercap: Where the kernel shows the counters of the CPU.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    choices: list[_Choice] = []
+    notes: list[str] = []
+    with contextlib.ExitStack() as stack:
+        if visible is None or visible.strip():
+            try:
+                stack.enter_context(nvml_session())
+                choices = [_choose_gpu(uuid, interval_s) for uuid in visible_gpu_uuids(visible)]
+                if not choices:
+                    notes = [f"gpu: none, for CUDA_VISIBLE_DEVICES={visible!r} names none of this machine"]
+            except MeterUnavailable as error:
+                if visible is not None or _DRIVER.exists():
+                    choices = [_Choice(UnreadableSource("gpu", error), error)]
+                else:
+                    notes = [f"gpu: none found, because {error}"]
+        return _meter([*choices, *_choose_host(powercap)], notes, interval_s, synchronize)
+
+
+def _meter(
+    choices: Sequence[_Choice], notes: Sequence[str], interval_s: float, synchronize: Callable[[], None] | None
+) -> Meter:
+    own_notes = [choice.note for choice in choices if choice.note is not None]
     sources = [choice.source for choice in choices]
-    return Meter(sources, interval_s=interval_s, synchronize=synchronize, notes=notes)
+    return Meter(sources, interval_s=interval_s, synchronize=synchronize, notes=[*notes, *own_notes])
 
 
-def describe_sources() -> list[SourceRow]:
-    """What can be read on this machine: each GPU that NVML lists, the CPU and the memory."""
+def describe_sources(powercap: Path = POWERCAP) -> list[SourceRow]:
+    """What can be read on this machine: each GPU that NVML lists, the CPU and the memory.
+
+    Args:
+        powercap: Where the kernel shows the counters of the CPU.
+    """
     choices: list[_Choice] = []
     try:
-        choices += [_choose_gpu(uuid) for uuid in all_gpu_uuids()]
+        choices += [_choose_gpu(uuid, 1.0) for uuid in all_gpu_uuids()]
     except MeterUnavailable as error:
         choices.append(_Choice(UnreadableSource("gpu", error), error))
-    choices += _choose_host()
+    choices += _choose_host(powercap)
     for choice in choices:
         choice.source.close()
     return [choice.row for choice in choices]
 
 
-def _choose_gpu(uuid: str) -> _Choice:
+def _choose_gpu(uuid: str, interval_s: float) -> _Choice:
     try:
-        source = open_gpu(uuid)
+        source = open_gpu(uuid, interval_s)
     except MeterUnavailable as error:
         return _Choice(UnreadableSource(uuid, error), error)
     if source.quality == "counter":
@@ -120,10 +181,10 @@ def _choose_gpu(uuid: str) -> _Choice:
     return _Choice(source, MeterUnavailable("the GPU has no energy counter", advice))
 
 
-def _choose_host() -> list[_Choice]:
+def _choose_host(powercap: Path) -> list[_Choice]:
     """RAPL where it can be read, CodeCarbon's estimate for what RAPL does not tell."""
     try:
-        counters = open_rapl()
+        counters = open_rapl(powercap)
     except MeterUnavailable as error:
         return [
             _choose_estimate("cpu", open_cpu_estimate, error),

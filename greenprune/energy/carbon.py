@@ -23,25 +23,37 @@ class CarbonIntensity:
     """Grams of CO2 equivalent for each kilowatt-hour."""
     source: str
     """Where the figure comes from, with the version and the year of the data as far as they are told."""
-    country: str
-    """Three-letter ISO code."""
+    country: str | None
+    """Three-letter ISO code; None where the intensity was given."""
     region: str | None
     """State, province or bidding zone; None for the whole country."""
+    pue: float = 1.0
+    """Power usage effectiveness of the site: energy it takes for each joule of its computers, cooling included."""
 
 
-def carbon_intensity(country: str | None, region: str | None = None) -> CarbonIntensity | None:
-    """The carbon intensity of a grid, from the data that CodeCarbon brings along; no network is used.
+def carbon_intensity(
+    country: str | None,
+    region: str | None = None,
+    *,
+    g_per_kwh: float | None = None,
+    pue: float = 1.0,
+) -> CarbonIntensity | None:
+    """The carbon intensity of a grid, given or from the data that CodeCarbon brings along; no network is used.
 
     Args:
         country: Three-letter ISO code in capitals; None if it is not known, for there is no default country.
         region: State, province or bidding zone, in any case; None for the whole country.
+        g_per_kwh: The intensity itself, instead of a country.
+        pue: Power usage effectiveness of the site; 1 counts the computers alone.
 
     Returns:
-        The intensity; None without a country.
+        The intensity; None without a country and an intensity.
 
     Raises:
         UserError: CodeCarbon has no data for the country or region.
     """
+    if g_per_kwh is not None:
+        return CarbonIntensity(g_per_kwh, "given", None, None, pue)
     if country is None:
         return None
     from codecarbon.core.emissions import Emissions
@@ -67,14 +79,19 @@ def carbon_intensity(country: str | None, region: str | None = None) -> CarbonIn
     emitted_kg = Emissions(data).get_private_infra_emissions(
         Energy.from_energy(1.0), GeoMetadata(country, region=region)
     )
-    return CarbonIntensity(emitted_kg * 1000, source, country, region)
+    return CarbonIntensity(emitted_kg * 1000, source, country, region, pue)
 
 
 def co2_g(energy_j: float | None, intensity: CarbonIntensity | None) -> float | None:
-    """Grams of CO2 equivalent for an amount of energy; None if the joules or the intensity are not known."""
+    """Grams of CO2 equivalent for an amount of energy; None if the joules or the intensity are not known.
+
+    Args:
+        energy_j: Joules of the computers, as metered.
+        intensity: Of the grid; its power usage effectiveness multiplies the joules.
+    """
     if energy_j is None or intensity is None:
         return None
-    return energy_j / _J_PER_KWH * intensity.g_per_kwh
+    return energy_j * intensity.pue / _J_PER_KWH * intensity.g_per_kwh
 
 
 def _names_like(country: str, names: dict[str, str]) -> list[str]:

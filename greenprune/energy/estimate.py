@@ -31,12 +31,15 @@ def _quiet() -> Iterator[None]:
         logger.disabled = before
 
 
-def open_cpu_estimate() -> Source:
+def open_cpu_estimate(model: str | None = None) -> Source:
     """The CPU power of the whole machine by CodeCarbon's load model, as device ``cpu``.
 
     Full power times (0.1 + 0.9 load^3), where the load is that of all processes on the machine since the
     previous sample. Full power is the CPU's thermal design power in CodeCarbon's table, once for each socket;
     for a CPU that the table does not have it is 4 W for each hardware thread.
+
+    Args:
+        model: The CPU as its maker calls it; None: as the system names it.
 
     Raises:
         MeterUnavailable: CodeCarbon cannot tell what the machine has.
@@ -46,7 +49,7 @@ def open_cpu_estimate() -> Source:
         from codecarbon.external.hardware import CPU, MODE_CPU_LOAD
 
         # CodeCarbon's own detection (py-cpuinfo) takes a second; here it serves machines without /proc.
-        model = _linux_cpu_model() or str(detect_cpu_model() or "CPU of unknown model")
+        model = model or _linux_cpu_model() or str(detect_cpu_model() or "CPU of unknown model")
         full_w = tabulated_power_w(model)
         if full_w is not None:
             full_w *= count_physical_cpus()

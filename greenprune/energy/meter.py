@@ -11,7 +11,15 @@ from types import TracebackType
 
 from greenprune.energy.source import BEST_FIRST, MeterUnavailable, Quality, Source
 
-OTHER = "other"
+IDLE = "idle"
+"""The phase outside all windows."""
+
+# A device that is on takes some energy: a counter that stands still for so many periods, and for so long, is broken.
+_STILL_PERIODS = 20
+_STILL_S = 1.0
+
+# Watts over less than this many periods of a counter would show its steps.
+_POWER_PERIODS = 10
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,15 @@ class Reading:
     """Joules over the span; None if unknown, never 0 for unknown."""
     reason: str | None = None
     """Why ``joules`` is None or does not hold exactly for the span; None if it does."""
+    model: str | None = None
+    """What the device is sold as; None if that is not told."""
+    bound_j: float | None = None
+    """Most joules that ``joules`` is off because the source is brought up to date in steps; None if not known. What
+    the sensor itself is off by comes on top."""
+    too_short: bool = False
+    """Whether the span is shorter than the time between two updates: then ``joules`` says nothing about it."""
+    complete: bool = True
+    """Whether nothing is missing in ``joules``; else it is a lower bound, or None."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +62,36 @@ class Measurement:
         return _sum([reading.joules for reading in self.readings])
 
     @property
+    def bound_j(self) -> float | None:
+        """Most joules that ``energy_j`` is off by its sources' steps; None if any part has no known bound."""
+        known = [reading.bound_j for reading in self.readings if reading.joules is not None]
+        return None if not known or None in known else _sum(known)
+
+    @property
     def quality(self) -> Quality | None:
         """The worst quality among the readings that ``energy_j`` adds up; None if there are none."""
         known = {reading.quality for reading in self.readings if reading.joules is not None}
         return next((quality for quality in reversed(BEST_FIRST) if quality in known), None)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every device was read over the whole span; else ``energy_j`` is a lower bound."""
+        return all(reading.complete for reading in self.readings)
+
+    @property
+    def too_short(self) -> bool:
+        """Whether the span is shorter than an update of any source in ``energy_j``."""
+        return any(reading.too_short for reading in self.readings)
+
+
+@dataclass
+class _Account:
+    """What one phase took; lists are by device."""
+
+    seconds: float
+    entered: int
+    joules: list[float | None]
+    missing: list[str | None]
 
 
 @dataclass(frozen=True)
@@ -97,7 +140,7 @@ class Meter:
     """Reads devices at the edges of windows and says what each phase took.
 
     Windows nest. A window's own measurement covers everything between its edges; the phases count a joule
-    once, for the innermost window that was open, and for the phase ``other`` where none was. So the phases
+    once, for the innermost window that was open, and for the phase ``idle`` where none was. So the phases
     add up to the total.
 
     Windows are opened by one thread. In a process forked while the meter is open (a data loader's worker) the
@@ -129,19 +172,22 @@ class Meter:
         self._closed = False
         count = len(self._sources)
         self._unreadable: list[str | None] = [None] * count
-        # Joules by device: what the source showed last, and what was counted since the meter was opened.
+        # By device: what the source showed last, what was counted since the meter was opened, and known gaps.
         self._last_j = [0.0] * count
         self._total_j: list[float | None] = [None] * count
-        self._phase_j: dict[str, list[float | None]] = {OTHER: [None] * count}
-        self._phase_s: dict[str, float] = {OTHER: 0.0}
+        self._seen_gaps = [0] * count
+        self._phases: dict[str, _Account] = {}
+        idle = self._enter(IDLE)
         for index, source in enumerate(self._sources):
             try:
                 self._last_j[index] = source.read_j()
-                self._total_j[index] = self._phase_j[OTHER][index] = 0.0
+                self._total_j[index] = idle.joules[index] = 0.0
             except MeterUnavailable as error:
-                self._unreadable[index] = error.reason
+                self._unreadable[index] = idle.missing[index] = error.reason
         self._opened_s = self._now_s = time.perf_counter()
-        self._first = self._power_from = self._shown()
+        self._first = self._power_from = self._power_mark = self._shown()
+        periods = [source.period_s or 0.0 for source in self._sources if source.quality == "counter"]
+        self._power_span_s = _POWER_PERIODS * max(periods, default=0.0)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         polled = [source for source in self._sources if source.polled]
@@ -163,7 +209,7 @@ class Meter:
         Raises:
             ValueError: The name is that of the phase outside all windows.
         """
-        if name == OTHER:
+        if name == IDLE:
             raise ValueError(f"window {name!r}: the name stands for the time outside all windows; choose another")
         return Window(self, name)
 
@@ -171,21 +217,29 @@ class Meter:
         """Seconds and joules since the meter was opened, up to now or to its closing; disturbs no window."""
         return self._between(self._first, self._read())
 
+    def by_phase(self) -> dict[str, Measurement]:
+        """What each phase took, up to now or to the closing; the phases add up to the total.
+
+        A phase that was entered n times is off by up to n times a single span's bound. Empty in a forked process.
+        """
+        if os.getpid() != self._pid:
+            return {}
+        self._read()
+        return {name: self._of_phase(account) for name, account in self._phases.items()}
+
     def by_phase_j(self) -> dict[str, float | None]:
         """Joules by phase, up to now or to the closing; None for a phase in which nothing could be read."""
-        self._read()
-        return {name: _sum(joules) for name, joules in self._phase_j.items()}
-
-    def by_phase_s(self) -> dict[str, float]:
-        """Seconds by phase, up to now or to the closing."""
-        self._read()
-        return dict(self._phase_s)
+        return {name: measured.energy_j for name, measured in self.by_phase().items()}
 
     def power_w(self) -> float | None:
-        """Watts of all readable devices, averaged since the previous call; None if nothing could be read."""
+        """Watts of all readable devices, averaged since the previous call; None if nothing could be read.
+
+        Calls that follow each other faster than ten updates of a counter are given the mean over ten to twenty.
+        """
         now = self._read()
+        if now.time_s - self._power_mark.time_s >= self._power_span_s:
+            self._power_from, self._power_mark = self._power_mark, now
         measured = self._between(self._power_from, now)
-        self._power_from = now
         if measured.energy_j is None or measured.seconds <= 0:
             return None
         return measured.energy_j / measured.seconds
@@ -215,8 +269,7 @@ class Meter:
             self._synchronize()
         snapshot = self._read()
         self._windows.append(window)
-        self._phase_s.setdefault(window.name, 0.0)
-        self._phase_j.setdefault(window.name, [None] * len(self._sources))
+        self._enter(window.name)
         return snapshot
 
     def _close_window(self, window: Window, synchronize: bool) -> _Snapshot:
@@ -225,7 +278,14 @@ class Meter:
         snapshot = self._read()
         innermost = self._windows.pop()
         assert innermost is window, f"window {window.name!r} was closed before {innermost.name!r} inside it"
+        self._enter(self._windows[-1].name if self._windows else IDLE)
         return snapshot
+
+    def _enter(self, phase: str) -> _Account:
+        count = len(self._sources)
+        account = self._phases.setdefault(phase, _Account(0.0, 0, [None] * count, [None] * count))
+        account.entered += 1
+        return account
 
     def _read(self) -> _Snapshot:
         """Count everything up to now for the innermost window's phase."""
@@ -240,40 +300,79 @@ class Meter:
             return self._shown()
 
     def _count(self) -> None:
-        phase = self._windows[-1].name if self._windows else OTHER
+        account = self._phases[self._windows[-1].name if self._windows else IDLE]
         now_s = time.perf_counter()
-        self._phase_s[phase] += now_s - self._now_s
+        account.seconds += now_s - self._now_s
         self._now_s = now_s
-        phase_j = self._phase_j[phase]
         for index, source in enumerate(self._sources):
             try:
                 value_j = source.read_j()
             except MeterUnavailable as error:
-                self._unreadable[index] = error.reason
+                self._unreadable[index] = account.missing[index] = error.reason
                 continue
+            finally:
+                if source.gaps > self._seen_gaps[index]:
+                    self._seen_gaps[index] = source.gaps
+                    account.missing[index] = source.last_gap
             delta_j = value_j - self._last_j[index]
             self._unreadable[index] = None
             self._last_j[index] = value_j
             self._total_j[index] = (self._total_j[index] or 0.0) + delta_j
-            phase_j[index] = (phase_j[index] or 0.0) + delta_j
+            account.joules[index] = (account.joules[index] or 0.0) + delta_j
 
     def _shown(self) -> _Snapshot:
         gaps = tuple(source.gaps for source in self._sources)
         return _Snapshot(self._now_s, tuple(self._total_j), tuple(self._unreadable), gaps)
 
     def _between(self, start: _Snapshot, end: _Snapshot) -> Measurement:
+        seconds = end.time_s - start.time_s
         readings = []
         for index, source in enumerate(self._sources):
-            reason = end.unreadable[index] or start.unreadable[index]
+            missing = end.unreadable[index] or start.unreadable[index]
             if end.gaps[index] > start.gaps[index]:
-                reason = source.last_gap
+                missing = source.last_gap
             joules = end.joules[index]
             if joules is not None:
                 joules -= start.joules[index] or 0.0
                 if joules == 0 and end.unreadable[index] is not None:
                     joules = None  # Nothing was read within the span.
-            readings.append(Reading(source.device, source.name, source.quality, joules, reason))
-        return Measurement(end.time_s - start.time_s, tuple(readings))
+            readings.append(_reading(source, seconds, joules, missing))
+        return Measurement(seconds, tuple(readings))
+
+    def _of_phase(self, account: _Account) -> Measurement:
+        readings = [
+            _reading(source, account.seconds, joules, missing, account.entered)
+            for source, joules, missing in zip(self._sources, account.joules, account.missing, strict=True)
+        ]
+        return Measurement(account.seconds, tuple(readings))
+
+
+def _reading(source: Source, seconds: float, joules: float | None, missing: str | None, spans: int = 1) -> Reading:
+    """What is known of a device over a span, or over several that make up ``seconds``.
+
+    Args:
+        source: Where the joules come from.
+        seconds: Length of all spans together.
+        joules: What was counted.
+        missing: Why joules are missing; None if none are.
+        spans: How many spans there are: the edges of each may fall between two updates.
+    """
+    period_s = source.period_s or 0.0
+    stands_still = joules == 0 and source.quality == "counter" and period_s > 0
+    if stands_still and missing is None and seconds > max(_STILL_S, _STILL_PERIODS * period_s):
+        joules, missing = None, f"the energy counter did not move in {seconds:.3g} s"
+    too_short = joules is not None and seconds < spans * period_s
+    reason = missing
+    if too_short and reason is None:
+        what = "the span" if spans == 1 else f"a span (of {spans})"
+        reason = (
+            f"{what} of {seconds / spans:.2g} s is shorter than the {period_s:.2g} s between two updates of its "
+            "source, and says nothing"
+        )
+    bound_j = None if joules is None or source.bound_j is None else spans * source.bound_j
+    return Reading(
+        source.device, source.name, source.quality, joules, reason, source.model, bound_j, too_short, missing is None
+    )
 
 
 def _sample(sources: Sequence[Source], interval_s: float, stop: threading.Event) -> None:

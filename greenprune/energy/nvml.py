@@ -8,6 +8,8 @@ Reference: https://docs.nvidia.com/deploy/nvml-api/
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +19,15 @@ from greenprune.energy.source import CounterSource, MeterUnavailable, PowerSourc
 
 # Reads that follow each other faster than this go on with the last power sample.
 _MIN_SPAN_S = 0.02
+
+# NVIDIA does not say how often the counter is brought up to date; 20 to 100 ms were seen by others.
+_COUNTER_PERIOD_S = 0.1
+
+# nvmlDeviceGetPowerUsage: "On Ampere (except GA100) or newer GPUs, the API returns power averaged over 1 sec".
+_POWER_AVERAGE_S = 1.0
+
+# More than any GPU draws, for those that tell no limit.
+_MOST_W = 5000.0
 
 _ADVICE = {
     pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "install the NVIDIA driver, or give the container its utility "
@@ -46,35 +57,71 @@ def _translated(call: str) -> Iterator[None]:
         raise kind(f"{call}: {error}", advice) from error
 
 
+class _Users:
+    """Counts who uses NVML in this process, so that it is initialized once and shut down after the last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._pid = os.getpid()
+
+    def enter(self) -> None:
+        """Initialize NVML for the first user.
+
+        Raises:
+            MeterUnavailable: NVML cannot be used here.
+        """
+        if self._pid != os.getpid():
+            # A fork inherits the count but not NVML's session, and perhaps a lock that nobody will release.
+            self._lock, self._count, self._pid = threading.Lock(), 0, os.getpid()
+        with self._lock:
+            if self._count == 0:
+                with _translated("nvmlInit"):
+                    pynvml.nvmlInit()
+            self._count += 1
+
+    def leave(self) -> None:
+        """Shut NVML down after the last user."""
+        if self._pid != os.getpid():
+            return  # what the parent opened is the parent's to close
+        with self._lock:
+            self._count -= 1
+            if self._count == 0:
+                with contextlib.suppress(MeterUnavailable), _translated("nvmlShutdown"):
+                    pynvml.nvmlShutdown()
+
+
+_users = _Users()
+
+
 @contextlib.contextmanager
-def _session() -> Iterator[None]:
-    """NVML initialized for the time of a block; NVML counts the users itself."""
-    _initialize()
-    try:
-        yield
-    finally:
-        _shutdown()
-
-
-def _initialize() -> None:
-    with _translated("nvmlInit"):
-        pynvml.nvmlInit()
-
-
-def _shutdown() -> None:
-    with contextlib.suppress(MeterUnavailable), _translated("nvmlShutdown"):
-        pynvml.nvmlShutdown()
-
-
-def gpu_uuids() -> list[str]:
-    """UUIDs of all GPUs that NVML lists, in PCI order.
+def nvml_session() -> Iterator[None]:
+    """NVML initialized for the time of a block; what is opened in it keeps it so for longer.
 
     Raises:
         MeterUnavailable: NVML cannot be used here.
     """
-    with _session(), _translated("nvmlDeviceGetUUID"):
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [str(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+    _users.enter()
+    try:
+        yield
+    finally:
+        _users.leave()
+
+
+def gpu_uuids() -> list[str]:
+    """UUIDs of all GPUs that this process may use, in PCI order.
+
+    NVML counts those too that a control group (of Slurm, of a container) withholds; CUDA does not.
+
+    Raises:
+        MeterUnavailable: NVML cannot be used here.
+    """
+    uuids: list[str] = []
+    with nvml_session(), _translated("nvmlDeviceGetUUID"):
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            with contextlib.suppress(pynvml.NVMLError_NoPermission):
+                uuids.append(str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index))))
+    return uuids
 
 
 def visible_gpu_uuids(visible: str | None) -> list[str]:
@@ -123,7 +170,7 @@ def _mig_parent(entry: str, known: list[str]) -> str | None:
     if entry.startswith("MIG-GPU-"):
         return _whole_gpu(entry.removeprefix("MIG-").split("/")[0], known)
     try:
-        with _session(), _translated("nvmlDeviceGetDeviceHandleFromMigDeviceHandle"):
+        with nvml_session(), _translated("nvmlDeviceGetDeviceHandleFromMigDeviceHandle"):
             instance = pynvml.nvmlDeviceGetHandleByUUID(entry)
             parent = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(instance)
             return str(pynvml.nvmlDeviceGetUUID(parent))
@@ -131,7 +178,7 @@ def _mig_parent(entry: str, known: list[str]) -> str | None:
         return None
 
 
-def open_gpu(uuid: str) -> Source:
+def open_gpu(uuid: str, interval_s: float = 1.0) -> Source:
     """The energy of one physical GPU, from its counter or, where that is not supported, from power samples.
 
     The counter is ``nvmlDeviceGetTotalEnergyConsumption`` (millijoules since the driver was loaded), the
@@ -139,28 +186,38 @@ def open_gpu(uuid: str) -> Source:
 
     Args:
         uuid: The GPU's UUID, with or without the leading ``GPU-``.
+        interval_s: Seconds between two power samples.
 
     Raises:
         MeterUnavailable: NVML cannot be used, knows no such GPU, cannot read it, or the GPU is divided by
             MIG.
     """
     uuid = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
-    _initialize()
+    _users.enter()
     with contextlib.ExitStack() as stack:
-        stack.callback(_shutdown)
+        stack.callback(_users.leave)
         with _translated(f"nvmlDeviceGetHandleByUUID({uuid})"):
-            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            try:
+                handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            except pynvml.NVMLError_NotFound:
+                # CUDA gives the UUID of a MIG instance without the word that says so.
+                handle = pynvml.nvmlDeviceGetHandleByUUID(uuid.replace("GPU-", "MIG-", 1))
+                raise _divided() from None
         if _is_divided(handle):
-            raise MeterUnavailable(
-                "MIG is on, and the GPU's energy cannot be divided among its instances",
-                "train on a whole GPU to have its energy measured",
-            )
-        source = _open_counter_or_power(uuid, handle)
+            raise _divided()
+        source = _open_counter_or_power(uuid, handle, interval_s)
         stack.pop_all()  # The source keeps NVML initialized, and shuts it down when it is closed.
     return source
 
 
-def _open_counter_or_power(uuid: str, handle: Any) -> Source:
+def _divided() -> MeterUnavailable:
+    return MeterUnavailable(
+        "MIG is on, and the GPU's energy cannot be divided among its instances",
+        "train on a whole GPU to have its energy measured",
+    )
+
+
+def _open_counter_or_power(uuid: str, handle: Any, interval_s: float) -> Source:
     def energy_j() -> float:
         with _translated("nvmlDeviceGetTotalEnergyConsumption"):
             return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
@@ -169,18 +226,48 @@ def _open_counter_or_power(uuid: str, handle: Any) -> Source:
         with _translated("nvmlDeviceGetPowerUsage"):
             return float(pynvml.nvmlDeviceGetPowerUsage(handle)) / 1000
 
+    model, limit_w = _name(handle), _limit_w(handle)
     try:
-        return CounterSource(uuid, "NVML energy counter", energy_j, release=_shutdown)
+        return CounterSource(
+            uuid,
+            "NVML energy counter",
+            energy_j,
+            model=model,
+            period_s=_COUNTER_PERIOD_S,
+            limit_w=limit_w,
+            # Capping is slow: short peaks above the limit are real.
+            implausible_w=_MOST_W if limit_w is None else 2 * limit_w,
+            release=_users.leave,
+        )
     except _NotSupported:
         return PowerSource(
             uuid,
             "NVML power samples",
             "integrated power",
             power_w,
+            model=model,
+            period_s=max(interval_s, _POWER_AVERAGE_S),
+            limit_w=limit_w,
             mean=False,
             min_span_s=_MIN_SPAN_S,
-            release=_shutdown,
+            release=_users.leave,
         )
+
+
+def _name(handle: Any) -> str | None:
+    try:
+        with _translated("nvmlDeviceGetName"):
+            return str(pynvml.nvmlDeviceGetName(handle))
+    except MeterUnavailable:
+        return None  # the UUID tells which GPU it is
+
+
+def _limit_w(handle: Any) -> float | None:
+    try:
+        with _translated("nvmlDeviceGetEnforcedPowerLimit"):
+            return float(pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)) / 1000 or None
+    except MeterUnavailable:
+        return None  # then the highest power that was seen stands in for it
 
 
 def _is_divided(handle: Any) -> bool:

@@ -14,6 +14,12 @@ from greenprune.energy.source import CounterSource, MeterUnavailable, Source
 
 POWERCAP = Path("/sys/class/powercap")
 
+# The kernel's counters are brought up to date about every millisecond.
+_PERIOD_S = 0.001
+
+# More than any CPU package draws: a step back that would be more as a wrap is a restart (suspend, driver reload).
+_MOST_W = 5000.0
+
 # "intel-rapl:0" is a package, "intel-rapl:0:1" a domain of it; "intel-rapl-mmio:0" shows the first again.
 _ZONE = re.compile(r"intel-rapl:\d+(:\d+)?")
 
@@ -68,6 +74,8 @@ def _open_zone(device: str, zone: Path) -> Source:
             device,
             "RAPL counter",
             partial(_energy_j, descriptor, path),
+            period_s=_PERIOD_S,
+            implausible_w=_MOST_W,
             wraps_at_j=wraps_at_j,
             release=release,
         )

@@ -7,6 +7,7 @@ value.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -16,6 +17,9 @@ from typing import Literal
 Quality = Literal["counter", "integrated power", "estimate"]
 
 BEST_FIRST: tuple[Quality, ...] = ("counter", "integrated power", "estimate")
+
+# How long a counter may jump ahead of the clock: reads are late, and counters are brought up to date in steps.
+_SLACK_S = 1.0
 
 
 class MeterUnavailable(Exception):
@@ -39,6 +43,9 @@ class Source(ABC):
         device: The device's name: a GPU's UUID, ``cpu:package-0``, ``dram``.
         name: How it is read, for people.
         quality: How much the figure is worth; None for a device that cannot be read.
+        model: What the device is sold as; None if that is not told.
+        period_s: Seconds between two updates of what is read; None if a model estimates it.
+        limit_w: Most watts that the device draws by its own limit; None if it tells none.
         polled: Whether :meth:`poll` must be called at regular intervals.
         gaps: How often joules were lost since opening, so that later figures are lower bounds.
         last_gap: Why they were lost the last time.
@@ -51,11 +58,19 @@ class Source(ABC):
         device: str,
         name: str,
         quality: Quality | None,
+        *,
+        model: str | None = None,
+        period_s: float | None = None,
+        limit_w: float | None = None,
         release: Callable[[], None] | None = None,
     ) -> None:
         self.device = device
         self.name = name
         self.quality = quality
+        self.model = model
+        self.period_s = period_s
+        self.limit_w = limit_w
+        self._peak_w: float | None = None
         self.gaps = 0
         self.last_gap: str | None = None
         self._release = release
@@ -84,6 +99,16 @@ class Source(ABC):
         if self._release is not None:
             self._release()
 
+    @property
+    def bound_j(self) -> float | None:
+        """Most joules by which a span is off because its edges fall between two updates.
+
+        One period at the device's limit, or at the highest power seen where it tells none. What a sensor itself is
+        off by is not in it. None if it is not known: for estimates, and before any power was seen.
+        """
+        power_w = self._peak_w if self.limit_w is None else self.limit_w
+        return None if self.period_s is None or power_w is None else self.period_s * power_w
+
     @abstractmethod
     def _advance(self, fresh: bool) -> float:
         """Account for the time up to now and return the joules since opening."""
@@ -97,44 +122,74 @@ class CounterSource(Source):
     """A counter of joules kept by the hardware.
 
     A counter that steps back has wrapped, where ``wraps_at_j`` tells at what value, or was restarted: then it
-    counts from zero, and what was used between the last read and the restart is lost.
+    counts from zero, and what was used between the last read and the restart is lost. A step that no device could
+    take in the time is not counted: it is a restart that looks like a wrap, or a broken counter.
 
     Args:
         device: The device's name.
         name: How it is read.
         read: Gives the counter in joules; raises :class:`MeterUnavailable`.
+        model: What the device is sold as.
+        period_s: Seconds between two updates of the counter.
+        limit_w: Most watts that the device draws by its own limit.
+        implausible_w: Power above which a step of the counter is not believed; None: all are.
         wraps_at_j: Value at which the counter starts again from zero; None if it does not wrap. A counter
             that wraps is polled, so that no two wraps fall between two reads.
         release: Called once when the source is closed.
+        clock: Gives seconds.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all are named, and each is a property of one counter
         self,
         device: str,
         name: str,
         read: Callable[[], float],
         *,
+        model: str | None = None,
+        period_s: float = 0.0,
+        limit_w: float | None = None,
+        implausible_w: float | None = None,
         wraps_at_j: float | None = None,
         release: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        super().__init__(device, name, "counter", release)
+        super().__init__(device, name, "counter", model=model, period_s=period_s, limit_w=limit_w, release=release)
         self.polled = wraps_at_j is not None
         self._read = read
+        self._implausible_w = implausible_w
         self._wraps_at_j = wraps_at_j
+        self._clock = clock
         self._joules = 0.0
         self._last_j = read()
+        self._last_s = self._peak_from_s = clock()
+        self._peak_from_j = 0.0
 
     def _advance(self, fresh: bool) -> float:
-        value_j = self._read()
+        value_j, now_s = self._read(), self._clock()
         delta_j = value_j - self._last_j
-        if delta_j < 0 and self._wraps_at_j is not None:
+        most_j = math.inf if self._implausible_w is None else self._implausible_w * (now_s - self._last_s + _SLACK_S)
+        if delta_j < 0 and self._wraps_at_j is not None and delta_j + self._wraps_at_j <= most_j:
             delta_j += self._wraps_at_j
         elif delta_j < 0:
             delta_j = value_j
             self._lose("the energy counter was restarted, and what it held since the last read is lost")
-        self._last_j = value_j
+        if delta_j > most_j:
+            self._lose(
+                f"the energy counter jumped by {delta_j:,.0f} J in {now_s - self._last_s:.3g} s, more than the device "
+                "can take; the jump is not counted"
+            )
+            delta_j = 0.0
+        self._last_j, self._last_s = value_j, now_s
         self._joules += delta_j
+        self._note_power(now_s)
         return self._joules
+
+    def _note_power(self, now_s: float) -> None:
+        """Keep the highest mean power over at least two periods: over less, a step of the counter looks like a peak."""
+        span_s = now_s - self._peak_from_s
+        if span_s > 0 and span_s >= 2 * (self.period_s or 0.0):
+            self._peak_w = max(self._peak_w or 0.0, (self._joules - self._peak_from_j) / span_s)
+            self._peak_from_s, self._peak_from_j = now_s, self._joules
 
 
 class PowerSource(Source):
@@ -148,6 +203,10 @@ class PowerSource(Source):
         name: How it is read.
         quality: How much a sample is worth.
         sample: Gives watts; raises :class:`MeterUnavailable`.
+        model: What the device is sold as.
+        period_s: Seconds between two samples, or those that the device itself averages over if that is longer; None
+            if a model estimates the power.
+        limit_w: Most watts that the device draws by its own limit.
         mean: Whether a sample is the mean since the previous one; otherwise it is the power of the moment,
             and trapezoids are added up.
         min_span_s: Seconds within which a read goes on with the last sample, because a new one would cost
@@ -158,25 +217,29 @@ class PowerSource(Source):
 
     polled = True
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all are named, and each is a property of one sensor
         self,
         device: str,
         name: str,
         quality: Quality,
         sample: Callable[[], float],
         *,
+        model: str | None = None,
+        period_s: float | None = None,
+        limit_w: float | None = None,
         mean: bool,
         min_span_s: float,
         release: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        super().__init__(device, name, quality, release)
+        super().__init__(device, name, quality, model=model, period_s=period_s, limit_w=limit_w, release=release)
         self._sample = sample
         self._mean = mean
         self._min_span_s = min_span_s
         self._clock = clock
         self._joules = 0.0
         self._power_w: float | None = sample()
+        self._peak_w = self._power_w
         self._sampled_at_s = self._counted_to_s = clock()
 
     def _advance(self, fresh: bool) -> float:
@@ -203,6 +266,7 @@ class PowerSource(Source):
             self._power_w = None
             raise
         self._power_w = power_w
+        self._peak_w = max(self._peak_w or 0.0, power_w)
         self._sampled_at_s = now_s
         return power_w
 

@@ -86,18 +86,26 @@ class Comparison:
     Attributes:
         runs: The runs, in the order they were asked for.
         notes: What a reader of the ratios must know.
+        to_accuracy: Accuracy whose joules are told under ``energy_to_accuracy_j``, if any was asked for.
     """
 
     runs: tuple[ComparedRun, ...]
     notes: tuple[str, ...]
+    to_accuracy: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"runs": [run.to_dict() for run in self.runs], "notes": list(self.notes)}
+        return {
+            "runs": [run.to_dict() for run in self.runs],
+            "notes": list(self.notes),
+            "to_accuracy": self.to_accuracy,
+        }
 
     def __rich__(self) -> RenderableType:
         shown = {"CO2e": self._knows_co2, "channels": self._gates_channels}
         columns = [column for column in _COLUMNS if shown.get(column.header, True)]
+        if self.to_accuracy is not None:
+            columns.append(_accuracy_column(self.to_accuracy))
         table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
         table.add_column("run", overflow="fold")
         for column in columns:
@@ -118,7 +126,7 @@ class Comparison:
         return any(run.summary.get("channels_dense") for run in self.runs)
 
 
-def compare_runs(paths: Sequence[Path]) -> Comparison:
+def compare_runs(paths: Sequence[Path], to_accuracy: float | None = None) -> Comparison:
     """Read runs and set each gated one against its dense twin.
 
     The twin is the run that differs in its gating alone: ``gated`` is false, and model, data, seed, epochs, batch size
@@ -126,16 +134,37 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
 
     Args:
         paths: Runs' folders, their summary.json, or folders that hold runs.
+        to_accuracy: Also tell the joules that each run took until an evaluation reached this accuracy (0 to 1).
 
     Raises:
-        UserError: There is no run at a path, or a file of one cannot be read.
+        UserError: There is no run at a path, a file of one cannot be read, or the accuracy is not a share.
     """
+    if to_accuracy is not None and not 0 < to_accuracy <= 1:
+        raise UserError(f"--to-accuracy: {to_accuracy!r} is not valid; expected a share in (0, 1]")
     folders = dict.fromkeys(folder for path in paths for folder in _find_runs(path))
     names = [folder.name for folder in folders]
     runs = [_read_run(path, path.name if names.count(path.name) == 1 else str(path)) for path in folders]
+    if to_accuracy is not None:
+        for run in runs:
+            run.summary["energy_to_accuracy_j"] = energy_to_accuracy_j(_read_events(run.path), to_accuracy)
     notes: list[str] = []
     compared = tuple(_set_against_twin(run, runs, notes) for run in runs)
-    return Comparison(compared, tuple(notes))
+    return Comparison(compared, tuple(notes), to_accuracy)
+
+
+def energy_to_accuracy_j(events: Sequence[Event], accuracy: float) -> float | None:
+    """Joules that a run had taken when an evaluation first reached an accuracy; all attempts and lost work count.
+
+    Args:
+        events: The run's events.
+        accuracy: Share of the samples, 0 to 1.
+
+    Returns:
+        The joules; None if no evaluation reached it, or the energy is not known.
+    """
+    reached = (event for event in events if event["kind"] == "epoch" and (event["eval/accuracy"] or 0) >= accuracy)
+    first = next(reached, None)
+    return None if first is None else first["energy/total_j"]
 
 
 # Reading.
@@ -164,14 +193,16 @@ def _read_run(path: Path, name: str) -> ComparedRun:
     if folder.summary.is_file():
         summary = _read_object(folder.summary)
         return ComparedRun(path, name, summary, "finished", _read_hardware(folder))
-    try:
-        events = read_events(folder.events)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"RUN: {str(folder.events)!r} cannot be read ({error}); expected one JSON object a line"
-        ) from None
-    summary, state = _unfinished(events)
+    summary, state = _unfinished(_read_events(path))
     return ComparedRun(path, name, summary, state, _read_hardware(folder))
+
+
+def _read_events(path: Path) -> list[Event]:
+    events = RunFolder(path).events
+    try:
+        return read_events(events)
+    except (OSError, ValueError) as error:
+        raise UserError(f"RUN: {str(events)!r} cannot be read ({error}); expected one JSON object a line") from None
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -284,9 +315,10 @@ def _same_machine(run: ComparedRun, other: ComparedRun) -> bool:
 def _ratios(run: ComparedRun, twin: ComparedRun, notes: list[str]) -> dict[str, float | None]:
     """Accuracy in points above the twin's, everything else as a multiple of it."""
     mine, theirs = run.summary, twin.summary
+    energies = [key for key in ("energy_j", "energy_to_accuracy_j", "co2_g") if key in mine]
     ratios: dict[str, float | None] = {
         key: _ratio(mine.get(key), theirs.get(key))
-        for key in ("params", "flops_forward", "flops_train", "energy_j", "co2_g", "time_s")
+        for key in ("params", "flops_forward", "flops_train", *energies, "time_s")
     }
     ratios["step_time_s"] = _ratio(run.step_time_s, twin.step_time_s)
     ratios["accuracy_points"] = None
@@ -298,10 +330,10 @@ def _ratios(run: ComparedRun, twin: ComparedRun, notes: list[str]) -> dict[str, 
         )
     if not _same_machine(run, twin):
         notes.append(f"{run.name} and {twin.name} ran on different hardware: no ratios of joules, CO2e and seconds")
-        ratios |= dict.fromkeys(("energy_j", "co2_g", "time_s", "step_time_s"))
+        ratios |= dict.fromkeys((*energies, "time_s", "step_time_s"))
     elif mine.get("energy_quality") != theirs.get("energy_quality"):
         notes.append(f"{run.name} and {twin.name} were not metered alike: no ratios of joules and CO2e")
-        ratios |= dict.fromkeys(("energy_j", "co2_g"))
+        ratios |= dict.fromkeys(energies)
     return ratios
 
 
@@ -336,6 +368,12 @@ _COLUMNS = (
     _Column("time", lambda run: format_seconds(run.summary.get("time_s")), "time_s"),
     _Column("a step", lambda run: format_seconds(run.step_time_s), "step_time_s"),
 )
+
+
+def _accuracy_column(accuracy: float) -> _Column:
+    header = f"energy to\n{format_percent(accuracy, 1)}"
+    key = "energy_to_accuracy_j"
+    return _Column(header, lambda run: format_joules(run.summary.get(key)), key)
 
 
 def _blocks(summary: dict[str, Any]) -> str:

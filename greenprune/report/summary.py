@@ -105,11 +105,19 @@ def _energy_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     energy_j, by_device = summary["energy_j"], summary["energy_by_device_j"]
     if energy_j is None:
         return [("energy", f"{UNKNOWN}: nothing could be read (greenprune doctor says why)")]
-    least = "at least " if None in by_device.values() else ""
-    rows = [("energy", f"{least}{format_joules(energy_j)} ({summary['energy_quality'] or 'quality unknown'})")]
+    least = "at least " if None in by_device.values() or not summary.get("energy_complete", True) else ""
+    bound = f" ± {format_joules(summary['energy_bound_j'])}" if summary.get("energy_bound_j") is not None else ""
+    rows = [("energy", f"{least}{format_joules(energy_j)}{bound} ({summary['energy_quality'] or 'quality unknown'})")]
     if summary["energy_lost_j"]:
         lost = format_joules(summary["energy_lost_j"])
         rows.append(("", f"{lost} of it for work that was lost and done again"))
+    if summary.get("energy_per_sample_j") is not None:
+        each = f"{format_si(summary['energy_per_sample_j'], 'J')} an image trained on"
+        rows.append(("", f"{each}, {format_joules(summary['energy_per_epoch_j'])} an epoch"))
+    if len(summary.get("energy_by_attempt", [])) > 1:
+        rows.append(("  by attempt", ", ".join(_attempt(attempt) for attempt in summary["energy_by_attempt"])))
+    if summary.get("energy_slurm_j") is not None:
+        rows.append(("  by Slurm", f"{format_joules(summary['energy_slurm_j'])} for the job, on whole nodes"))
     phases = sorted(summary["energy_by_phase_j"].items(), key=lambda item: -(item[1] or 0))
     rows.append(("  by phase", ", ".join(f"{name} {format_joules(joules)}" for name, joules in phases)))
     rows += [
@@ -119,9 +127,15 @@ def _energy_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _attempt(attempt: dict[str, Any]) -> str:
+    lost = f" ({format_joules(attempt['lost_j'])} done again)" if attempt["lost_j"] else ""
+    return f"{attempt['attempt']}: {format_joules(attempt['energy_j'])}{lost}"
+
+
 def _co2(summary: dict[str, Any]) -> str:
     if summary["co2_g"] is not None:
-        return f"{format_si(summary['co2_g'], 'g')}, at {summary['carbon_intensity_g_per_kwh']:,.0f} g/kWh"
+        pue = f" and a PUE of {summary['pue']:g}" if summary.get("pue", 1.0) != 1 else ""
+        return f"{format_si(summary['co2_g'], 'g')}, at {summary['carbon_intensity_g_per_kwh']:,.0f} g/kWh{pue}"
     if summary["carbon_intensity_g_per_kwh"] is None:
         return f"{UNKNOWN}: set energy.country"
     return f"{UNKNOWN}, as the energy is"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_powercap import Powercap
+from stub import build_stub
 
 
 @pytest.fixture(scope="session")
 def nvml_stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a libnvidia-ml.so.1 compiled from nvml_stub.c."""
-    if shutil.which("gcc") is None:
-        pytest.fail("gcc is missing: the NVML tests compile a stand-in for libnvidia-ml.so.1; install gcc")
+    """Folder with a libnvidia-ml.so.1 compiled from nvml_stub.c, and an nvidia-smi that does nothing."""
     folder = tmp_path_factory.mktemp("nvml")
-    source = Path(__file__).with_name("nvml_stub.c")
-    target = folder / "libnvidia-ml.so.1"
-    subprocess.run(["gcc", "-Wall", "-O1", "-shared", "-fPIC", "-o", target, source], check=True)
+    build_stub(folder)
     return folder
 
 
@@ -37,7 +34,8 @@ def with_nvml(nvml_stub: Path) -> Callable[[str, str], Any]:
     """Run Python code in a process whose NVML is the stand-in, and return what it assigns to ``result``."""
 
     def run(scenario: str, code: str) -> Any:
-        return _run_python(code, {"LD_LIBRARY_PATH": str(nvml_stub), "NVML_STUB": scenario})
+        path = f"{nvml_stub}:{os.environ['PATH']}"
+        return _run_python(code, {"LD_LIBRARY_PATH": str(nvml_stub), "NVML_STUB": scenario, "PATH": path})
 
     return run
 
@@ -55,21 +53,6 @@ def _run_python(code: str, environment: dict[str, str]) -> Any:
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "the meter must not write to the terminal"
     return json.loads(done.stdout.splitlines()[-1])
-
-
-class Powercap:
-    """A powercap tree as Linux shows it: all zones side by side in one folder."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def zone(self, zone: str, name: str, energy_uj: int | str, max_uj: int = 262_143_328_850) -> Path:
-        folder = self.root / zone
-        folder.mkdir(parents=True)
-        (folder / "name").write_text(f"{name}\n")
-        (folder / "max_energy_range_uj").write_text(f"{max_uj}\n")
-        (folder / "energy_uj").write_text(f"{energy_uj}\n")
-        return folder / "energy_uj"
 
 
 @pytest.fixture

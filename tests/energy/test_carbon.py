@@ -52,6 +52,21 @@ def test_there_is_no_default_country_and_unknown_stays_unknown() -> None:
     assert co2_g(None, carbon_intensity("FRA")) is None
 
 
+def test_a_given_intensity_needs_no_country_and_says_that_it_was_given() -> None:
+    intensity = carbon_intensity(None, g_per_kwh=123.0)
+    assert intensity is not None
+    assert (intensity.g_per_kwh, intensity.source, intensity.country, intensity.pue) == (123.0, "given", None, 1.0)
+    assert co2_g(3.6e6, intensity) == pytest.approx(123)
+
+
+def test_the_sites_overhead_multiplies_the_joules() -> None:
+    plain, site = carbon_intensity("FRA"), carbon_intensity("FRA", pue=1.4)
+    assert plain is not None
+    assert site is not None
+    assert (site.pue, site.g_per_kwh) == (1.4, plain.g_per_kwh)
+    assert co2_g(1000, site) == pytest.approx(1.4 * (co2_g(1000, plain) or 0))
+
+
 def test_every_country_that_is_offered_has_a_figure() -> None:
     from codecarbon.input import DataSource
 

@@ -13,9 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from greenprune.energy import MeterUnavailable, open_meter
-from greenprune.energy import estimate as estimate_module
-from greenprune.energy import rapl as rapl_module
+from greenprune.energy import open_meter
 from greenprune.energy.estimate import open_cpu_estimate, open_ram_estimate, tabulated_power_w
 from greenprune.energy.meter import Meter
 
@@ -49,19 +47,17 @@ def test_the_cpu_is_known_by_codecarbons_own_table() -> None:
     assert tabulated_power_w(KNOWN) == 350
 
 
-def test_an_unknown_cpu_is_taken_for_4_watts_a_thread_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate_module, "_linux_cpu_model", lambda: "a CPU that nobody makes")
-    source = open_cpu_estimate()
+def test_an_unknown_cpu_is_taken_for_4_watts_a_thread_and_says_so() -> None:
+    source = open_cpu_estimate("a CPU that nobody makes")
     assert source.name == (
         f"CodeCarbon: load of {4 * psutil.cpu_count():g} W (guessed: a CPU that nobody makes is not in its table)"
     )
 
 
-def test_the_estimate_follows_the_load_of_the_whole_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate_module, "_linux_cpu_model", lambda: KNOWN)
+def test_the_estimate_follows_the_load_of_the_whole_machine() -> None:
     others = multiprocessing.get_context("fork")
     workers = [others.Process(target=burn, args=(1.0,)) for _ in os.sched_getaffinity(0)]
-    with Meter([open_cpu_estimate()], interval_s=0.1) as meter:
+    with Meter([open_cpu_estimate(KNOWN)], interval_s=0.1) as meter:
         for worker in workers:
             worker.start()
         time.sleep(0.2)
@@ -80,15 +76,20 @@ def test_the_estimate_follows_the_load_of_the_whole_machine(monkeypatch: pytest.
     assert busy.measurement.quality == "estimate"
 
 
-def test_idle_takes_a_tenth_of_full_power(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate_module, "_linux_cpu_model", lambda: KNOWN)
-    # A machine that does nothing: the tests' own cannot be kept idle.
-    idle = psutil.cpu_times()
-    clock = iter(range(1000))
-    monkeypatch.setattr(psutil, "cpu_times", lambda: idle._replace(idle=idle.idle + next(clock)))
-    with Meter([open_cpu_estimate()], interval_s=60) as meter:
-        time.sleep(0.2)
-        measured = meter.total()
+def test_idle_takes_a_tenth_of_full_power(tmp_path: Path) -> None:
+    """On a machine that does nothing, as its /proc/stat tells: the tests' own cannot be kept idle."""
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100 0 100 1000 0 0 0 0 0 0\n")
+    source = open_cpu_estimate(KNOWN)
+    proc, psutil.PROCFS_PATH = psutil.PROCFS_PATH, str(tmp_path)
+    try:
+        source.poll()
+        with Meter([source], interval_s=60) as meter:
+            time.sleep(0.2)
+            stat.write_text("cpu  100 0 100 1040 0 0 0 0 0 0\n")
+            measured = meter.total()
+    finally:
+        psutil.PROCFS_PATH = proc
     assert measured.energy_j == pytest.approx(0.1 * full_power_w() * measured.seconds, rel=0.01)
 
 
@@ -102,21 +103,19 @@ def test_memory_takes_codecarbons_constant_power() -> None:
     assert measured.energy_j == pytest.approx(RAM().total_power().W * measured.seconds, rel=0.01)
 
 
-def test_the_host_is_metered_only_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rapl_module.open_rapl, "__defaults__", (tmp_path,))
+def test_the_host_is_metered_only_if_asked(tmp_path: Path) -> None:
     with open_meter(gpu_uuids=[], host=False) as meter:
         assert meter.total().readings == ()
         assert meter.notes == ()
-    with open_meter(gpu_uuids=[], host=True) as meter:
+    with open_meter(gpu_uuids=[], host=True, powercap=tmp_path) as meter:
         assert [reading.device for reading in meter.total().readings] == ["cpu", "dram"]
         assert len(meter.notes) == 2
         assert all("no RAPL counters" in note for note in meter.notes)
 
 
-def test_rapl_is_preferred_and_the_estimate_fills_in(powercap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rapl_is_preferred_and_the_estimate_fills_in(powercap: Any) -> None:
     powercap.zone("intel-rapl:0", "package-0", 0)
-    monkeypatch.setattr(rapl_module.open_rapl, "__defaults__", (powercap.root,))
-    with open_meter(gpu_uuids=[], host=True) as meter:
+    with open_meter(gpu_uuids=[], host=True, powercap=powercap.root) as meter:
         qualities = {reading.device: reading.quality for reading in meter.total().readings}
     assert qualities == {"cpu:package-0": "counter", "dram": "estimate"}
     assert len(meter.notes) == 1
@@ -127,9 +126,8 @@ def test_a_slurm_job_without_scontrol_leaves_the_host_unknown(
 ) -> None:
     code = f"""
 from pathlib import Path
-from greenprune.energy import open_meter, rapl
-rapl.open_rapl.__defaults__ = (Path({str(tmp_path)!r}),)
-with open_meter(gpu_uuids=[], host=True) as meter:
+from greenprune.energy import open_meter
+with open_meter(gpu_uuids=[], host=True, powercap=Path({str(tmp_path)!r})) as meter:
     result = [meter.total().energy_j, meter.notes]
 """
     energy_j, notes = run_python(code, {"SLURM_JOB_ID": "7", "PATH": str(tmp_path)})
@@ -167,12 +165,3 @@ result = [opened_s, threads, "pandas" in sys.modules, threading.active_count()]
 def test_codecarbons_log_is_the_users_again_afterwards() -> None:
     open_ram_estimate()
     assert not logging.getLogger("codecarbon").disabled
-
-
-def test_an_estimate_of_zero_watts_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    from codecarbon.core.units import Power
-    from codecarbon.external.ram import RAM
-
-    monkeypatch.setattr(RAM, "total_power", lambda self: Power.from_watts(0))
-    with pytest.raises(MeterUnavailable, match="size of the memory"):
-        open_ram_estimate()

@@ -45,7 +45,7 @@ def test_a_window_measures_what_was_used_between_its_edges() -> None:
     assert 0.02 <= window.measurement.seconds < 2
     assert window.measurement.quality == "counter"
     assert meter.total().energy_j == 20
-    assert meter.by_phase_j() == {"other": 13, "train": 7}
+    assert meter.by_phase_j() == {"idle": 13, "train": 7}
 
 
 def test_phases_count_a_joule_once_for_the_innermost_window() -> None:
@@ -63,7 +63,7 @@ def test_phases_count_a_joule_once_for_the_innermost_window() -> None:
     meter.close()
     assert outer.measurement.energy_j == 11111
     assert inner.measurement.energy_j == 1110
-    assert meter.by_phase_j() == {"other": 100000, "train": 1 + 100 + 10000, "evaluate": 10 + 1000}
+    assert meter.by_phase_j() == {"idle": 100000, "train": 1 + 100 + 10000, "evaluate": 10 + 1000}
 
 
 def test_phases_sum_to_the_total() -> None:
@@ -79,7 +79,8 @@ def test_phases_sum_to_the_total() -> None:
     total = meter.total()
     phases_j = [joules for joules in meter.by_phase_j().values() if joules is not None]
     assert sum(phases_j) == pytest.approx(total.energy_j, rel=1e-12)
-    assert sum(meter.by_phase_s().values()) == pytest.approx(total.seconds, rel=1e-9)
+    phases = meter.by_phase().values()
+    assert sum(phase.seconds for phase in phases) == pytest.approx(total.seconds, rel=1e-9)
     assert [reading.joules for reading in total.readings] == pytest.approx([1990, 6])
 
 
@@ -89,7 +90,7 @@ def test_a_total_may_be_asked_for_at_any_time_and_disturbs_no_window() -> None:
         with meter.window("train") as window:
             dial.value = 5
             assert meter.total().energy_j == 5
-            assert meter.by_phase_j() == {"other": 0, "train": 5}
+            assert meter.by_phase_j() == {"idle": 0, "train": 5}
             dial.value = 9
         assert window.measurement.energy_j == 9
 
@@ -101,7 +102,7 @@ def test_what_cannot_be_read_is_none_and_never_zero() -> None:
     assert (reading.joules, reading.quality, reading.reason) == (None, None, "it is broken")
     assert window.measurement.energy_j is None
     assert window.measurement.quality is None
-    assert meter.by_phase_j() == {"other": None, "train": None}
+    assert meter.by_phase_j() == {"idle": None, "train": None}
     assert meter.power_w() is None
     assert window.measurement.seconds > 0
 
@@ -249,7 +250,7 @@ def test_closing_twice_is_harmless_and_freezes_the_figures() -> None:
 def test_misuse_of_windows_is_told() -> None:
     with Meter([]) as meter:
         with pytest.raises(ValueError, match="outside all windows"):
-            meter.window("other")
+            meter.window("idle")
         with meter.window("train") as window, pytest.raises(RuntimeError, match="before it is closed"):
             _ = window.measurement
 

@@ -240,3 +240,251 @@ for gpus, host in ((["{A}"], False), (["{A}", "{B}"], False), (["{A}"], True)):
         print(f"{what}: {steady_us:.0f} us an edge, {paused_us:.0f} us after a pause")
         assert steady_us < 1000
         assert paused_us < 2000
+
+
+def test_a_control_group_hides_gpus_from_cuda_and_from_the_meter(with_nvml: RunNvml) -> None:
+    """Slurm withholds a GPU: NVML still counts it, CUDA numbers only the others."""
+    code = """
+from greenprune.energy import describe_sources, visible_gpu_uuids
+result = [visible_gpu_uuids(None), visible_gpu_uuids("1"), visible_gpu_uuids("2"), visible_gpu_uuids("GPU-aab"),
+          [row.device for row in describe_sources() if row.device.startswith("GPU")]]
+"""
+    result = with_nvml(f"uuid={A};uuid={B} hidden=1;uuid={C}", code)
+    assert result == [[A, C], [C], [], [], [A, C]]
+
+
+def test_an_instance_that_torch_names_without_saying_so_is_told_as_mig(with_nvml: RunNvml) -> None:
+    code = f"""{METER}
+with open_meter(gpu_uuids=["{INSTANCE.removeprefix("MIG-")}"], host=False) as meter:
+    result = measure(meter, 0.01)
+"""
+    result = with_nvml(THREE, code)
+    assert result["energy_j"] is None
+    assert "MIG is on" in result["reasons"][0]
+
+
+def test_nvml_is_initialized_once_and_not_before_it_is_needed(with_nvml: RunNvml, powercap: Any) -> None:
+    powercap.zone("intel-rapl:0", "package-0", 0)
+    powercap.zone("intel-rapl:0:0", "dram", 0)
+    code = f"""
+import ctypes
+from pathlib import Path
+from greenprune.energy import open_local_meter
+stub = ctypes.CDLL("libnvidia-ml.so.1")
+result = [stub.stub_initializations()]
+with open_local_meter({{"CUDA_VISIBLE_DEVICES": "2,0"}}, powercap=Path({str(powercap.root)!r})) as meter:
+    with meter.window("train"):
+        result.append([reading.device for reading in meter.total().readings])
+    result += [stub.stub_initializations(), stub.stub_users()]
+result += [stub.stub_initializations(), stub.stub_users()]
+"""
+    devices = [C, A, "cpu:package-0", "dram:package-0"]
+    assert with_nvml(f"uuid={A};uuid={B};uuid={C}", code) == [0, devices, 1, 1, 1, 0]
+
+
+def test_a_forked_process_may_open_a_meter_of_its_own(with_nvml: RunNvml) -> None:
+    code = f"""{METER}
+import os
+with open_meter(gpu_uuids=["{A}"], host=False) as meter:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with open_meter(gpu_uuids=["{A}"], host=False) as own:
+            measured = measure(own, 0.5)
+            measured["inherited_j"] = meter.total().energy_j
+        os.write(write, json.dumps(measured).encode())
+        os._exit(0)
+    mine = measure(meter, 0.5)
+    os.waitpid(child, 0)
+    theirs = json.loads(os.read(read, 10000))
+    again = measure(meter, 0.2)
+result = [mine, theirs, again]
+"""
+    mine, theirs, again = with_nvml(f"uuid={A} watts=200", code)
+    for measured in (mine, theirs, again):
+        assert measured["energy_j"] == pytest.approx(200 * measured["seconds"], rel=0.02)
+    assert theirs["inherited_j"] is None
+
+
+DETAILS = """
+def details(measured):
+    return [[r.joules, r.bound_j, r.too_short, r.complete, r.reason, r.model] for r in measured.readings]
+"""
+
+
+def test_a_window_shorter_than_the_counters_period_says_so(with_nvml: RunNvml) -> None:
+    code = f"""{METER}{DETAILS}
+with open_meter(gpu_uuids=["{A}"], host=False) as meter:
+    with meter.window("short") as short:
+        time.sleep(0.02)
+    with meter.window("long") as long:
+        time.sleep(0.5)
+    result = [details(short.measurement)[0], details(long.measurement)[0],
+              details(meter.by_phase()["short"])[0], short.measurement.bound_j]
+"""
+    short, long, phase, bound_j = with_nvml(f"uuid={A} watts=200 limit=300 period=0.1 name=H100", code)
+    assert short[1:4] == [30, True, True]  # 0.1 s at 300 W
+    assert "shorter than the 0.1 s" in short[4]
+    assert short[5] == "H100"
+    assert long[1:] == [30, False, True, None, "H100"]
+    assert abs(long[0] - 200 * 0.5) < 30
+    assert phase[2]
+    assert bound_j == 30
+
+
+def test_without_a_power_limit_the_bound_is_that_of_the_highest_power_seen(with_nvml: RunNvml) -> None:
+    code = f"""{METER}
+with open_meter(gpu_uuids=["{A}"], host=False) as meter:
+    unknown = meter.total().bound_j
+    with meter.window("train") as window:
+        time.sleep(0.3)
+    result = [unknown, window.measurement.bound_j]
+"""
+    assert with_nvml(f"uuid={A} watts=200", code) == [None, pytest.approx(20, rel=0.02)]
+
+
+def test_a_phase_that_is_entered_often_may_be_off_more_often(with_nvml: RunNvml) -> None:
+    code = f"""{METER}
+with open_meter(gpu_uuids=["{A}"], host=False) as meter:
+    for _ in range(3):
+        with meter.window("train"):
+            with meter.window("surgery"):
+                time.sleep(0.15)
+    phases = meter.by_phase()
+    result = [[phases[name].bound_j for name in ("train", "surgery", "idle")], meter.total().bound_j,
+              sum(phase.energy_j for phase in phases.values()) - meter.total().energy_j, phases["surgery"].too_short]
+"""
+    bounds, total_bound_j, difference_j, too_short = with_nvml(f"uuid={A} limit=300 period=0.1", code)
+    assert bounds == [6 * 30, 3 * 30, 4 * 30]  # train goes on after each surgery; idle is before, between and after
+    assert total_bound_j == 30
+    assert abs(difference_j) <= total_bound_j
+    assert not too_short
+
+
+def test_watts_do_not_show_the_counters_steps(with_nvml: RunNvml) -> None:
+    code = f"""{METER}
+with open_meter(gpu_uuids=["{A}"], host=False) as meter:
+    time.sleep(1.0)
+    result = []
+    for _ in range(40):
+        time.sleep(0.03)
+        result.append(meter.power_w())
+"""
+    watts = with_nvml(f"uuid={A} watts=200 limit=300 period=0.1", code)
+    assert min(watts) > 170
+    assert max(watts) < 230
+
+
+def test_a_counter_that_stands_still_is_unknown_and_not_zero(with_nvml: RunNvml) -> None:
+    code = f"""{METER}{DETAILS}
+with open_meter(gpu_uuids=["{A}", "{B}"], host=False) as meter:
+    with meter.window("train") as window:
+        time.sleep(2.1)
+    result = [details(window.measurement), meter.by_phase_j()["train"], meter.total().complete]
+"""
+    ((still, moving), phase_j, complete) = with_nvml(f"uuid={A} still=1;uuid={B}", code)
+    assert still[0] is None
+    assert "did not move" in still[4]
+    assert moving[0] == pytest.approx(210, rel=0.05)
+    assert phase_j == pytest.approx(moving[0], rel=0.01)
+    assert not complete
+
+
+def test_a_counter_that_jumps_invents_no_joules(with_nvml: RunNvml) -> None:
+    code = f"""{METER}{DETAILS}
+with open_meter(gpu_uuids=["{A}"], host=False) as meter:
+    with meter.window("train") as window:
+        time.sleep(0.4)
+    with meter.window("eval") as after:
+        time.sleep(0.3)
+    result = [details(window.measurement)[0], details(after.measurement)[0], meter.total().energy_j, meter.notes]
+"""
+    jumped, after, total_j, notes = with_nvml(f"uuid={A} watts=200 limit=300 jump=0.2", code)
+    assert jumped[0] == 0
+    assert not jumped[3]
+    assert "more than the device can take" in jumped[4]
+    assert after[0] == pytest.approx(60, rel=0.1)
+    assert after[3]
+    assert total_j < 100
+    assert any("more than the device can take" in note for note in notes)
+
+
+@pytest.mark.parametrize("trouble", ["reload=0.45", "lost=0.45", "lost=0.45 code=4", "lost=0.45 code=999"])
+@pytest.mark.parametrize("counter", [0, 1])
+def test_a_driver_that_goes_away_marks_what_follows_and_the_total(
+    with_nvml: RunNvml, trouble: str, counter: int
+) -> None:
+    code = f"""{METER}{DETAILS}
+with open_meter(gpu_uuids=["{A}"], host=False, interval_s=0.02) as meter:
+    with meter.window("before") as before:
+        time.sleep(0.2)
+    time.sleep(0.35)
+    with meter.window("after") as after:
+        time.sleep(0.05)
+    result = [details(before.measurement)[0], details(after.measurement)[0], details(meter.total())[0],
+              meter.by_phase_j()]
+"""
+    before, after, total, phases_j = with_nvml(f"uuid={A} watts=200 counter={counter} {trouble}", code)
+    assert before[0] == pytest.approx(40, rel=0.15)
+    assert before[3]
+    assert after[0] is None
+    assert not after[3]
+    assert after[4]
+    assert before[0] <= total[0] < 200 * 0.47
+    assert not total[3]
+    assert phases_j["after"] is None
+
+
+def test_ten_thousand_windows_leak_neither_memory_nor_handles(with_nvml: RunNvml, powercap: Any) -> None:
+    powercap.zone("intel-rapl:0", "package-0", 0)
+    powercap.zone("intel-rapl:0:0", "dram", 0)
+    code = f"""
+import gc, os, threading, tracemalloc
+from pathlib import Path
+from greenprune.energy import open_meter
+def windows(meter, count):
+    for _ in range(count):
+        with meter.window("train"):
+            with meter.window("surgery"):
+                pass
+def held():
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0], len(os.listdir("/proc/self/fd")), threading.active_count()
+def open_one():
+    return open_meter(gpu_uuids=["{A}", "{B}"], host=True, interval_s=0.01, powercap=Path({str(powercap.root)!r}))
+tracemalloc.start()
+with open_one() as meter:
+    windows(meter, 500)
+    before = held()
+    windows(meter, 5000)
+    after = held()
+opened = held()
+for _ in range(200):
+    open_one().close()
+result = [before, after, opened, held()]
+"""
+    before, after, opened, reopened = with_nvml(f"uuid={A};uuid={B} counter=0", code)
+    assert after[0] - before[0] < 20_000, "bytes after 10,000 windows"
+    assert after[1:] == before[1:]
+    assert reopened[0] - opened[0] < 50_000, "bytes after 200 meters"
+    assert reopened[1:] == opened[1:]
+
+
+def test_the_real_codecarbon_agrees_over_the_same_library(with_nvml: RunNvml, tmp_path: Path) -> None:
+    code = f"""{METER}
+import logging, os, warnings
+os.chdir({str(tmp_path)!r})
+warnings.simplefilter("default")  # CodeCarbon's own
+logging.getLogger("codecarbon").disabled = True
+from codecarbon import OfflineEmissionsTracker
+tracker = OfflineEmissionsTracker(country_iso_code="FRA", output_methods=[], allow_multiple_runs=True, gpu_ids=[0])
+tracker.start()
+with open_meter(gpu_uuids=["{A}"], host=False) as meter:
+    mine = measure(meter, 1.5)
+tracker.stop()
+data = tracker.final_emissions_data
+result = [mine["energy_j"] / mine["seconds"], 3.6e6 * data.gpu_energy / data.duration]
+"""
+    ours_w, theirs_w = with_nvml(f"uuid={A} watts=200 limit=300 name=H100;uuid={B} watts=900", code)
+    assert ours_w == pytest.approx(200, rel=0.01)
+    assert theirs_w == pytest.approx(ours_w, rel=0.05)

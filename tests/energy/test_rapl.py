@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_powercap import Powercap
 
 from greenprune.energy import MeterUnavailable
 from greenprune.energy.meter import Meter
@@ -51,6 +53,22 @@ def test_a_counter_that_wraps_goes_on_from_its_range(powercap: Any) -> None:
         assert meter.total().energy_j == pytest.approx(0.328850 + 5)
 
 
+def test_a_restart_is_not_taken_for_a_wrap(powercap: Any) -> None:
+    """After a suspend the counter starts from zero: as a wrap that would be 162 kJ that nobody took."""
+    package = powercap.zone("intel-rapl:0", "package-0", 100_000_000_000, max_uj=262_143_328_850)
+    with Meter(open_rapl(powercap.root)) as meter:
+        set_j(package, 100_050)
+        with meter.window("train") as window:
+            set_j(package, 30)
+        (reading,) = window.measurement.readings
+        total = meter.total()
+    assert reading.joules == 30
+    assert not reading.complete
+    assert "restarted" in str(reading.reason)
+    assert total.energy_j == 50 + 30
+    assert not total.complete
+
+
 def test_wraps_between_two_reads_are_seen_by_the_sampling_thread(powercap: Any) -> None:
     package = powercap.zone("intel-rapl:0", "package-0", 0, max_uj=100_000_000)
     sources = open_rapl(powercap.root)
@@ -62,22 +80,20 @@ def test_wraps_between_two_reads_are_seen_by_the_sampling_thread(powercap: Any) 
         assert meter.total().energy_j == 60 + 50 + 70 + 50
 
 
-def test_counters_that_only_root_may_read_are_unavailable_with_advice(
-    powercap: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = powercap.zone("intel-rapl:0", "package-0", 0)
-    package.chmod(0)
-    if os.geteuid() == 0:  # Root may read what nobody may.
-        real_open = os.open
-
-        def denied(path: Path, *options: Any) -> int:
-            if Path(path) == package:
-                raise PermissionError(13, "Permission denied")
-            return real_open(path, *options)
-
-        monkeypatch.setattr(os, "open", denied)
-    with pytest.raises(MeterUnavailable, match="Permission denied") as caught:
-        open_rapl(powercap.root)
+def test_counters_that_only_root_may_read_are_unavailable_with_advice() -> None:
+    # Not below tmp_path, which only its owner may enter: root becomes another user here.
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        root.chmod(0o755)
+        Powercap(root).zone("intel-rapl:0", "package-0", 0).chmod(0)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(MeterUnavailable, match="Permission denied") as caught:
+                open_rapl(root)
+        finally:
+            os.seteuid(user)
     assert "chmod" in caught.value.advice
 
 

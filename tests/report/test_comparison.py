@@ -237,3 +237,33 @@ def test_another_file_is_not_a_run(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match="is not a summary"):
         compare_runs([tmp_path / "notes.txt"])
+
+
+def write_events(folder: Path, epochs: list[tuple[float | None, float | None]]) -> None:
+    events = [
+        {"time": 1.0, "step": 10 * n, "kind": "epoch", "eval/accuracy": accuracy, "energy/total_j": energy_j}
+        for n, (accuracy, energy_j) in enumerate(epochs, start=1)
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_joules_to_an_accuracy_are_those_when_an_evaluation_first_reached_it(tmp_path: Path) -> None:
+    write_events(write_run(tmp_path / "dense", DENSE), [(None, 10.0), (0.7, 50.0), (0.9, 100.0), (0.95, 200.0)])
+    write_events(write_run(tmp_path / "gated", GATED), [(0.6, 30.0), (0.91, 60.0), (0.85, 90.0), (0.92, 130.0)])
+    comparison = compare_runs([tmp_path], to_accuracy=0.9)
+    assert [run.summary["energy_to_accuracy_j"] for run in comparison.runs] == [100.0, 60.0]
+    assert comparison.runs[1].against_twin is not None
+    assert comparison.runs[1].against_twin["energy_to_accuracy_j"] == pytest.approx(0.6)
+    assert comparison.to_dict()["to_accuracy"] == 0.9
+    text = render(comparison)
+    assert "90.0 %" in text
+    assert "0.60x" in text
+    never = compare_runs([tmp_path], to_accuracy=0.99)
+    assert [run.summary["energy_to_accuracy_j"] for run in never.runs] == [None, None]
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 90.0, -1.0])
+def test_an_accuracy_that_is_no_share_is_the_users_error(tmp_path: Path, accuracy: float) -> None:
+    write_run(tmp_path / "dense", DENSE)
+    with pytest.raises(UserError, match=r"--to-accuracy: .* expected a share in \(0, 1\]"):
+        compare_runs([tmp_path], to_accuracy=accuracy)

@@ -132,3 +132,25 @@ def test_work_done_again_and_gates_that_are_left_are_told(printed: Any) -> None:
     assert "in 2 attempts" in text
     assert "3 gates are left" in text
     assert "224 mg, at 56 g/kWh" in text
+
+
+def test_bounds_attempts_and_joules_a_sample_are_told_where_they_are_known(printed: Any) -> None:
+    text = printed(
+        energy_complete=False,
+        energy_bound_j=60.0,
+        energy_per_sample_j=1.704,
+        energy_per_epoch_j=2399.0,
+        energy_by_attempt=[
+            {"attempt": 1, "energy_j": 9_000.0, "lost_j": 500.0},
+            {"attempt": 2, "energy_j": 5_395.4, "lost_j": 0.0},
+        ],
+        energy_slurm_j=30_000.0,
+        co2_g=0.3,
+        carbon_intensity_g_per_kwh=56.0,
+        pue=1.3,
+    )
+    assert "at least 14.4 kJ ± 60.0 J (estimate)" in text
+    assert "1.70 J an image trained on, 2,399 J an epoch" in text
+    assert "1: 9,000 J (500 J done again), 2: 5,395 J" in text
+    assert "30.0 kJ for the job, on whole nodes" in text
+    assert "56 g/kWh and a PUE of 1.3" in text

@@ -1,0 +1,11 @@
+"""``python -m greenprune.energy -- COMMAND ...``: the meter alone, as a command."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from greenprune.energy.measure import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ, "python -m greenprune.energy"))

@@ -1,0 +1,237 @@
+"""Measure a command: run it, pass its signals and its exit code on, and say what joules it took.
+
+Linux only: signals are waited for with their sender, to tell a Ctrl-C, which the terminal has already sent to the
+command, from a signal that only this process got.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from greenprune.config import EnergyConfig, UserError
+from greenprune.energy import CarbonIntensity, Measurement, carbon_intensity, co2_g, open_local_meter
+
+_DESCRIPTION = """\
+Run a command and say what energy the GPUs that it can see, the CPU and the memory of this machine took meanwhile.
+The figures include what other processes do on the same devices. The report goes to standard error, the command keeps
+its own input and output, and its exit code is passed on."""
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+
+# The options under the names that they have in a run's config, whose rules they follow.
+_FLAGS = {
+    "energy.country": "--country",
+    "energy.region": "--region",
+    "energy.intensity_g_per_kwh": "--intensity",
+    "energy.interval_s": "--interval",
+    "energy.pue": "--pue",
+}
+
+# si_code of a signal that the kernel sent, such as the terminal's on Ctrl-C, to the whole foreground group.
+_SI_KERNEL = 0x80
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "greenprune measure") -> int:
+    """Measure the command on a command line.
+
+    Args:
+        args: Arguments without the program's name: options, ``--`` and the command.
+        environment: The process's environment, which the command gets.
+        prog: Program name for the help text.
+
+    Returns:
+        The command's exit code; 128 + n if signal n ended it, 126 or 127 if it could not be started, 2 if the
+        arguments are wrong.
+
+    Raises:
+        SystemExit: Help was asked for (0), or the arguments are wrong (2).
+    """
+    options, command = _parse(args, prog)
+    if not hasattr(signal, "sigwaitinfo"):
+        print(f"{prog}: error: this system cannot tell who sent a signal; measure works on Linux", file=sys.stderr)
+        return 2
+    try:
+        carbon = _carbon(options)
+    except UserError as error:
+        message = str(error)
+        for key, flag in _FLAGS.items():
+            message = message.replace(key, flag)
+        print(f"{prog}: error: {message}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # one that was inherited as ignored would never be told
+    with (
+        _blocked(signal.SIGCHLD, *_FORWARDED) as mask,
+        open_local_meter(environment, interval_s=options.interval) as meter,
+    ):
+        with meter.window("command") as window:
+            try:
+                # Not subprocess: it cannot give the command back the signals that are blocked here without
+                # running Python code between fork and exec, which is not safe beside the meter's thread.
+                process = os.posix_spawnp(
+                    command[0], command, dict(environment), setsigmask=mask, setsigdef=_IGNORED_BY_PYTHON
+                )
+            except OSError as error:
+                print(f"{prog}: error: {command[0]}: {error.strerror}", file=sys.stderr)
+                return 127 if isinstance(error, FileNotFoundError) else 126
+            code = _wait(process)
+        notes = meter.notes
+    report = _report(window.measurement, command, code, carbon, notes)
+    _tell(report, options, prog)
+    return code
+
+
+def _tell(report: dict[str, Any], options: argparse.Namespace, prog: str) -> None:
+    """Write the report where it was asked for; a place that cannot be written does not change the exit code."""
+    if options.output is not None:
+        try:
+            options.output.write_text(json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            print(f"{prog}: error: --output: {str(options.output)!r}: {error.strerror}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal or pipe may be gone, and with it the reader
+        if options.json:
+            print(json.dumps(report), flush=True)
+        else:
+            print(_text(report), file=sys.stderr, flush=True)
+
+
+def _parse(args: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [options] -- COMMAND ...",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON to standard output at the end")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON to a file as well")
+    parser.add_argument(
+        "--interval", type=float, default=1.0, metavar="S", help="seconds between two samples where there is no counter"
+    )
+    parser.add_argument(
+        "--country", metavar="ISO", help="three-letter code of the country whose grid feeds the machine"
+    )
+    parser.add_argument("--region", help="state or province, where CodeCarbon knows it")
+    parser.add_argument("--intensity", type=float, metavar="G", help="the grid's gCO2e/kWh, instead of a country")
+    parser.add_argument("--pue", type=float, default=1.0, help="power usage effectiveness of the site (default: 1)")
+    known = list(args)
+    split = known.index("--") if "--" in known else len(known)
+    (options, unknown), command = parser.parse_known_args(known[:split]), known[split + 1 :]
+    if not command:
+        parser.error("there is no command; expected it after --, as in: -- python train.py")
+    if unknown:
+        parser.error(f"{unknown[0]!r} is not an option; the command starts after --")
+    if options.output is not None and not options.output.absolute().parent.is_dir():
+        parser.error(f"--output: the folder of {str(options.output)!r} is not there; expected a file in one that is")
+    return options, command
+
+
+def _carbon(options: argparse.Namespace) -> CarbonIntensity | None:
+    """The intensity that the options tell, under the rules of a run's config.
+
+    Raises:
+        UserError: An option is not valid.
+    """
+    valid = EnergyConfig(options.country, options.region, options.intensity, options.pue, options.interval)
+    return carbon_intensity(valid.country, valid.region, g_per_kwh=valid.intensity_g_per_kwh, pue=valid.pue)
+
+
+@contextlib.contextmanager
+def _blocked(*signals: signal.Signals) -> Iterator[set[int]]:
+    """Hold signals back for the time of a block, in this thread and those it starts, and tell what was held before."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield {int(number) for number in before}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _wait(process: int) -> int:
+    """Wait for a child and hand it the signals that come meanwhile; its exit code, or 128 + n if signal n ended it."""
+    while True:
+        caught = signal.sigwaitinfo({signal.SIGCHLD, *_FORWARDED})
+        if caught.si_signo == signal.SIGCHLD:
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(status)
+                return code if code >= 0 else 128 - code
+        elif caught.si_code != _SI_KERNEL:
+            os.kill(process, caught.si_signo)  # not reaped yet, so the number is still the child's
+
+
+def _report(
+    measured: Measurement, command: list[str], code: int, carbon: CarbonIntensity | None, notes: Sequence[str]
+) -> dict[str, Any]:
+    """What was measured, as plain values; unknown is None."""
+    energy_j = measured.energy_j
+    return {
+        "command": command,
+        "exit_code": code,
+        "time_s": measured.seconds,
+        "energy_j": energy_j,
+        "energy_bound_j": measured.bound_j,
+        "energy_quality": measured.quality,
+        "energy_complete": measured.complete,
+        "power_w": None if energy_j is None else energy_j / measured.seconds,
+        "devices": [
+            {
+                "device": reading.device,
+                "model": reading.model,
+                "source": reading.source,
+                "quality": reading.quality,
+                "energy_j": reading.joules,
+                "energy_bound_j": reading.bound_j,
+                "reason": reading.reason,
+            }
+            for reading in measured.readings
+        ],
+        "co2_g": co2_g(energy_j, carbon),
+        "carbon_intensity_g_per_kwh": carbon.g_per_kwh if carbon else None,
+        "carbon_intensity_source": carbon.source if carbon else None,
+        "pue": carbon.pue if carbon else None,
+        "notes": list(notes),
+    }
+
+
+def _text(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [f"measured: {shlex.join(report['command'])}"]
+    for device in report["devices"]:
+        name = device["device"] if device["model"] is None else f"{device['device']} {device['model']}"
+        how = f"{device['quality']}: {device['source']}" if device["quality"] else "not measured"
+        why = f"; {device['reason']}" if device["reason"] else ""
+        lines.append(f"  {_joules(device['energy_j'], device['energy_bound_j']):>22}  {name} ({how}{why})")
+    least = "" if report["energy_complete"] or report["energy_j"] is None else "at least "
+    total = f"{least}{_joules(report['energy_j'], report['energy_bound_j'])}"
+    if report["energy_j"] is not None:
+        total += f" ({report['energy_quality']}), {report['power_w']:.1f} W on average"
+    lines.append(f"  total: {total}, {report['time_s']:.2f} s")
+    if report["co2_g"] is not None:
+        lines.append(
+            f"  CO2e: {report['co2_g']:.3g} g, at {report['carbon_intensity_g_per_kwh']:,.0f} g/kWh "
+            f"({report['carbon_intensity_source']}) and a PUE of {report['pue']:g}"
+        )
+    lines += [f"  note: {note}" for note in report["notes"]]
+    return "\n".join(lines)
+
+
+def _joules(energy_j: float | None, bound_j: float | None) -> str:
+    if energy_j is None:
+        return "unknown"
+    return f"{energy_j:,.2f} J" if bound_j is None else f"{energy_j:,.2f} J ± {bound_j:,.2f}"

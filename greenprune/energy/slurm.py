@@ -1,0 +1,51 @@
+"""Slurm's own figure for a job's energy, to check the meter's against; it is never added to anything.
+
+Slurm counts whole nodes, from the job's first second on, by whatever the cluster has set up
+(``AcctGatherEnergyType``), and brings the figure up to date when a step ends.
+Reference: https://slurm.schedmd.com/sacct.html (ConsumedEnergyRaw)
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+
+_TIMEOUT_S = 10.0
+
+# Slurm's words for "no value": the two largest 64-bit numbers, and the largest 32-bit ones.
+_NO_VALUES = {2**64 - 1, 2**64 - 2, 2**32 - 1, 2**32 - 2}
+
+
+@dataclass(frozen=True)
+class SlurmEnergy:
+    """What Slurm says that a job took so far."""
+
+    energy_j: float | None
+    """Joules of the job on all its nodes; None if Slurm does not tell."""
+    reason: str | None
+    """Why it does not tell; None if it does."""
+
+
+def slurm_energy(job_id: str) -> SlurmEnergy:
+    """Ask sacct for the energy of a job; takes at most ten seconds and never fails.
+
+    Args:
+        job_id: The job, as in SLURM_JOB_ID.
+    """
+    command = ["sacct", "-j", job_id, "--noheader", "--parsable2", "--format=JobID,ConsumedEnergyRaw"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+    except FileNotFoundError:
+        return SlurmEnergy(None, "sacct is not installed here")
+    except subprocess.CalledProcessError as error:
+        return SlurmEnergy(None, f"sacct: {' '.join(str(error.stderr).split()) or f'exit code {error.returncode}'}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return SlurmEnergy(None, f"sacct: {error}")
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 1]
+    joules = {job: int(raw) for job, raw in rows if raw.isdecimal() and int(raw) not in _NO_VALUES}
+    # The first row is the job's own; where it is not filled in yet, its steps are.
+    steps = sum(value for job, value in joules.items() if "." in job)
+    energy_j = sum(value for job, value in joules.items() if "." not in job) or steps
+    if not energy_j:
+        return SlurmEnergy(None, "sacct tells no joules: no step has ended yet, or the cluster gathers no energy")
+    return SlurmEnergy(float(energy_j), None)

@@ -1,0 +1,185 @@
+"""Measuring a command: what it prints, what it passes on, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MEASURE = [sys.executable, "-W", "error", "-m", "greenprune.energy"]
+GREENPRUNE = [sys.executable, "-W", "error", "-m", "greenprune.cli", "measure"]
+A, B = "GPU-aaaa", "GPU-bbbb"
+
+
+def with_stub(nvml_stub: Path, scenario: str, **environment: str) -> dict[str, str]:
+    return {**os.environ, "LD_LIBRARY_PATH": str(nvml_stub), "NVML_STUB": scenario, **environment}
+
+
+def run(*args: str, program: list[str] = MEASURE, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*program, *args], capture_output=True, text=True, timeout=60, check=False, **options)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize("program", [MEASURE, GREENPRUNE], ids=["python -m greenprune.energy", "greenprune measure"])
+def test_the_visible_gpus_are_metered_and_the_commands_output_is_its_own(nvml_stub: Path, program: list[str]) -> None:
+    scenario = f"uuid={A} watts=200 name=H100 limit=300;uuid={B} watts=900"
+    environment = with_stub(nvml_stub, scenario, CUDA_VISIBLE_DEVICES="0")
+    done = run("--", "sh", "-c", "cat; sleep 0.5; exit 3", program=program, env=environment, input="as it was")
+    assert done.returncode == 3
+    assert done.stdout == "as it was"
+    (gpu,) = [line for line in done.stderr.splitlines() if A in line]
+    assert "H100" in gpu
+    assert "counter: NVML energy counter" in gpu
+    (total,) = [line for line in done.stderr.splitlines() if "total:" in line]
+    seconds = float(total.split(", ")[-1].removesuffix(" s"))
+    assert seconds >= 0.5
+    assert float(gpu.split()[0].replace(",", "")) == pytest.approx(200 * seconds, rel=0.05)
+    assert "± 30.00" in gpu
+    assert B not in done.stderr
+    assert any(line.split()[2:3] == ["cpu"] for line in done.stderr.splitlines())
+
+
+def test_json_has_every_device_with_source_quality_and_reason(nvml_stub: Path, tmp_path: Path) -> None:
+    scenario = f"uuid={A} watts=200 counter=0 limit=300;uuid={B} mig=1"
+    args = ["--json", "--output", str(tmp_path / "it.json"), "--intensity", "100", "--pue", "1.5", "--interval", "0.05"]
+    done = run(*args, "--", "sleep", "0.5", env=with_stub(nvml_stub, scenario))
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert json.loads((tmp_path / "it.json").read_text()) == report
+    assert report["command"] == ["sleep", "0.5"]
+    gpu, divided = report["devices"][:2]
+    assert gpu["energy_j"] == pytest.approx(200 * report["time_s"], rel=0.02)
+    assert (gpu["device"], gpu["quality"], gpu["source"]) == (A, "integrated power", "NVML power samples")
+    assert gpu["energy_bound_j"] == 300
+    assert (divided["device"], divided["energy_j"], divided["quality"]) == (B, None, None)
+    assert "MIG" in divided["reason"]
+    assert not report["energy_complete"]
+    assert report["energy_j"] == pytest.approx(sum(device["energy_j"] or 0 for device in report["devices"]))
+    assert report["power_w"] == pytest.approx(report["energy_j"] / report["time_s"])
+    assert report["co2_g"] == pytest.approx(report["energy_j"] * 1.5 / 3.6e6 * 100)
+    assert (report["carbon_intensity_g_per_kwh"], report["carbon_intensity_source"]) == (100, "given")
+    assert any("MIG" in note for note in report["notes"])
+
+
+def test_a_report_that_cannot_be_written_does_not_change_the_exit_code(tmp_path: Path) -> None:
+    done = run("--output", str(tmp_path), "--", "sh", "-c", "exit 5")
+    assert done.returncode == 5
+    assert f"--output: {str(tmp_path)!r}: Is a directory" in done.stderr
+    assert "total:" in done.stderr
+
+
+def test_gpus_that_should_be_there_and_are_not_are_unknown(nvml_stub: Path) -> None:
+    done = run("--json", "--", "true", env=with_stub(nvml_stub, "", CUDA_VISIBLE_DEVICES="0"))
+    gpu = json.loads(done.stdout)["devices"][0]
+    assert (gpu["device"], gpu["energy_j"]) == ("gpu", None)
+    assert "Driver Not Loaded" in gpu["reason"]
+    nothing = run("--json", "--", "true", env=with_stub(nvml_stub, f"uuid={A}", CUDA_VISIBLE_DEVICES="5"))
+    report = json.loads(nothing.stdout)
+    assert not any(device["device"].startswith("GPU") for device in report["devices"])
+    assert any("'5' names none" in note for note in report["notes"])
+    hidden = run("--json", "--", "true", env=with_stub(nvml_stub, f"uuid={A}", CUDA_VISIBLE_DEVICES=""))
+    assert not any("gpu" in line.lower() for line in hidden.stdout.split('"notes"')[0].splitlines())
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (["sh", "-c", "exit 0"], 0),
+        (["sh", "-c", "exit 77"], 77),
+        (["sh", "-c", "kill -KILL $$"], 128 + 9),
+        (["sh", "-c", "kill -TERM $$"], 128 + 15),
+        (["no-such-program"], 127),
+        (["/"], 126),
+    ],
+)
+def test_the_exit_code_is_the_commands(command: list[str], code: int) -> None:
+    done = run("--", *command)
+    assert done.returncode == code
+    assert len(done.stderr.strip().splitlines()) == 1 if code in (126, 127) else "total:" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_signals_are_handed_on_once(tmp_path: Path, number: signal.Signals) -> None:
+    program = f"""
+import signal, sys, time
+got = []
+signal.signal({int(number)}, lambda *_: got.append(1))
+open({str(tmp_path / "ready")!r}, "w").close()
+deadline = time.monotonic() + 20
+while not got and time.monotonic() < deadline:
+    time.sleep(0.01)
+time.sleep(0.3)
+sys.exit(40 + len(got))
+"""
+    process = subprocess.Popen(
+        [*MEASURE, "--", sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (tmp_path / "ready").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, text = process.communicate(timeout=30)
+    assert process.returncode == 41
+    assert "total:" in text
+
+
+def test_ctrl_c_at_a_terminal_reaches_the_command_once() -> None:
+    """The terminal signals the whole foreground group: handed on, it would come twice."""
+    program = (
+        "import signal, sys, time\n"
+        "got = []\n"
+        "signal.signal(signal.SIGINT, lambda *_: got.append(1))\n"
+        "print('ready', flush=True)\n"
+        "deadline = time.monotonic() + 20\n"
+        "while not got and time.monotonic() < deadline: time.sleep(0.01)\n"
+        "time.sleep(0.3)\n"
+        "sys.exit(40 + len(got))\n"
+    )
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, [*MEASURE, "--", sys.executable, "-c", program])
+    shown = b""
+    while b"ready" not in shown:
+        shown += os.read(terminal, 1000)
+    os.write(terminal, b"\x03")
+    _, status = os.waitpid(process, 0)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 41
+
+
+def test_the_command_starts_with_the_signals_that_it_would_have_had() -> None:
+    def blocked_and_ignored(status: str) -> list[int]:
+        # Signals 32 and 33 are the C library's own.
+        return [int(line.split()[1], 16) & 0x7FFFFFFF for line in status.splitlines()]
+
+    fields = ["sh", "-c", "grep -E 'Sig(Blk|Ign)' /proc/self/status"]
+    alone = subprocess.run(fields, capture_output=True, text=True, check=True).stdout
+    assert blocked_and_ignored(run("--", *fields).stdout) == blocked_and_ignored(alone)
+    assert len(blocked_and_ignored(alone)) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        ([], ["no command", "after --"]),
+        (["sleep", "1"], ["no command", "after --"]),
+        (["--wat", "--", "true"], ["'--wat' is not an option"]),
+        (["--pue", "0.5", "--", "true"], ["--pue: 0.5", "at least 1"]),
+        (["--interval", "0", "--", "true"], ["--interval: 0.0", "above 0"]),
+        (["--country", "XYZ", "--", "true"], ["--country: 'XYZ'", "three-letter"]),
+        (["--country", "FRA", "--intensity", "5", "--", "true"], ["--intensity: 5.0", "--country (FRA)"]),
+        (["--output", "/no/such/folder/x", "--", "true"], ["--output", "/no/such/folder/x"]),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_nothing_is_run(args: list[str], parts: list[str]) -> None:
+    done = run(*args)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    for part in parts:
+        assert part in done.stderr
+    assert done.stdout == ""

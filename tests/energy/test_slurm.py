@@ -1,0 +1,53 @@
+"""Slurm's own figure, from a stand-in for sacct: a program of that name on the path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from greenprune.energy import slurm_energy
+
+
+@pytest.fixture
+def sacct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The program's file, to be filled; it keeps its arguments beside it."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return tmp_path / "sacct"
+
+
+def answer(sacct: Path, text: str, code: int = 0) -> None:
+    sacct.write_text(f"#!/bin/sh\necho \"$@\" > {sacct}.asked\ncat <<'END'\n{text}\nEND\nexit {code}\n")
+    sacct.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("rows", "energy_j"),
+    [
+        ("42|5000\n42.batch|3000\n42.0|2000", 5000),
+        ("42|\n42.batch|3000\n42.0|2000", 5000),
+        ("42|0\n42.batch|0", None),
+        ("42|18446744073709551614\n42.0|700", 700),
+        ("42+0|100\n42+1|200\n42+0.0|90", 300),
+        ("", None),
+        ("error: something\n42|12|7", None),
+    ],
+)
+def test_the_job_is_told_or_else_its_steps(sacct: Path, rows: str, energy_j: float | None) -> None:
+    answer(sacct, rows)
+    found = slurm_energy("42")
+    assert found.energy_j == energy_j
+    assert (found.reason is None) == (energy_j is not None)
+    asked = Path(f"{sacct}.asked").read_text()
+    assert "-j 42" in asked
+    assert "ConsumedEnergyRaw" in asked
+
+
+def test_without_sacct_or_with_a_broken_one_there_is_a_reason_and_no_error(sacct: Path) -> None:
+    missing = slurm_energy("42")
+    assert missing.energy_j is None
+    assert "not installed" in str(missing.reason)
+    answer(sacct, "42|1", code=1)
+    failed = slurm_energy("42")
+    assert failed.energy_j is None
+    assert "exit code 1" in str(failed.reason)
