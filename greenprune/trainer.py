@@ -20,7 +20,7 @@ from greenprune.data import ImageData
 from greenprune.energy import co2_g
 from greenprune.engine import Engine
 from greenprune.evaluation import Evaluation, evaluate
-from greenprune.gating import GatePolicy, UnitWindow, Verdict, find_gates, split_unit
+from greenprune.gating import GatePolicy, Verdict, by_gate, find_gates
 from greenprune.interrupt import Interrupted, InterruptRequest
 from greenprune.models import residual_blocks
 from greenprune.network import Network, units_present
@@ -241,7 +241,7 @@ class Trainer:
             gate__price=self.policy.controller.price.item(),
             gate__target=self.policy.controller.target_at(self.step),
             structure__kept_cost=self.policy.kept_cost,
-            units=_by_gate(window),
+            units=by_gate(window),
         )
         if verdicts:
             with self.meter.window("surgery"):
@@ -489,18 +489,3 @@ class Trainer:
             "device": str(self.engine.device),
             "world_size": self.engine.world_size,
         }
-
-
-def _by_gate(window: dict[str, UnitWindow]) -> dict[str, dict[str, Any]]:
-    """What the gates did, as events tell it: a number for a block, a list in the order of the units for channels."""
-    gates: dict[str, dict[str, Any]] = {}
-    for name, unit in window.items():
-        owner, index = split_unit(name)
-        if index is None:
-            gates[owner] = {"rate": unit.rate, "openness": unit.openness}
-            continue
-        channels = gates.setdefault(owner, {"unit": [], "rate": [], "openness": []})
-        channels["unit"].append(index)
-        channels["rate"].append(round(unit.rate, 4))
-        channels["openness"].append(round(unit.openness, 4))
-    return gates

@@ -9,7 +9,7 @@ from greenprune.gating.budget import (
     polarization,
     split_unit,
 )
-from greenprune.gating.consensus import Consensus, UnitWindow, Verdict, decide, settle
+from greenprune.gating.consensus import Consensus, UnitWindow, by_gate
 from greenprune.gating.gates import (
     BlockGate,
     ChannelGate,
@@ -22,6 +22,7 @@ from greenprune.gating.gates import (
     take_decisions,
 )
 from greenprune.gating.policy import GatePolicy, PolicySettings
+from greenprune.gating.settling import Verdict, decide, settle
 
 __all__ = [
     "BlockGate",
@@ -36,6 +37,7 @@ __all__ = [
     "UnitWindow",
     "Verdict",
     "attach_gates",
+    "by_gate",
     "channel_unit",
     "decide",
     "find_gates",

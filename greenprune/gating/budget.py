@@ -176,6 +176,11 @@ class KeptCost:
         self.total -= self.cost_of_channels(channels, count)
         self.left[channels] -= count
 
+    def put_back_channels(self, channels: str, count: int) -> None:
+        """Put some units of a set back that were taken away."""
+        self.left[channels] += count
+        self.total += self.cost_of_channels(channels, count)
+
 
 class ExpectedCost:
     """The kept cost as a function of activation rates, with the gradient by every rate; on the device.

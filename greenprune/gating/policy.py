@@ -17,8 +17,9 @@ from greenprune.gating.budget import (
     global_rates,
     polarization,
 )
-from greenprune.gating.consensus import Consensus, UnitWindow, Verdict, decide
+from greenprune.gating.consensus import Consensus, UnitWindow
 from greenprune.gating.gates import find_gates, gated_units, hold_within_bounds, take_decisions
+from greenprune.gating.settling import Verdict, decide
 
 # Share of the time from the warm-up to the deadline in which the target is ramped down (our choice): gates then have
 # the rest to come to rest, and the last to go still leave in time to save much.

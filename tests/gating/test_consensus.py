@@ -14,7 +14,7 @@ import torch
 
 from greenprune.config import ModelConfig
 from greenprune.gating import Consensus, UnitCosts, UnitWindow, Verdict, decide, settle
-from greenprune.gating.consensus import can_settle
+from greenprune.gating.settling import can_settle
 from greenprune.models import build_model
 from greenprune.network import UnitTable
 
