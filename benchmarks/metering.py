@@ -230,8 +230,8 @@ def table(found: dict, provenance: dict, batch_size: int) -> str:
         "",
         f"Change against turns without a meter, median over pairs (quartiles). ResNet-20 on digits, batch "
         f"{batch_size}, a step of {1e3 * found['greenprune']['bare_step_s']:.1f} ms, 1 thread; {provenance['cpu']}, "
-        f"codecarbon {provenance['versions']['codecarbon']}. The first row compares turns without a meter with each other: it is "
-        "what the method itself is off by.",
+        f"codecarbon {provenance['versions']['codecarbon']}. The first row compares turns without a meter "
+        "with each other: it is what the method itself is off by.",
     ]
     return "\n".join(lines) + "\n"
 
