@@ -244,7 +244,7 @@ class RunStatus:
 
     def _columns(self, *cells: str) -> str:
         epoch_width = max(5, 2 * len(str(self._start["epochs"])) + 1)
-        widths = (epoch_width, 10, 8, 8, 8, 8, 7, *((len(self._channels()),) if self._channels() else ()), 5)
+        widths = (epoch_width, 10, 8, 8, 8, 8, 7, *((max(8, len(self._channels())),) if self._channels() else ()), 5)
         return "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
 
     def _channels(self) -> str:

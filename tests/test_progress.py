@@ -378,3 +378,40 @@ def test_a_sum_is_as_good_as_its_worst_part() -> None:
     assert worst_quality(["counter", "estimate", None]) == "estimate"
     assert worst_quality(["counter"]) == "counter"
     assert worst_quality([None]) is None
+
+
+# Channels.
+
+CHANNELS = {"channels": {"a:hidden": 16, "b:hidden": 84}}
+
+
+def test_channels_have_a_column_and_are_counted_not_listed() -> None:
+    gone = [change("removal", "a:hidden", "off") | {"channels": list(range(9)), "structure/channels": 61}]
+    gone += [change("removal", "b:hidden", "off") | {"channels": list(range(30)), "structure/channels": 61}]
+    gone += [change("removal", "c", "settled") | {"channels": None, "structure/channels": 61}]
+    lines = piped(
+        start(**CHANNELS, **{"structure/channels": 100}),
+        train(10, **{"structure/channels": 100}),
+        epoch(1, **{"structure/channels": 100}),
+        *gone,
+        epoch(2, **{"structure/channels": 61}),
+    )
+    text = "\n".join(lines)
+    assert "now 4 blocks with 100 channels, 1.00 kFLOPs an image, 4 gates" in text
+    assert "39 channels of 2 blocks (off); c (settled). Left: 2 of 4 blocks, 61 of 100 channels, 1 gate" in text
+    header, first, second = (line for line in lines if line.lstrip().startswith(("epoch", "1/4", "2/4")))
+    assert len(header) == len(first) == len(second)
+    assert header.split()[-2] == "channels"
+    assert "100/100" in first
+    assert "61/100" in second
+
+
+def test_one_channel_names_its_block() -> None:
+    gone = change("removal", "stages.1.2:hidden", "settled") | {"channels": [3], "structure/channels": 99}
+    text = "\n".join(piped(start(**CHANNELS, **{"structure/channels": 100}), gone, train(21)))
+    assert "1 channel of stages.1.2 (settled)" in text
+
+
+def test_a_run_without_gated_channels_has_no_column_for_them() -> None:
+    text = "\n".join(piped(start(), epoch(1)))
+    assert "channels" not in text

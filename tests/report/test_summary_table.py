@@ -154,3 +154,18 @@ def test_bounds_attempts_and_joules_a_sample_are_told_where_they_are_known(print
     assert "1: 9,000 J (500 J done again), 2: 5,395 J" in text
     assert "30.0 kJ for the job, on whole nodes" in text
     assert "56 g/kWh and a PUE of 1.3" in text
+
+
+def test_channels_are_counted_beside_the_blocks(printed: Any) -> None:
+    removals = [
+        {"unit": "stages.2.3", "step": 44, "epoch": 2.0, "reason": "off", "channels": None},
+        {"unit": "stages.0.1:hidden", "step": 44, "epoch": 2.0, "reason": "off", "channels": 7},
+        {"unit": "stages.0.2:hidden", "step": 44, "epoch": 2.0, "reason": "off", "channels": 5},
+        {"unit": "stages.0.2:hidden", "step": 66, "epoch": 3.0, "reason": "settled", "channels": 1},
+    ]
+    text = " ".join(printed(removals=removals, blocks=17, channels=660, channels_dense=673).split())
+    assert (
+        "1 of 18 blocks, 13 of 673 channels inside blocks: stages.2.3, 12 channels of 2 blocks (epoch 2, off); 1"
+        in text
+    )
+    assert "1 channel of stages.0.2 (epoch 3, settled)" in text
