@@ -40,6 +40,28 @@ class _GatedSum(torch.autograd.Function):
         return grad, grad if ctx.all_on else grad * _per_sample(decision, grad), towards_decision
 
 
+class _OpenReLU(torch.autograd.Function):
+    """``relu(shortcut + branch)`` while every decision is 1, with the decisions' gradient.
+
+    The branch's output is not kept for the backward, as it is not without a gate. Where the gradient is not 0 it is the
+    difference of result and shortcut, and those are kept anyway, by the layers that they go into.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, decision: Tensor) -> Tensor:
+        out = (shortcut + branch).relu_()
+        ctx.save_for_backward(shortcut, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (grad,) = grads
+        shortcut, out = ctx.saved_tensors
+        grad = torch.ops.aten.threshold_backward(grad, out, 0)
+        branch = out - shortcut
+        return grad, grad, branch.mul_(grad).sum(dim=tuple(range(1, grad.dim())))
+
+
 def _per_sample(decision: Tensor, activations: Tensor) -> Tensor:
     """Decisions [B] in the shape and precision in which they multiply activations [B, ...]."""
     return decision.to(activations.dtype).view(-1, *[1] * (activations.dim() - 1))
@@ -157,8 +179,18 @@ class ResidualBlock(nn.Module):
         decision = None if self.gate is None else self.gate(x)
         for slot in self.slots:
             decision = slot.some_on if decision is None else decision * slot.some_on
-        out = shortcut + branch if decision is None else _GatedSum.apply(shortcut, branch, decision)
-        activated: Tensor = self.activation(out)
+        if decision is None:
+            return self._activate(shortcut + branch)
+        if _known_all_on(decision):
+            if not decision.requires_grad:
+                return self._activate(shortcut + branch)
+            if type(self.activation) is nn.ReLU and branch.dtype == torch.float32:  # in bf16 a difference is too coarse
+                activated: Tensor = _OpenReLU.apply(shortcut, branch, decision)
+                return activated
+        return self._activate(_GatedSum.apply(shortcut, branch, decision))
+
+    def _activate(self, total: Tensor) -> Tensor:
+        activated: Tensor = self.activation(total)
         return activated
 
     def without_branch(self) -> nn.Module:

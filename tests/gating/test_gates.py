@@ -304,6 +304,51 @@ def test_the_gradient_of_a_blocks_input_is_that_with_the_decisions_given(
     assert torch.equal(with_gate, gradient())
 
 
+@pytest.mark.parametrize("shortcut", [nn.Identity(), nn.Conv2d(CHANNELS, CHANNELS, 1)], ids=["identity", "projection"])
+@pytest.mark.parametrize("size", [1, 6])
+def test_open_gates_have_the_gradient_of_their_branch(shortcut: nn.Module, size: int) -> None:
+    """The way that does not keep the branch's output gives what autograd gives with it."""
+    branch = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+    block = ResidualBlock(branch, shortcut, nn.ReLU(inplace=True), input_activated=True)
+    decision = torch.ones(5, requires_grad=True)
+    block.gate = Given(decision)
+    x = torch.randn(5, CHANNELS, size, size, requires_grad=True)
+    weights = torch.randn(5, CHANNELS, size, size)
+
+    def gradients(out: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad((out * weights).square().sum(), [x, decision, *block.parameters()]))
+
+    found = gradients(block(x))
+    expected = gradients(torch.relu(shortcut(x) + decision.view(-1, 1, 1, 1) * branch(x)))
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in zip(found, expected, strict=True))
+
+
+def test_open_gates_keep_no_more_for_the_backward_than_no_gates() -> None:
+    branch = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.BatchNorm2d(CHANNELS))
+    block = ResidualBlock(branch, nn.Identity(), nn.ReLU(inplace=True), input_activated=True)
+    x = torch.randn(5, CHANNELS, 8, 8, requires_grad=True)
+
+    def kept() -> set[int]:
+        storages: set[int] = set()
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.numel() >= x.numel():
+                storages.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = block(x)
+        assert out.requires_grad
+        return storages
+
+    without = len(kept())
+    decision = torch.ones(5, requires_grad=True)
+    block.gate = Given(decision)
+    assert len(kept()) == without
+    decision.data[0] = 0.0
+    assert len(kept()) == without + 1  # for a sample that is off, the branch cannot be told from the result
+
+
 # Taking decisions.
 
 
