@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from greenprune.config import DataConfig, ModelConfig
 from greenprune.data import open_data
+from greenprune.data.folders import LAYOUTS
 from greenprune.energy import Measurement, Meter, open_meter
 from greenprune.export.exporting import form_to_write, read_record, weights_bytes
 from greenprune.export.formats import ExportError, Loaded, check_format, load_network, write_network
@@ -76,12 +77,12 @@ def evaluate_file(path: Path | str, data_name: str, data_root: str | None = None
     """
     folder, record = read_record(Path(path))
     channels, height, _ = record["input"]["shape"]
-    data = open_data(DataConfig(name=data_name, root=data_root, image_size=height), data_root, seed=0)
-    if (data.channels, data.classes) != (channels, record["classes"]):
-        raise ExportError(
-            f"--data: {data_name!r} has images of {data.channels} channels in {data.classes} classes; expected data "
-            f"with {channels} channels and {record['classes']} classes, as the network takes"
-        )
+    size = height if data_name in LAYOUTS else None  # the others have images of one size
+    data = open_data(DataConfig(name=data_name, image_size=size), data_root, seed=0)
+    has, takes = (data.channels, data.image_size, data.classes), (channels, height, record["classes"])
+    if has != takes:
+        form = "{0} channels and {1} x {1} pixels in {2} classes".format
+        raise ExportError(f"--data: {data_name!r} has images of {form(*has)}; expected {form(*takes)}")
     loaded = load_network(record["kind"], folder)
     right = samples = 0
     with torch.no_grad():

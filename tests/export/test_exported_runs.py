@@ -441,6 +441,17 @@ def test_bad_files_and_settings_are_named(
     assert message in error
 
 
+def test_data_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 2))
+    export_network(model, torch.randn(2, 3, 8, 8), "torch", tmp_path / "out")
+    with pytest.raises(ExportError) as refused:
+        evaluate_file(tmp_path / "out", "digits")
+    assert str(refused.value) == (
+        "--data: 'digits' has images of 1 channels and 8 x 8 pixels in 10 classes; "
+        "expected 3 channels and 8 x 8 pixels in 2 classes"
+    )
+
+
 def test_a_truncated_file_is_named(exports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind, name in (("torch", "model.pt"), ("onnx", "model.onnx"), ("torch.export", "model.pt2")):
         shutil.copytree(exports / kind, tmp_path / kind)
