@@ -1,4 +1,4 @@
-"""The ``greenprune`` command: train, compare runs, look over the machine, and measure other commands."""
+"""The ``greenprune`` command: train, compare, take networks away, look over the machine, measure other commands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,14 +14,18 @@ _DESCRIPTION = """\
 Train a network and remove the blocks it does not need while it trains, with every joule accounted for.
 
 commands:
-  train      do one run: all its settings from a YAML file and flags
-  compare    set runs side by side, each against its dense twin
-  doctor     say what this machine has and what is missing
-  measure    run any command and say what joules it took
+  train        do one run: all its settings from a YAML file and flags
+  compare      set runs side by side, each against its dense twin
+  export       write a finished run's network so that it runs without greenprune
+  eval         accuracy of an exported network on a test set
+  infer-bench  latency, throughput, joules and memory of exported networks beside their dense twins
+  doctor       say what this machine has and what is missing
+  measure      run any command and say what joules it took
 
 examples:
   greenprune train --config configs/digits.yaml --budget.target 0.3
   greenprune compare runs/
+  greenprune export runs/NAME --format onnx -o my-network
   greenprune measure -- python train.py
 
 Each command has its own --help. Several processes: accelerate launch greenprune/train.py (see launch/)."""
@@ -65,10 +70,48 @@ def _build_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--to-accuracy", type=float, metavar="SHARE", help="also tell the joules until this accuracy was reached (0.9)"
     )
+    evaluate, benchmark = _add_export_parsers(commands)
     doctor = commands.add_parser("doctor", description="Say what this machine has and what is missing.")
-    for command in (compare, doctor):
+    for command in (compare, evaluate, benchmark, doctor):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _add_export_parsers(
+    commands: argparse._SubParsersAction[_Parser],
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    export = commands.add_parser(
+        "export", description="Write a finished run's network so that it runs without greenprune, and check it."
+    )
+    export.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder")
+    export.add_argument(
+        "--format",
+        required=True,
+        metavar="FORMAT",
+        help="torch, torch.export, onnx, safetensors or hf (docs/export.md)",
+    )
+    export.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="new folder to write; default: export/FORMAT in the run's"
+    )
+    export.add_argument(
+        "--fold-batch-norm", action="store_true", help="fold batch normalisation into the convolutions before it"
+    )
+    export.add_argument("--opset", type=int, metavar="N", help="ONNX operator set; default: the exporter's choice")
+    evaluate = commands.add_parser("eval", description="Accuracy of an exported network on a test set.")
+    evaluate.add_argument("file", type=Path, metavar="FILE", help="an exported folder, or a file in it")
+    evaluate.add_argument("--data", required=True, metavar="NAME", help="name of the data set, such as digits")
+    for command in (export, evaluate):
+        command.add_argument(
+            "--root", metavar="DIR", help="folder of the data set; default: the environment's GREENPRUNE_DATA"
+        )
+    benchmark = commands.add_parser(
+        "infer-bench", description="What inference with exported networks takes beside their dense twins, in turn."
+    )
+    benchmark.add_argument("files", nargs="+", type=Path, metavar="FILE", help="an exported folder, or a file in it")
+    benchmark.add_argument("--batch-size", type=int, default=256, metavar="N", help="images in a large batch (256)")
+    benchmark.add_argument("--turns", type=int, default=15, metavar="N", help="turns of each network (15)")
+    benchmark.add_argument("--compile", action="store_true", help="also measure them compiled by torch.compile (slow)")
+    return evaluate, benchmark
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -86,6 +129,55 @@ def _compare(arguments: argparse.Namespace) -> int:
     else:
         open_console().print(comparison)
     return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from greenprune.export import export_run
+
+    exported = export_run(
+        arguments.run,
+        arguments.format,
+        arguments.output,
+        fold_batch_norm=arguments.fold_batch_norm,
+        opset=arguments.opset,
+        data_root=arguments.root or os.environ.get("GREENPRUNE_DATA"),
+    )
+    print(exported)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from greenprune.export import evaluate_file
+
+    found = evaluate_file(arguments.file, arguments.data, arguments.root or os.environ.get("GREENPRUNE_DATA"))
+    print(json.dumps(vars(found), indent=2) if arguments.json else found)
+    return 0
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    from greenprune.export import benchmark_inference
+    from greenprune.progress import open_console
+
+    report = benchmark_inference(
+        arguments.files, batch_size=arguments.batch_size, turns=arguments.turns, compiled=arguments.compile
+    )
+    if arguments.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        open_console().print(report)
+    return 0
+
+
+def _carry_out(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Carry a command out and say in one line why it could not be."""
+    from greenprune.checkpoint import CheckpointCorrupt
+    from greenprune.config import UserError
+
+    try:
+        return command(arguments)
+    except (UserError, CheckpointCorrupt, OSError) as error:
+        print(f"greenprune: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -126,6 +218,9 @@ def main(argv: list[str] | None = None) -> int:
 
         return measure(args[1:], os.environ)
     arguments = parser.parse_args(args)
+    exporting = {"export": _export, "eval": _evaluate, "infer-bench": _benchmark}
+    if arguments.command in exporting:
+        return _carry_out(exporting[arguments.command], arguments)
     return _compare(arguments) if arguments.command == "compare" else _doctor(arguments)
 
 

@@ -85,6 +85,9 @@ class ImageData(ABC):
         steps_per_epoch: Whole batches in the training set; the samples left over sit out this epoch.
     """
 
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(
         self,
         config: DataConfig,
@@ -116,6 +119,11 @@ class ImageData(ABC):
                 f"data.batch_size: {self.batch_size!r} is not valid; expected at most {train_samples}, "
                 f"the samples that {self.name} has to train on"
             )
+
+    @property
+    def normalisation(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation of each channel that images are normalised with, in the units of the stored pixels."""
+        return self._mean.flatten().tolist(), self._std.flatten().tolist()
 
     def to(self, device: torch.device | str, channels_last: bool = False) -> ImageData:
         """Deliver batches on a device and in a memory format from now on.

@@ -1,0 +1,312 @@
+"""The formats of an exported network: how each is written, and how each is loaded back without greenprune."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from greenprune.config import UserError
+from greenprune.export.source import module_source
+
+FILES = {
+    "torch": "model.pt",
+    "torch.export": "model.pt2",
+    "onnx": "model.onnx",
+    "safetensors": "model.safetensors",
+    "hf": "model.safetensors",
+}
+"""The formats, and the file that holds the tensors in each."""
+
+WITH_SOURCE = ("torch", "safetensors", "hf")
+"""The formats that come with a module file."""
+
+LEAST_OPSET = 18
+"""The oldest ONNX operator set that PyTorch's exporter writes by itself; older ones are conversions that often fail."""
+
+_SOURCE, _MODELING = "network.py", "modeling_network.py"
+
+_MODELING_TEXT = '''"""The network for transformers, which loads it through AutoModelForImageClassification."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from .network import Network
+
+
+class NetworkConfig(PretrainedConfig):
+    """Settings of the network: all of them are in network.py."""
+
+    model_type = "greenprune"
+
+
+class NetworkForImageClassification(PreTrainedModel):
+    """The network with the interface of an image classifier."""
+
+    config_class = NetworkConfig
+    base_model_prefix = "network"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__(config)
+        self.network = Network()
+        self.post_init()
+
+    def _init_weights(self, module: object) -> None:
+        """The tensors come from the file."""
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        """Logits of normalised images, and the cross-entropy if the labels are given."""
+        logits = self.network(pixel_values)
+        loss = None if labels is None else functional.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+'''
+
+
+class ExportError(UserError):
+    """A network that cannot be exported as asked; the message says why and what is valid."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An exported network that was loaded back.
+
+    Attributes:
+        run: From images [B, C, H, W] to logits [B, classes].
+        module: The network as a PyTorch module; None where another runtime runs it.
+        engine: What runs it, with its version.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    module: nn.Module | None
+    engine: str
+
+
+def check_format(kind: str, opset: int | None) -> None:
+    """Refuse a format that does not exist, cannot be had here, or does not go with the operator set.
+
+    Raises:
+        ExportError: It is so.
+    """
+    if kind not in FILES:
+        raise ExportError(f"--format: {kind!r} is not valid; expected one of {', '.join(FILES)}")
+    if opset is not None and kind != "onnx":
+        raise ExportError(f"--opset: {opset} is not valid with --format {kind}; expected --format onnx")
+    if kind != "onnx":
+        return
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"--format: 'onnx' needs {', '.join(missing)}, which is not installed; expected greenprune[export]"
+        )
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and not LEAST_OPSET <= opset <= newest:
+        raise ExportError(f"--opset: {opset} is not valid; expected {LEAST_OPSET} to {newest}")
+
+
+def write_network(
+    kind: str, network: nn.Module, images: Tensor, folder: Path, *, about: str, opset: int | None = None
+) -> dict[str, Any]:
+    """Write a network's files in one format into a folder.
+
+    Args:
+        kind: The format.
+        network: The network, plain if the format comes with a module file; in evaluation mode.
+        images: At least two images [B, C, H, W] to trace the network with.
+        folder: Where the files go.
+        about: What the network is, in one line.
+        opset: ONNX operator set; None: the exporter's own choice.
+
+    Returns:
+        What the record should say of the files: versions, and the operator set.
+
+    Raises:
+        ExportError: The network has something that the format cannot express.
+    """
+    path = folder / FILES[kind]
+    if kind == "torch.export":
+        torch.export.save(_traced(network, images), path)
+        return {}
+    if kind == "onnx":
+        return _write_onnx(network, images, path, opset)
+    assert isinstance(network, nn.Sequential)
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}
+    if kind == "torch":
+        torch.save(tensors, path)
+    else:
+        save_file(tensors, path, metadata={"format": "pt"})
+    with torch.no_grad():
+        classes = network(images[:1]).shape[1]
+    shapes = f"[B, {', '.join(map(str, images.shape[1:]))}]", f"[B, {classes}]"
+    reader = "torch" if kind == "torch" else "safetensors"
+    (folder / _SOURCE).write_text(module_source(network, about, reader=reader, shapes=shapes))
+    if kind == "hf":
+        (folder / _MODELING).write_text(_MODELING_TEXT)
+        (folder / "config.json").write_text(json.dumps(_hf_config(images, classes), indent=2) + "\n")
+    return {}
+
+
+def _hf_config(images: Tensor, classes: int) -> dict[str, Any]:
+    return {
+        "architectures": ["NetworkForImageClassification"],
+        "model_type": "greenprune",
+        "auto_map": {
+            "AutoConfig": "modeling_network.NetworkConfig",
+            "AutoModelForImageClassification": "modeling_network.NetworkForImageClassification",
+        },
+        "num_channels": images.shape[1],
+        "image_size": images.shape[2],
+        "id2label": {str(index): str(index) for index in range(classes)},
+        "label2id": {str(index): index for index in range(classes)},
+        "dtype": "float32",
+    }
+
+
+def _traced(network: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    """The network as a graph that takes any number of images."""
+    try:
+        with _quiet(), torch.no_grad():
+            return torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError, TypeError) as error:
+        raise ExportError(f"the network cannot be traced by torch.export: {_first_line(error)}") from None
+
+
+def _write_onnx(network: nn.Module, images: Tensor, path: Path, opset: int | None) -> dict[str, Any]:
+    import onnx
+    from torch.onnx import OnnxExporterError
+
+    program = _traced(network, images)
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    nodes = [node for node in program.graph.nodes if node.target is attention]
+    if any(node.args[0].meta["val"].dim() != 4 for node in nodes):
+        # The exporter knows attention with batch, heads, positions and width only: windows are one dimension more.
+        decompositions = torch.export.default_decompositions()
+        program = program.run_decompositions({attention: decompositions[attention]})
+    try:
+        with _quiet():
+            torch.onnx.export(
+                program,
+                f=path,
+                input_names=["images"],
+                output_names=["logits"],
+                opset_version=opset,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    except OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ExportError(f"the network cannot be written as ONNX: {_first_line(cause)}") from None
+    proto = onnx.load(path)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    proto.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.save(proto, path)
+    written = next(entry.version for entry in proto.opset_import if not entry.domain)
+    if opset is not None and written != opset:
+        raise ExportError(f"--opset: {opset} is not valid for this network, which needs {written}; expected {written}")
+    return {"opset": written, "onnx": onnx.__version__}
+
+
+# What PyTorch, safetensors and a module file that was tampered with raise.
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    AttributeError,
+    KeyError,
+    SyntaxError,
+    pickle.UnpicklingError,
+    SafetensorError,
+    zipfile.BadZipFile,
+)
+
+
+def load_network(kind: str, folder: Path) -> Loaded:
+    """Load what :func:`write_network` wrote, as someone without greenprune does. The module file, if any, is run.
+
+    Raises:
+        ExportError: A file cannot be read, or its runtime is not installed.
+    """
+    path = folder / FILES[kind]
+    try:
+        if kind == "onnx":
+            return _load_onnx(path)
+        if kind == "torch.export":
+            with _quiet():
+                module: nn.Module = torch.export.load(path).module()
+        else:
+            module = _run_module(folder / _SOURCE).load_network(str(path))
+    except _UNREADABLE as error:
+        raise ExportError(f"FILE: {str(path)!r} cannot be loaded: {_first_line(error)}") from None
+    return Loaded(module, module, f"torch {torch.__version__}")
+
+
+def _load_onnx(path: Path) -> Loaded:
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise ExportError(f"FILE: {str(path)!r} needs onnxruntime, which is not installed; expected greenprune[export]")
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    unreadable = (errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.InvalidProtobuf, errors.NoSuchFile)
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except (*unreadable, errors.NotImplemented) as error:
+        raise ExportError(f"FILE: {str(path)!r} cannot be loaded: {_first_line(error)}") from None
+    name = session.get_inputs()[0].name
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+    return Loaded(run, None, f"onnxruntime {onnxruntime.__version__}")
+
+
+def _run_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep log lines of PyTorch's and ONNX's exporters off the screen: errors are raised, and reported in one line."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -1,0 +1,447 @@
+"""Exported networks at work: their accuracy, and what inference takes beside the dense twin's."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from greenprune.config import DataConfig, ModelConfig
+from greenprune.data import open_data
+from greenprune.data.folders import LAYOUTS
+from greenprune.energy import Measurement, Meter, open_meter
+from greenprune.export.exporting import form_to_write, read_record, weights_bytes
+from greenprune.export.formats import ExportError, Loaded, check_format, load_network, write_network
+from greenprune.models import build_model
+from greenprune.progress import UNKNOWN, format_joules, format_percent, format_seconds, format_si
+
+_LATENCY_S, _THROUGHPUT_S = 0.05, 0.3  # of work in a turn; estimates of energy read nothing below 0.1 s
+
+
+# Accuracy.
+
+
+@dataclass(frozen=True)
+class FileAccuracy:
+    """Accuracy of an exported network.
+
+    Attributes:
+        accuracy: Share of samples whose most likely class is right, 0 to 1.
+        samples: Samples counted.
+        data: The data set, of which this is the test set.
+        engine: What ran the network.
+        of_run: Accuracy that the run's summary states; None if it was on other data, or is not recorded.
+        precision_of_run: The precision in which the run measured it, if not fp32.
+    """
+
+    accuracy: float
+    samples: int
+    data: str
+    engine: str
+    of_run: float | None
+    precision_of_run: str | None = None
+
+    def __str__(self) -> str:
+        of_run = "" if self.of_run is None else f"; the run's summary says {format_percent(self.of_run, 2)}"
+        of_run += "" if self.precision_of_run is None else f", in {self.precision_of_run}"
+        return (
+            f"accuracy {format_percent(self.accuracy, 2)} on the {self.samples:,} images of {self.data}'s test set "
+            f"({self.engine}){of_run}"
+        )
+
+
+def evaluate_file(path: Path | str, data_name: str, data_root: str | None = None) -> FileAccuracy:
+    """Evaluate an exported network on the whole test set.
+
+    Args:
+        path: The exported folder, or a file in it. A module file in it is run.
+        data_name: Name of the data set.
+        data_root: Folder of the data set.
+
+    Raises:
+        UserError: There is no such file or data, or they do not go together.
+    """
+    folder, record = read_record(Path(path))
+    channels, height, _ = record["input"]["shape"]
+    size = height if data_name in LAYOUTS else None  # the others have images of one size
+    data = open_data(DataConfig(name=data_name, image_size=size), data_root, seed=0)
+    has, takes = (data.channels, data.image_size, data.classes), (channels, height, record["classes"])
+    if has != takes:
+        form = "{0} channels and {1} x {1} pixels in {2} classes".format
+        raise ExportError(f"--data: {data_name!r} has images of {form(*has)}; expected {form(*takes)}")
+    loaded = load_network(record["kind"], folder)
+    right = samples = 0
+    with torch.no_grad():
+        for images, labels in data.eval_batches():
+            right += int((loaded.run(images).argmax(1) == labels).sum())
+            samples += len(labels)
+    summary = record["summary"] or {}
+    same = (summary.get("data"), summary.get("accuracy_kind")) == (data_name, "test")
+    if not same:
+        return FileAccuracy(right / samples, samples, data_name, loaded.engine, None)
+    precision = None if summary["precision"] == "no" else summary["precision"]
+    return FileAccuracy(right / samples, samples, data_name, loaded.engine, summary["accuracy"], precision)
+
+
+# Cost.
+
+
+@dataclass
+class Cost:
+    """What inference with one network takes.
+
+    Attributes:
+        network: Its folder, or ``dense twin``.
+        latency_s: Median seconds for one image by itself.
+        images_per_s: Median images a second in large batches.
+        energy_j_per_1000: Joules for 1,000 images in large batches; None if nothing could be read.
+        weights_bytes: Parameters and buffers.
+        activations_bytes: Most bytes of tensors alive at once in a large batch, without the weights; None where the
+            runtime does not tell.
+        against_twin: For latency, throughput and energy how many times better than the twin: medians over the turns,
+            each taken in one turn. Empty for the twin itself, and without one.
+    """
+
+    network: str
+    latency_s: float
+    images_per_s: float
+    energy_j_per_1000: float | None
+    weights_bytes: int
+    activations_bytes: int | None
+    against_twin: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass
+class Comparison:
+    """Networks that were measured in turn: the dense twin first, if there is one.
+
+    Attributes:
+        engine: What ran them: eager, compiled or onnxruntime, with the version and the device.
+        costs: One for each network.
+        energy_quality: How much the joules are worth; None if there are none.
+        energy_sources: Where they come from, by device.
+    """
+
+    engine: str
+    costs: list[Cost]
+    energy_quality: str | None
+    energy_sources: dict[str, str]
+
+
+@dataclass
+class InferenceReport:
+    """What inference takes, engine by engine; rich prints it as a table."""
+
+    batch_size: int
+    turns: int
+    threads: int
+    comparisons: list[Comparison]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column("network", overflow="fold")
+        for name in (
+            "latency,\nbatch 1",
+            f"images/s,\nbatch {self.batch_size}",
+            "J / 1,000\nimages",
+            "weights",
+            "activations",
+        ):
+            table.add_column(name, justify="right", no_wrap=True)
+        for comparison in self.comparisons:
+            table.add_row(Text(comparison.engine, style="bold"))
+            for cost in comparison.costs:
+                table.add_row(*_cells(cost))
+                if cost.against_twin:
+                    ratios = (cost.against_twin[key] for key in ("latency", "throughput", "energy"))
+                    cells = ("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios)
+                    table.add_row("  better than the twin", *cells, style="green")
+        sources = {
+            f"joules: {device}, {source} ({comparison.energy_quality})"
+            for comparison in self.comparisons
+            for device, source in comparison.energy_sources.items()
+        }
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        notes = [f"{self.turns} turns, {threads}", *sorted(sources), *self.notes]
+        return Group(table, *(Text(note, style="dim") for note in notes))
+
+
+def _cells(cost: Cost) -> list[str]:
+    activations = UNKNOWN if cost.activations_bytes is None else format_si(cost.activations_bytes, "B")
+    return [
+        f"  {cost.network}",
+        format_seconds(cost.latency_s),
+        f"{cost.images_per_s:,.0f}",
+        format_joules(cost.energy_j_per_1000),
+        format_si(cost.weights_bytes, "B"),
+        activations,
+    ]
+
+
+@dataclass
+class _Contestant:
+    """One network that takes turns with others."""
+
+    name: str
+    run: Callable[[Tensor], Tensor]
+    module: nn.Module | None
+    weights_bytes: int
+    single_s: list[float] = field(default_factory=list)
+    image_s: list[float] = field(default_factory=list)
+    joules: list[float | None] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
+    repeats: tuple[int, int] = (1, 1)
+
+
+def benchmark_inference(
+    paths: Sequence[Path | str], *, batch_size: int = 256, turns: int = 15, compiled: bool = False
+) -> InferenceReport:
+    """Measure exported networks beside their dense twins, in turn, on the CPU and on the GPU if there is one.
+
+    Networks of one format and one dense twin are measured together. The twin is the network of the run's config before
+    any removal, untrained, in the same format and with batch norms folded if theirs are. PyTorch networks keep the
+    layout of tensors that the run had (``model.channels_last``).
+
+    Args:
+        paths: Exported folders, or files in them. Module files in them are run.
+        batch_size: Images in a large batch.
+        turns: How often each network has its turn.
+        compiled: Also measure PyTorch networks compiled by torch.compile.
+
+    Raises:
+        UserError: There is no such file, or a setting is not valid.
+    """
+    for name, value, least in (("--batch-size", batch_size, 1), ("--turns", turns, 1)):
+        if value < least:
+            raise ExportError(f"{name}: {value} is not valid; expected at least {least}")
+    groups: dict[str, list[tuple[str, Path, dict[str, Any]]]] = {}
+    for path in paths:
+        folder, record = read_record(Path(path))
+        key = repr([record[name] for name in ("kind", "model", "classes")] + [record["input"]["shape"], _folds(record)])
+        groups.setdefault(key, []).append((str(path), folder, record))
+    report = InferenceReport(batch_size, turns, torch.get_num_threads(), [], [])
+    for group in groups.values():
+        _compare_group(group, report, compiled)
+    return report
+
+
+def _folds(record: dict[str, Any]) -> bool:
+    return bool(record["batch_norms_folded"])
+
+
+def _compare_group(group: list[tuple[str, Path, dict[str, Any]]], report: InferenceReport, compiled: bool) -> None:
+    record = group[0][2]
+    networks = [
+        (name, load_network(record["kind"], folder), int(each["weights_bytes"])) for name, folder, each in group
+    ]
+    if record["model"] is None:
+        report.notes.append(f"{group[0][0]}: no dense twin, for the network is not of a run")
+    else:
+        networks.insert(0, _dense_twin(record))
+    shape = tuple(record["input"]["shape"])
+    if networks[0][1].module is None:
+        report.comparisons.append(_compare(networks, shape, report, "", torch.device("cpu"), False))
+        return
+    channels_last = record["model"] is not None and record["model"]["channels_last"]
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        for way in ("eager", "compiled") if compiled else ("eager",):
+            report.comparisons.append(_compare(networks, shape, report, way, torch.device(device), channels_last))
+
+
+def _dense_twin(record: dict[str, Any]) -> tuple[str, Loaded, int]:
+    """The network before any removal, written and loaded as the exported one was."""
+    channels, side, _ = record["input"]["shape"]
+    config = ModelConfig(**record["model"])
+    dense = build_model(config, classes=record["classes"], channels=channels, image_size=side)
+    kind = record["kind"]
+    check_format(kind, None)
+    network, _ = form_to_write(dense.eval(), kind, _folds(record))
+    with tempfile.TemporaryDirectory() as folder:
+        opset = record["made_with"].get("opset")
+        images = torch.randn(2, *record["input"]["shape"])
+        write_network(kind, network, images, Path(folder), about="The dense twin.", opset=opset)
+        loaded = load_network(kind, Path(folder))
+    return "dense twin", loaded, weights_bytes(network)
+
+
+def _compare(
+    networks: list[tuple[str, Loaded, int]],
+    shape: tuple[int, ...],
+    report: InferenceReport,
+    way: str,
+    device: torch.device,
+    channels_last: bool,
+) -> Comparison:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    one, many = (torch.randn(n, *shape).to(device, memory_format=layout) for n in (1, report.batch_size))
+    contestants = []
+    for name, loaded, size in networks:
+        if loaded.module is not None:
+            loaded.module.to(device, memory_format=layout)  # type: ignore[call-overload]
+        run = torch.compile(loaded.module, dynamic=False) if way == "compiled" and loaded.module else loaded.run
+        contestants.append(_Contestant(name, run, loaded.module, size))
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else _no_wait
+    gpus = [f"GPU-{torch.cuda.get_device_properties(device).uuid}"] if device.type == "cuda" else []
+    measurement: Measurement | None = None
+    with open_meter(gpu_uuids=gpus, host=True, interval_s=0.1, synchronize=synchronize) as meter, torch.no_grad():
+        for contestant in contestants:
+            _warm_up(contestant, one, many, synchronize)
+        for turn in range(report.turns):
+            for contestant in contestants if turn % 2 == 0 else contestants[::-1]:  # none is always the first
+                measurement = _take_turn(contestant, one, many, synchronize, meter)
+    peaks = [_activations(contestant, many, way) for contestant in contestants]
+    costs = [_cost(contestant, peak) for contestant, peak in zip(contestants, peaks, strict=True)]
+    if contestants[0].name == "dense twin":
+        for cost, contestant in zip(costs[1:], contestants[1:], strict=True):
+            cost.against_twin = _against(contestant, contestants[0])
+    assert measurement is not None
+    readings = [reading for reading in measurement.readings if reading.quality is not None]
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    order = "channels last" if channels_last else ""
+    engine = ", ".join(part for part in (networks[0][1].engine, way, order, where) if part)
+    sources = {reading.device: reading.source for reading in readings}
+    return Comparison(engine, costs, measurement.quality, sources)
+
+
+def _no_wait() -> None:
+    """A CPU is done when the call returns."""
+
+
+def _warm_up(contestant: _Contestant, one: Tensor, many: Tensor, synchronize: Callable[[], None]) -> None:
+    """Run a few times, and find how many repeats make up a turn."""
+    try:
+        seconds = [min(_timed(contestant.run, images, synchronize, 1) for _ in range(3)) for images in (one, many)]
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ExportError(f"--compile: {contestant.name} cannot be compiled here: {reason}") from None
+    contestant.repeats = math.ceil(_LATENCY_S / seconds[0]), math.ceil(_THROUGHPUT_S / seconds[1])
+
+
+def _timed(run: Callable[[Tensor], Tensor], images: Tensor, synchronize: Callable[[], None], repeats: int) -> float:
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run(images)
+    synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def _take_turn(
+    contestant: _Contestant, one: Tensor, many: Tensor, synchronize: Callable[[], None], meter: Meter
+) -> Measurement:
+    singles, batches = contestant.repeats
+    contestant.single_s.append(_timed(contestant.run, one, synchronize, singles))
+    with meter.window(contestant.name) as window:
+        contestant.image_s.append(_timed(contestant.run, many, synchronize, batches) / len(many))
+    measured = window.measurement
+    contestant.joules.append(measured.energy_j if measured.complete and not measured.too_short else None)
+    contestant.images.append(batches * len(many))
+    return measured
+
+
+def _cost(contestant: _Contestant, activations_bytes: int | None) -> Cost:
+    return Cost(
+        contestant.name,
+        statistics.median(contestant.single_s),
+        1 / statistics.median(contestant.image_s),
+        _joules_per_1000(contestant),
+        contestant.weights_bytes,
+        activations_bytes,
+    )
+
+
+def _joules_per_1000(contestant: _Contestant) -> float | None:
+    """Over all turns; None if any of them could not be read whole, or is too short for what is read."""
+    known = [joules for joules in contestant.joules if joules is not None]
+    if len(known) < len(contestant.joules):
+        return None
+    return 1000 * sum(known) / sum(contestant.images)
+
+
+def _against(contestant: _Contestant, twin: _Contestant) -> dict[str, float | None]:
+    def ratio(theirs: list[float], mine: list[float]) -> float:
+        return statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
+
+    mine, theirs = _joules_per_1000(contestant), _joules_per_1000(twin)
+    return {
+        "latency": ratio(twin.single_s, contestant.single_s),
+        "throughput": ratio(twin.image_s, contestant.image_s),
+        "energy": None if not mine or theirs is None else theirs / mine,
+    }
+
+
+def _activations(contestant: _Contestant, images: Tensor, way: str) -> int | None:
+    """Most bytes alive at once in one pass, without weights and images; None where it cannot be known."""
+    if images.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            contestant.run(images)
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated()) - int(before)
+    if contestant.module is None or way == "compiled":
+        return None
+    given = {tensor.untyped_storage()._cdata for tensor in (*contestant.module.state_dict().values(), images)}
+    with torch.no_grad(), _LiveBytes(given) as live:
+        contestant.run(images)
+    return int(live.peak)
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the tensors that operations make and that are still referred to.
+
+    Args:
+        given: Storages that were there before and do not count.
+
+    Attributes:
+        peak: Most bytes at once. What a kernel needs inside is not seen.
+    """
+
+    peak: int
+
+    def __init__(self, given: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seen = set(given)
+        self._now = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count its outputs."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self._now += storage.nbytes()
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._forget, key, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self._now -= size

@@ -1,0 +1,126 @@
+"""Every family that can be gated, in every format, after removals: the same logits without greenprune's modules."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from families import FAMILIES, build, patterns
+
+from greenprune.export import export_network
+from greenprune.surgery import carry_out
+
+TRACED = ("torch.export", "onnx")
+QUICK = {  # the other pairs are among the slow tests
+    *((name, "safetensors") for name in FAMILIES),
+    *((name, kind) for name in ("cifar-b", "vit") for kind in ("torch", "hf", *TRACED)),
+    *((name, "onnx") for name in ("mobilenet-v3-small", "convnext", "swin-v2")),
+}
+CASES = [
+    pytest.param(name, kind, marks=() if (name, kind) in QUICK else pytest.mark.slow)
+    for name in FAMILIES
+    for kind in ("torch", "safetensors", "hf", *TRACED)
+]
+
+
+def pruned(name: str, pattern: str = "mixed-1") -> nn.Module:
+    model = build(name)
+    carry_out(patterns(model)[pattern].operations(model), model)
+    return model.eval()
+
+
+def logits(kind: str, folder: Path, images: Tensor) -> Tensor:
+    """What an exported network computes, loaded as its card says."""
+    if kind == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {"images": images.numpy()})
+        assert isinstance(found, np.ndarray)
+        return torch.from_numpy(found)
+    if kind == "torch.export":
+        return torch.export.load(folder / "model.pt2").module()(images)
+    spec = importlib.util.spec_from_file_location("network", folder / "network.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.load_network(str(folder / ("model.pt" if kind == "torch" else "model.safetensors")))(images)
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_the_exported_network_has_the_logits_of_the_trained_one(name: str, kind: str, tmp_path: Path) -> None:
+    model = pruned(name)
+    images = FAMILIES[name].images()
+    exported = export_network(model, images, kind, tmp_path / "out")
+    assert exported.max_relative_logit_difference <= 1e-5
+    others = FAMILIES[name].images(7)  # not those that the export was checked on, and other numbers of them
+    with torch.no_grad():
+        for count in (1, 4):
+            expected = model(others[:count])
+            assert relative_difference(logits(kind, tmp_path / "out", others[:count]), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("pattern", ["all-on", "all-off", "one-left", "whole-sets-off"])
+@pytest.mark.parametrize("name", ["cifar-a", "regnet-y", "mobilenet-v2", "swin", "timm-vit"])
+def test_whatever_was_removed(name: str, pattern: str, tmp_path: Path) -> None:
+    model = pruned(name, pattern)
+    exported = export_network(model, FAMILIES[name].images(), "safetensors", tmp_path / "out")
+    assert exported.max_relative_logit_difference <= 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not any(kind in name for kind in ("vit", "swin"))])
+def test_batch_norm_is_folded_on_request(name: str, tmp_path: Path) -> None:
+    model = pruned(name)
+    exported = export_network(model, FAMILIES[name].images(), "safetensors", tmp_path / "out", fold_batch_norm=True)
+    assert exported.max_relative_logit_difference <= 1e-5
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert exported.record["batch_norms_folded"] == norms
+    assert "BatchNorm" not in (tmp_path / "out" / "network.py").read_text()
+
+
+def test_the_module_files_are_tidy(tmp_path: Path) -> None:
+    for name in FAMILIES:
+        export_network(pruned(name), FAMILIES[name].images(), "safetensors", tmp_path / name.replace("-", "_"))
+        text = (tmp_path / name.replace("-", "_") / "network.py").read_text()
+        imports = {line for line in text.splitlines() if line.startswith(("import ", "from "))}
+        assert imports <= {
+            "from __future__ import annotations",
+            "import math",
+            "import torch",
+            "from safetensors.torch import load_file",
+            "from torch import Tensor, nn",
+            "from torch import nn",
+            "from torch.nn import functional",
+        }
+        assert "gate" not in text.replace("the place for a gate", "").replace("aggregate", "")
+    ruff = [sys.executable, "-m", "ruff"]
+    options = ["--isolated", "--line-length", "120", str(tmp_path)]
+    formatted = subprocess.run([*ruff, "format", "--check", *options], check=False, capture_output=True, text=True)
+    assert formatted.returncode == 0, formatted.stdout
+    checked = subprocess.run(
+        [*ruff, "check", "--select", "E,F,I,W", *options], check=False, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_the_trained_network_is_left_as_it_is(tmp_path: Path) -> None:
+    model = pruned("resnet-basic").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export_network(model, FAMILIES["resnet-basic"].images(), "torch", tmp_path / "out", fold_batch_norm=True)
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
