@@ -174,9 +174,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The unit's output [B, C', ...] for the input ``x`` [B, C, ...]."""
+        # The gate first: it reads all of x, which is still in the cache.
+        decision = None if self.gate is None else self.gate(x)
         shortcut = self.shortcut(x)
         branch = self.branch(x)
-        decision = None if self.gate is None else self.gate(x)
         for slot in self.slots:
             decision = slot.some_on if decision is None else decision * slot.some_on
         if decision is None:
