@@ -160,7 +160,8 @@ def main() -> None:
     lines += [
         "",
         f"{args.model}, images of {args.image_size} x {args.image_size}, batch {args.batch_size}; median of "
-        f"{args.turns} pairs of {STEPS_A_TURN} steps for each of {CONTESTANTS} networks. {provenance['cpu']}, {provenance['threads']} threads, torch "
+        f"{args.turns} pairs of {STEPS_A_TURN} steps for each of {CONTESTANTS} networks. "
+        f"{provenance['cpu']}, {provenance['threads']} threads, torch "
         f"{provenance['versions']['torch']}.",
     ]
     print("\n".join(lines))
