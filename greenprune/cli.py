@@ -15,12 +15,14 @@ Train a network and remove the blocks it does not need while it trains, with eve
 commands:
   train      do one run: all its settings from a YAML file and flags
   compare    set runs side by side, each against its dense twin
+  report     the same as one HTML file with figures, or as md, csv, json, png
   doctor     say what this machine has and what is missing
   measure    run any command and say what joules it took
 
 examples:
   greenprune train --config configs/digits.yaml --budget.target 0.3
   greenprune compare runs/
+  greenprune report runs/ -o report.html
   greenprune measure -- python train.py
 
 Each command has its own --help. Several processes: accelerate launch greenprune/train.py (see launch/)."""
@@ -65,6 +67,12 @@ def _build_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--to-accuracy", type=float, metavar="SHARE", help="also tell the joules until this accuracy was reached (0.9)"
     )
+    report = commands.add_parser("report", description="Write a report of runs: figures, tables, what went and when.")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="as for compare; runs may still go on")
+    report.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (report.html; -: stdout)")
+    report.add_argument(
+        "--format", choices=("html", "md", "csv", "json", "png"), help="its form, if not told by the name of FILE"
+    )
     doctor = commands.add_parser("doctor", description="Say what this machine has and what is missing.")
     for command in (compare, doctor):
         command.add_argument("--json", action="store_true", help="print JSON")
@@ -85,6 +93,20 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(json.dumps(comparison.to_dict(), indent=2))
     else:
         open_console().print(comparison)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from greenprune.config import UserError
+    from greenprune.report.writing import write_report
+
+    try:
+        path = write_report(arguments.runs, arguments.output, arguments.format)
+    except UserError as error:
+        print(f"greenprune: error: {error}", file=sys.stderr)
+        return 2
+    if path is not None:
+        print(f"{path} is written: {path.stat().st_size / 1e6:.1f} MB")
     return 0
 
 
@@ -126,7 +148,8 @@ def main(argv: list[str] | None = None) -> int:
 
         return measure(args[1:], os.environ)
     arguments = parser.parse_args(args)
-    return _compare(arguments) if arguments.command == "compare" else _doctor(arguments)
+    commands = {"compare": _compare, "report": _report, "doctor": _doctor}
+    return commands[arguments.command](arguments)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,25 @@ class FolderLock:
         self._file.close()
 
 
+def is_held(folder: RunFolder) -> bool | None:
+    """Whether a process of this machine has a run's folder in hand, found without touching its lock.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        None if that cannot be told: the system shows no locks. A process on another machine is not seen.
+    """
+    try:
+        locks, status = Path("/proc/locks").read_text(), (folder.path / ".lock").stat()
+    except FileNotFoundError:
+        return False if Path("/proc/locks").exists() else None
+    except OSError:
+        return None
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    return any(words[1] == "FLOCK" and place in words for words in map(str.split, locks.splitlines()) if len(words) > 1)
+
+
 def default_run_name(config: Config) -> str:
     """A name that says what the run is: data, model, budget and seed."""
     budget = f"{'-'.join(config.gate.units)}-{config.budget.target:g}" if config.gate.enabled else "dense"
