@@ -16,6 +16,8 @@ commands:
   train      do one run: all its settings from a YAML file and flags
   compare    set runs side by side, each against its dense twin
   report     the same as one HTML file with figures, or as md, csv, json, png
+  watch      follow a run from another terminal or machine
+  sync       bring a run to W&B or TensorBoard after the fact, from its events
   doctor     say what this machine has and what is missing
   measure    run any command and say what joules it took
 
@@ -73,6 +75,13 @@ def _build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--format", choices=("html", "md", "csv", "json", "png"), help="its form, if not told by the name of FILE"
     )
+    watch = commands.add_parser("watch", description="Show a run as train does, from another terminal or machine.")
+    watch.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    watch.add_argument("--once", action="store_true", help="show what there is and do not wait for more")
+    sync = commands.add_parser("sync", description="Bring all of a run's events to a tracker, in place of what it has.")
+    sync.add_argument("run", type=Path, metavar="RUN", help="the folder of a run that has stopped")
+    sync.add_argument("--to", choices=("wandb", "tensorboard"), default="wandb", help="the tracker (wandb)")
+    sync.add_argument("--offline", action="store_true", help="only write the file that wandb sync uploads")
     doctor = commands.add_parser("doctor", description="Say what this machine has and what is missing.")
     for command in (compare, doctor):
         command.add_argument("--json", action="store_true", help="print JSON")
@@ -107,6 +116,38 @@ def _report(arguments: argparse.Namespace) -> int:
         return 2
     if path is not None:
         print(f"{path} is written: {path.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from greenprune.config import UserError
+    from greenprune.progress import open_display
+    from greenprune.watch import watch_run
+
+    display = open_display()
+    try:
+        ending = watch_run(arguments.run, display, follow=not arguments.once)
+    except UserError as error:
+        display.close()
+        print(f"greenprune: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        ending = "The run goes on."
+    finally:
+        display.close()
+    print(ending)
+    return 0
+
+
+def _sync(arguments: argparse.Namespace) -> int:
+    from greenprune.config import UserError
+    from greenprune.sync import sync_run
+
+    try:
+        print(sync_run(arguments.run, arguments.to, os.environ, offline=arguments.offline))
+    except UserError as error:
+        print(f"greenprune: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -148,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return measure(args[1:], os.environ)
     arguments = parser.parse_args(args)
-    commands = {"compare": _compare, "report": _report, "doctor": _doctor}
+    commands = {"compare": _compare, "report": _report, "watch": _watch, "sync": _sync, "doctor": _doctor}
     return commands[arguments.command](arguments)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from greenprune.config import UserError
 from greenprune.report.contents import Report, build_report
 from greenprune.report.words import render_csv, render_json, render_markdown
+from greenprune.tracking import RunFolder
 
 FORMATS = ("html", "md", "csv", "json", "png")
 _TEXT = {"md": render_markdown, "csv": render_csv, "json": render_json}
@@ -45,6 +47,25 @@ def write_report(paths: Sequence[Path], output: Path | None, form: str | None) -
     except OSError as error:
         raise UserError(f"-o: cannot write {str(output)!r} ({error.strerror}); expected a file in a folder") from None
     return output
+
+
+def write_run_report(run: RunFolder, folder: Path) -> list[Path]:
+    """Write a finished run's report into a folder: as Markdown, and as HTML where its libraries are there.
+
+    Args:
+        run: The run.
+        folder: Where to write it.
+
+    Returns:
+        The files.
+    """
+    report = build_report([run.path])
+    written = [folder / "report.md"]
+    written[0].write_text(render_markdown(report))
+    if importlib.util.find_spec("plotly") and importlib.util.find_spec("jinja2"):
+        written.append(folder / "report.html")
+        written[1].write_bytes(_render(report, "html"))
+    return written
 
 
 def _form_of(output: Path | None) -> str:
