@@ -18,6 +18,7 @@ commands:
   report     the same as one HTML file with figures, or as md, csv, json, png
   watch      follow a run from another terminal or machine
   sync       bring a run to W&B or TensorBoard after the fact, from its events
+  dashboard  lay out a W&B workspace for comparing energy, or print its layout
   doctor     say what this machine has and what is missing
   measure    run any command and say what joules it took
 
@@ -82,6 +83,10 @@ def _build_parser() -> argparse.ArgumentParser:
     sync.add_argument("run", type=Path, metavar="RUN", help="the folder of a run that has stopped")
     sync.add_argument("--to", choices=("wandb", "tensorboard"), default="wandb", help="the tracker (wandb)")
     sync.add_argument("--offline", action="store_true", help="only write the file that wandb sync uploads")
+    dashboard = commands.add_parser("dashboard", description="Lay out a W&B workspace for comparing energy.")
+    dashboard.add_argument("--entity", metavar="NAME", help="the W&B user or team; needed unless --print")
+    dashboard.add_argument("--project", default="greenprune", metavar="NAME", help="the W&B project (greenprune)")
+    dashboard.add_argument("--print", action="store_true", help="print the layout as JSON and send nothing")
     doctor = commands.add_parser("doctor", description="Say what this machine has and what is missing.")
     for command in (compare, doctor):
         command.add_argument("--json", action="store_true", help="print JSON")
@@ -151,6 +156,27 @@ def _sync(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _dashboard(arguments: argparse.Namespace) -> int:
+    from greenprune.config import UserError
+    from greenprune.dashboard import build_workspace, describe_workspace, save_workspace
+    from greenprune.tracking import has_wandb_login
+
+    try:
+        if arguments.entity is None and not arguments.print:
+            raise UserError("--entity: not given; expected your W&B user or team, or --print")
+        workspace = build_workspace(arguments.entity or "ENTITY", arguments.project)
+        if arguments.print:
+            print(describe_workspace(workspace))
+            return 0
+        if not has_wandb_login(os.environ):  # which W&B would ask for
+            raise UserError("dashboard: nobody is logged in to W&B; expected a login (wandb login), or --print")
+        print(f"{save_workspace(workspace)} is laid out")
+    except UserError as error:
+        print(f"greenprune: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from greenprune.doctor import diagnose, is_fit, print_findings
 
@@ -189,7 +215,14 @@ def main(argv: list[str] | None = None) -> int:
 
         return measure(args[1:], os.environ)
     arguments = parser.parse_args(args)
-    commands = {"compare": _compare, "report": _report, "watch": _watch, "sync": _sync, "doctor": _doctor}
+    commands = {
+        "compare": _compare,
+        "report": _report,
+        "watch": _watch,
+        "sync": _sync,
+        "dashboard": _dashboard,
+        "doctor": _doctor,
+    }
     return commands[arguments.command](arguments)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 from greenprune.config import Config
@@ -14,17 +16,18 @@ from greenprune.wandb_mirror import WandbMirror, WriteReport, wandb_options, whe
 
 Mirror = Callable[[Event], None]
 
+_CLOSE_TIMEOUT_S = 120
 # What trackers are known to raise when a disk is full, a server is gone or a value does not suit them.
 _FAILURES = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
 
 class GuardedMirror:
-    """A tracker that is left alone once it fails; its run goes on and its log has everything.
+    """A tracker on a thread of its own, so that it never holds training up, and left alone once it fails.
 
     Args:
         name: The tracker.
-        mirror: What may fail.
-        folder: The run's folder.
+        mirror: What may be slow and may fail.
+        folder: The run's folder, whose log has everything that the tracker misses.
         failures: What it raises when it fails.
     """
 
@@ -32,19 +35,38 @@ class GuardedMirror:
         self, name: str, mirror: Mirror, folder: RunFolder, failures: tuple[type[Exception], ...] = _FAILURES
     ) -> None:
         self._name = name
-        self._mirror: Mirror | None = mirror
+        self._mirror = mirror
         self._folder = folder
         self._failures = failures
+        self._events: SimpleQueue[Event | None] = SimpleQueue()
+        # A daemon: a tracker that hangs does not keep the process from ending.
+        self._thread = Thread(target=self._work, name=f"{name} mirror", daemon=True)
+        self._thread.start()
 
     def __call__(self, event: Event) -> None:
-        """Send one event, if the tracker still works."""
-        if self._mirror is None:
-            return
+        """Take one event, to be sent soon."""
+        self._events.put(event)
+
+    def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
+        """Wait until everything is sent, the tracker has failed, or the time is up.
+
+        Args:
+            timeout_s: Most seconds to wait.
+        """
+        self._events.put(None)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._tell(TimeoutError(f"it has not taken everything within {timeout_s:g} s"))
+
+    def _work(self) -> None:
         try:
-            self._mirror(event)
+            for event in iter(self._events.get, None):
+                self._mirror(event)
         except self._failures as error:
-            self._mirror = None
-            print(f"{_failed(self._name, error)} {_catch_up(self._name, self._folder)}", file=sys.stderr, flush=True)
+            self._tell(error)
+
+    def _tell(self, error: Exception) -> None:
+        print(f"{_failed(self._name, error)} {_catch_up(self._name, self._folder)}", file=sys.stderr, flush=True)
 
 
 def start_mirrors(
@@ -55,7 +77,7 @@ def start_mirrors(
     write_report: WriteReport,
     *,
     online: bool,
-) -> tuple[list[Mirror], list[str]]:
+) -> tuple[list[GuardedMirror], list[str]]:
     """Start a run's trackers on rank 0; none asks anything, needs a network, or can stop the run.
 
     Args:
@@ -67,9 +89,10 @@ def start_mirrors(
         online: Whether W&B talks to its server.
 
     Returns:
-        The mirrors to give to the event log, and one line for each about where the run is to be seen.
+        The mirrors to give to the event log, to be closed before the engine, and one line for each about where the run
+        is to be seen.
     """
-    mirrors: list[Mirror] = []
+    mirrors: list[GuardedMirror] = []
     notes: list[str] = []
     for name in config.tracking.trackers:
         try:

@@ -135,6 +135,8 @@ def _start_mirrors(
     shown = display()
     stack.callback(shown.close)
     mirrors, notes = start_mirrors(engine, config, folder, environment, write_run_report, online=online)
+    for mirror in mirrors:
+        stack.callback(mirror.close)
     return [shown, *mirrors], notes
 
 

@@ -8,6 +8,8 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -291,10 +293,27 @@ def test_a_tracker_that_fails_on_the_way_is_left_alone(tmp_path: Path, capsys: p
     guarded = GuardedMirror("wandb", mirror, RunFolder(tmp_path))
     guarded({"step": 1})
     guarded({"step": 2})
+    guarded.close()
     assert calls == [1]
     error = capsys.readouterr().err
     assert "wandb has failed and gets nothing more of this run ([Errno 32] Broken pipe); training goes on." in error
     assert error.count("\n") == 1
+
+
+def test_a_tracker_that_hangs_holds_nothing_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hangs = threading.Event()
+
+    def mirror(_: dict[str, Any]) -> None:
+        hangs.wait(30)
+
+    guarded = GuardedMirror("wandb", mirror, RunFolder(tmp_path))
+    began_s = time.perf_counter()
+    for step in range(1000):
+        guarded({"step": step})
+    assert time.perf_counter() - began_s < 0.5
+    guarded.close(timeout_s=0.1)
+    hangs.set()
+    assert "it has not taken everything within 0.1 s" in capsys.readouterr().err
 
 
 def test_a_tracker_whose_package_is_missing_is_named_before_anything_is_written(tmp_path: Path) -> None:
