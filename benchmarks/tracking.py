@@ -125,7 +125,7 @@ def write(
     lines = [
         f"# What trackers cost: {args.pairs} pairs of turns of {args.seconds:g} s, digits, batch 64, ResNet-38",
         "",
-        f"| | without, ms a step | with {' and '.join(args.trackers)}, offline | cost, median of the pairs (quartiles) |",
+        f"| | without, ms a step | with {' and '.join(args.trackers)}, offline | cost, median (quartiles) of pairs |",
         "| --- | --- | --- | --- |",
     ]
     for index, (what, costs) in enumerate(ratios.items()):

@@ -54,8 +54,19 @@ def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
             yield record
 
 
+def all_records(path: Path) -> list[wandb_internal_pb2.Record]:
+    """The records of a run that has ended; W&B's own process may still be writing the last of them."""
+    deadline = time.monotonic() + 20
+    while True:
+        found = list(records(path))
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        assert time.monotonic() < deadline, f"{path} has no end"
+        time.sleep(0.1)
+
+
 class Uploaded:
-    """What a .wandb file tells."""
+    """What the .wandb file of a run that has ended tells."""
 
     def __init__(self, path: Path) -> None:
         self.history: list[dict[str, Any]] = []
@@ -64,7 +75,7 @@ class Uploaded:
         self.artifacts: dict[str, set[str]] = {}
         self.config: dict[str, Any] = {}
         self.run = wandb_internal_pb2.RunRecord()
-        for record in records(path):
+        for record in all_records(path):
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 self.run.CopyFrom(record.run)
