@@ -104,13 +104,19 @@ class Accounts:
         return {**numbers, "energy__resumed_at_j": self._resumed_at_j}
 
     def end_epoch(self) -> dict[str, object]:
-        """:meth:`numbers` as an epoch ends, and the joules of that epoch; all ranks call it."""
+        """:meth:`numbers` as an epoch ends, its joules, and all so far by phase and by device; all ranks call it."""
         numbers, ledger = self.numbers(), self.ledger
         now_j, before_j = _joules(numbers), ledger.energy_at_epoch_j
         epoch_j = None if now_j is None or before_j is None else now_j - before_j
         ledger.energy_by_epoch_j.append(epoch_j)
         ledger.energy_at_epoch_j = now_j
-        return {**numbers, "energy__epoch_j": epoch_j}
+        so_far = self.ledger_now()
+        return {
+            **numbers,
+            "energy__epoch_j": epoch_j,
+            "energy__by_phase_j": so_far.energy_by_phase_j,
+            "energy__by_device_j": so_far.energy_by_device_j,
+        }
 
     def sources(self) -> list[tuple[str, str | None, str | None]]:
         """Device, source and quality of every meter on every rank; all ranks call it."""

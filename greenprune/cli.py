@@ -16,6 +16,10 @@ Train a network and remove the blocks it does not need while it trains, with eve
 commands:
   train        do one run: all its settings from a YAML file and flags
   compare      set runs side by side, each against its dense twin
+  report       the same as one HTML file with figures, or as md, csv, json, png
+  watch        follow a run from another terminal or machine
+  sync         bring a run to W&B or TensorBoard after the fact, from its events
+  dashboard    lay out a W&B workspace for comparing energy, or print its layout
   export       write a finished run's network so that it runs without greenprune
   eval         accuracy of an exported network on a test set
   infer-bench  latency, throughput, joules and memory of exported networks beside their dense twins
@@ -25,6 +29,7 @@ commands:
 examples:
   greenprune train --config configs/digits.yaml --budget.target 0.3
   greenprune compare runs/
+  greenprune report runs/ -o report.html
   greenprune export runs/NAME --format onnx -o my-network
   greenprune measure -- python train.py
 
@@ -71,6 +76,23 @@ def _build_parser() -> argparse.ArgumentParser:
         "--to-accuracy", type=float, metavar="SHARE", help="also tell the joules until this accuracy was reached (0.9)"
     )
     evaluate, benchmark = _add_export_parsers(commands)
+    report = commands.add_parser("report", description="Write a report of runs: figures, tables, what went and when.")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="as for compare; runs may still go on")
+    report.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (report.html; -: stdout)")
+    report.add_argument(
+        "--format", choices=("html", "md", "csv", "json", "png"), help="its form, if not told by the name of FILE"
+    )
+    watch = commands.add_parser("watch", description="Show a run as train does, from another terminal or machine.")
+    watch.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    watch.add_argument("--once", action="store_true", help="show what there is and do not wait for more")
+    sync = commands.add_parser("sync", description="Bring all of a run's events to a tracker, in place of what it has.")
+    sync.add_argument("run", type=Path, metavar="RUN", help="the folder of a run that has stopped")
+    sync.add_argument("--to", choices=("wandb", "tensorboard"), default="wandb", help="the tracker (wandb)")
+    sync.add_argument("--offline", action="store_true", help="only write the file that wandb sync uploads")
+    dashboard = commands.add_parser("dashboard", description="Lay out a W&B workspace for comparing energy.")
+    dashboard.add_argument("--entity", metavar="NAME", help="the W&B user or team; needed unless --print")
+    dashboard.add_argument("--project", default="greenprune", metavar="NAME", help="the W&B project (greenprune)")
+    dashboard.add_argument("--print", action="store_true", help="print the layout as JSON and send nothing")
     doctor = commands.add_parser("doctor", description="Say what this machine has and what is missing.")
     for command in (compare, evaluate, benchmark, doctor):
         command.add_argument("--json", action="store_true", help="print JSON")
@@ -180,6 +202,73 @@ def _carry_out(command: Callable[[argparse.Namespace], int], arguments: argparse
         return 2 if isinstance(error, UserError) else 1
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from greenprune.config import UserError
+    from greenprune.report.writing import write_report
+
+    try:
+        path = write_report(arguments.runs, arguments.output, arguments.format)
+    except UserError as error:
+        print(f"greenprune: error: {error}", file=sys.stderr)
+        return 2
+    if path is not None:
+        print(f"{path} is written: {path.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from greenprune.config import UserError
+    from greenprune.progress import open_display
+    from greenprune.watch import watch_run
+
+    display = open_display()
+    try:
+        ending = watch_run(arguments.run, display, follow=not arguments.once)
+    except UserError as error:
+        display.close()
+        print(f"greenprune: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        ending = "The run goes on."
+    finally:
+        display.close()
+    print(ending)
+    return 0
+
+
+def _sync(arguments: argparse.Namespace) -> int:
+    from greenprune.config import UserError
+    from greenprune.sync import sync_run
+
+    try:
+        print(sync_run(arguments.run, arguments.to, os.environ, offline=arguments.offline))
+    except UserError as error:
+        print(f"greenprune: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _dashboard(arguments: argparse.Namespace) -> int:
+    from greenprune.config import UserError
+    from greenprune.dashboard import build_workspace, describe_workspace, save_workspace
+    from greenprune.tracking import has_wandb_login
+
+    try:
+        if arguments.entity is None and not arguments.print:
+            raise UserError("--entity: not given; expected your W&B user or team, or --print")
+        workspace = build_workspace(arguments.entity or "ENTITY", arguments.project)
+        if arguments.print:
+            print(describe_workspace(workspace))
+            return 0
+        if not has_wandb_login(os.environ):  # which W&B would ask for
+            raise UserError("dashboard: nobody is logged in to W&B; expected a login (wandb login), or --print")
+        print(f"{save_workspace(workspace)} is laid out")
+    except UserError as error:
+        print(f"greenprune: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from greenprune.doctor import diagnose, is_fit, print_findings
 
@@ -221,7 +310,15 @@ def main(argv: list[str] | None = None) -> int:
     exporting = {"export": _export, "eval": _evaluate, "infer-bench": _benchmark}
     if arguments.command in exporting:
         return _carry_out(exporting[arguments.command], arguments)
-    return _compare(arguments) if arguments.command == "compare" else _doctor(arguments)
+    commands = {
+        "compare": _compare,
+        "report": _report,
+        "watch": _watch,
+        "sync": _sync,
+        "dashboard": _dashboard,
+        "doctor": _doctor,
+    }
+    return commands[arguments.command](arguments)
 
 
 if __name__ == "__main__":

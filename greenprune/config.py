@@ -58,6 +58,7 @@ class ConfigError(UserError):
 
 GateKind = Literal["conditional", "static"]
 UnitKind = Literal["block", "channel"]
+TrackerName = Literal["wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"]
 BudgetUnit = Literal["flops", "params", "blocks"]
 Precision = Literal["no", "bf16", "fp16"]
 
@@ -280,10 +281,12 @@ class EnergyConfig:
 class TrackingConfig:
     """Where the numbers go besides the run's own events.jsonl."""
 
-    trackers: list[Literal["wandb"]] = field(default_factory=list)
-    """Mirrors of events.jsonl: wandb."""
+    trackers: list[TrackerName] = field(default_factory=list)
+    """Mirrors of events.jsonl: wandb, tensorboard, or another of Accelerate's trackers whose package is installed."""
     project: str = "greenprune"
     """W&B project."""
+    group: str | None = None
+    """W&B group; null: the Slurm array that the run belongs to, else runs that differ in their seed alone."""
     mode: Literal["auto", "online", "offline"] = "auto"
     """How W&B runs: auto is online if you are logged in, else offline."""
     log_every: int = 10

@@ -10,13 +10,14 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.tracking import filter_trackers
+from accelerate.tracking import filter_trackers, get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -255,27 +256,55 @@ class Engine:
         if state is not None and self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(state)
 
-    def start_trackers(
-        self, names: Sequence[str], project: str, config: dict[str, Any], options: dict[str, dict[str, Any]]
-    ) -> None:
-        """Start Accelerate's trackers; they speak on rank 0 only.
+    def check_trackers(self, names: Sequence[str]) -> None:
+        """Make sure that the package of every tracker is there.
 
         Args:
             names: Trackers, as in ``tracking.trackers``.
-            project: Name of the project.
-            config: Nested plain values that describe the run.
-            options: Arguments of each tracker's start, by its name.
+
+        Raises:
+            ConfigError: One is not.
         """
-        self._accelerator.log_with = filter_trackers(list(names))
-        self._accelerator.init_trackers(project, config=config, init_kwargs=options)
+        available = {str(name) for name in get_available_trackers()}
+        for name in names:
+            if name not in available:
+                raise ConfigError(
+                    f"tracking.trackers: {name!r} is not valid here, its package is not installed; "
+                    f"expected one of {', '.join(sorted(available))}, or: pip install {name.replace('_', '-')}"
+                )
+
+    def start_tracker(self, name: str, run: str, options: dict[str, Any], folder: Path | None = None) -> None:
+        """Start one of Accelerate's trackers beside those that are started; it speaks on rank 0 only.
+
+        Args:
+            name: The tracker, as in ``tracking.trackers``.
+            run: What the tracker calls the project or the run.
+            options: Arguments of its start.
+            folder: Where it writes its files, if it writes any.
+        """
+        accelerator = self._accelerator
+        started = list(accelerator.trackers)
+        accelerator.project_configuration.logging_dir = None if folder is None else str(folder)
+        accelerator.log_with = filter_trackers([name], accelerator.logging_dir)
+        # Accelerate lists a tracker before it starts: one that does not start must not stay among the others.
+        accelerator.trackers = []
+        try:
+            accelerator.init_trackers(run, init_kwargs={name: options})
+            started += accelerator.trackers
+        finally:
+            accelerator.trackers = started
 
     def tracker(self, name: str) -> Any:
         """The raw run of a started tracker."""
         return self._accelerator.get_tracker(name, unwrap=True)
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Send flat numbers to all trackers."""
-        self._accelerator.log(values, step=step)
+    def store_settings(self, name: str, settings: dict[str, Any]) -> None:
+        """Tell a tracker how the run was set up."""
+        self._accelerator.get_tracker(name).store_init_configuration(settings)
+
+    def log(self, name: str, values: dict[str, Any], step: int | None) -> None:
+        """Send values to one tracker."""
+        self._accelerator.get_tracker(name).log(values, step=step)
 
     def finish(self) -> None:
         """Let go of everything in an order that ends the process cleanly."""

@@ -30,6 +30,7 @@ _PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 
 _PLAIN_WIDTH = 120  # columns of a report that goes to a file or pipe
 _PANEL_WIDTH = 100
 _REFRESH_S = 0.2
+_SPARKS = 32  # points of a sparkline
 _WORST_FIRST = ("estimate", "integrated power", "counter")
 
 
@@ -107,6 +108,18 @@ def _format_sources(sources: list[list[str | None]]) -> str:
 
 # What the events tell.
 
+# Keys that events of older versions lack.
+_NOT_TOLD: Event = {
+    "resumed_from": None,
+    "notes": [],
+    "energy_sources": [],
+    "budget_unit": "cost",
+    "accuracy_kind": "eval",
+    "device": "unknown device",
+    "world_size": 1,
+    "structure/channels": 0,
+}
+
 
 class Line(NamedTuple):
     """A line that stays, above whatever is redrawn."""
@@ -137,6 +150,62 @@ def format_removed(removals: Iterable[Mapping[str, Any]]) -> str:
     return ", ".join(blocks)
 
 
+_SPARK_LEVELS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Iterable[float]) -> str:
+    """Numbers as a row of bars, the least one lowest, the largest one highest; ``·`` for what is not finite."""
+    numbers = list(values)
+    finite = [value for value in numbers if math.isfinite(value)]
+    if not finite:
+        return "·" * len(numbers)
+    least, span = min(finite), max(finite) - min(finite)
+    top = len(_SPARK_LEVELS) - 1
+
+    def bar(value: float) -> str:
+        if not math.isfinite(value):
+            return "·"
+        return _SPARK_LEVELS[round(top * (value - least) / span) if span else 0]
+
+    return "".join(map(bar, numbers))
+
+
+class _Pace:
+    """Joules a step while the network was whole, and how the run stands to that pace since.
+
+    It is a projection of what the run would have taken with nothing removed, not a dense twin's measurement.
+
+    Args:
+        start: The start event of an attempt with the whole network.
+    """
+
+    def __init__(self, start: Event) -> None:
+        self._start = self._whole = start
+        self._is_cut = False
+
+    def see(self, event: Event) -> None:
+        """Take up a train event."""
+        if not self._is_cut:
+            self._whole = event
+
+    def cut(self) -> None:
+        """Something was removed: the pace is what it was until now."""
+        self._is_cut = True
+
+    def saved_j(self, now: Event) -> float | None:
+        """Joules under the pace so far; None before the first removal, or if energy is not known."""
+        begun, whole, total = (event.get("energy/total_j") for event in (self._start, self._whole, now))
+        steps = self._whole["step"] - self._start["step"]
+        if not self._is_cut or begun is None or whole is None or total is None or not steps:
+            return None
+        projected: float = (whole - begun) / steps * (now["step"] - self._start["step"])
+        return projected - float(total - begun)
+
+
+def _saved(saved_j: float) -> str:
+    return f"{format_joules(abs(saved_j))} {'under' if saved_j >= 0 else 'over'}"
+
+
 class RunStatus:
     """What the events so far tell about a run: lines that stay, and the present state as a panel.
 
@@ -150,6 +219,9 @@ class RunStatus:
         self._interval = (0, 0.0)  # steps of this epoch that were timed, and their seconds
         self._operations: list[Event] = []
         self._marks: deque[tuple[float, int]] = deque()  # time and step of recent events, over one epoch of steps
+        self._watts: deque[float] = deque(maxlen=_SPARKS)
+        self._losses: deque[float] = deque(maxlen=_SPARKS)
+        self._pace: _Pace | None = None
 
     def take(self, event: Event) -> list[Line]:
         """Take up one event and give the lines that it adds."""
@@ -179,13 +251,20 @@ class RunStatus:
                 by_reason.setdefault(event["reason"], []).append(event)
         if not by_reason:
             return []
+        if self._pace is not None:
+            self._pace.cut()
         units = "; ".join(f"{format_removed(events)} ({reason})" for reason, events in by_reason.items())
         where = f"step {last['step']} (epoch {_format_epoch(last['epoch'])})"
         return [Line(f"removed at {where}: {units}. Left: {self._structure()}", "green")]
 
     def _take_start(self, event: Event) -> list[Line]:
-        self._start = self._now = event
+        self._start = self._now = event = {**_NOT_TOLD, **event}
+        self._marks.clear()  # the time between two attempts is nobody's pace
         self._mark(event)
+        gated = (len(event["units"]), sum(event.get("channels", {}).values()))
+        whole = (event["structure/blocks"], event["structure/channels"]) == gated
+        self._pace = _Pace(event) if event["gated"] and whole else None
+        self._watts.clear()
         processes = f"{event['world_size']} processes" if event["world_size"] > 1 else "1 process"
         lines = [
             Line(
@@ -216,23 +295,35 @@ class RunStatus:
     def _take_train(self, event: Event) -> list[Line]:
         steps, seconds = self._interval
         new_steps = event["step"] - self._now["step"]
-        step_time_s: float = event["train/step_time_s"]
-        self._interval = (steps + new_steps, seconds + new_steps * step_time_s)
+        step_time_s: float | None = event.get("train/step_time_s")
+        if step_time_s is not None:
+            self._interval = (steps + new_steps, seconds + new_steps * step_time_s)
         self._now = event
         self._mark(event)
+        if event.get("energy/power_w") is not None:
+            self._watts.append(event["energy/power_w"])
+        if event.get("train/loss") is not None:
+            self._losses.append(event["train/loss"])
+        if self._pace is not None:
+            self._pace.see(event)
         return []
 
     def _take_epoch(self, event: Event) -> list[Line]:
         self._now = {**self._now, **event}
         line = Line(self._epoch_line(event))
-        self._accuracy = event["eval/accuracy"]
+        self._accuracy = event.get("eval/accuracy")
         self._interval = (0, 0.0)
         self._mark(event)
         return [line]
 
     def _take_interrupt(self, event: Event) -> list[Line]:
-        checkpoint = Path(event["checkpoint"]).name
-        return [Line(f"{event['signal']} after step {event['step']}: checkpoint {checkpoint} is written", "yellow")]
+        checkpoint = Path(event.get("checkpoint", UNKNOWN)).name
+        return [
+            Line(
+                f"{event.get('signal', 'a signal')} after step {event['step']}: checkpoint {checkpoint} is written",
+                "yellow",
+            )
+        ]
 
     def _mark(self, event: Event) -> None:
         """Remember when a step was reached, over as many steps as an epoch has, so that pauses count in full."""
@@ -262,11 +353,11 @@ class RunStatus:
         steps, seconds = self._interval
         return self._columns(
             f"{event['epoch']}/{self._start['epochs']}",
-            _format_float(event["train/loss"], 4),
-            format_percent(event["eval/accuracy"], 2),
+            _format_float(event.get("train/loss"), 4),
+            format_percent(event.get("eval/accuracy"), 2),
             _format_float(steps * self._start["batch_size"] / seconds if seconds else None, 0),
-            format_joules(event["energy/epoch_j"]),
-            format_joules(event["energy/total_j"]),
+            format_joules(event.get("energy/epoch_j")),
+            format_joules(event.get("energy/total_j")),
             f"{event['structure/blocks']}/{len(self._start['units'])}",
             *((self._channels(),) if self._channels() else ()),
             format_share(event["flops/forward"], self._start["flops/forward_dense"]),
@@ -292,6 +383,11 @@ class RunStatus:
             Text(self._spending()),
             Text(self._network()),
         ]
+        saved_j = None if self._pace is None else self._pace.saved_j(self._now)
+        if saved_j is not None:
+            lines.append(Text(f"{_saved(saved_j)} what the whole network's pace would have taken", style="green"))
+        if len(self._losses) > 1:
+            lines.append(self._sparks())
         return Panel(Group(*lines), title=Text(self._start["run"]), width=_PANEL_WIDTH, border_style="dim")
 
     def _course(self) -> Table:
@@ -329,11 +425,20 @@ class RunStatus:
         sources = _format_sources(self._start["energy_sources"])
         if "energy/total_j" not in self._now:
             return f"energy not read yet ({sources})"
-        power_w, energy_j, co2_g = (self._now[f"energy/{key}"] for key in ("power_w", "total_j", "co2_g"))
+        power_w, energy_j, co2_g = (self._now.get(f"energy/{key}") for key in ("power_w", "total_j", "co2_g"))
         power = "power unknown" if power_w is None else f"{power_w:,.0f} W"
         energy = "energy unknown" if energy_j is None else format_joules(energy_j)
         co2 = "" if co2_g is None else f" · {format_si(co2_g, 'g')} CO2e"
         return f"{power} · {energy} ({sources}){co2}"
+
+    def _sparks(self) -> Table:
+        """The course of the last loss and watts, each between its own least and most."""
+        row = Table.grid(padding=(0, 1))
+        cells: list[RenderableType] = [Text("loss"), Text(sparkline(self._losses), style="cyan")]
+        if len(self._watts) > 1:
+            cells += [Text(" watts"), Text(sparkline(self._watts), style="yellow")]
+        row.add_row(*cells)
+        return row
 
     def _network(self) -> str:
         if not self._start["gated"]:

@@ -16,12 +16,14 @@ from greenprune.config import Config, ConfigError, UserError, load_config, shapi
 from greenprune.data import ImageData, open_data
 from greenprune.energy import Meter, carbon_intensity, node_id, open_meter, share_devices
 from greenprune.engine import Engine
+from greenprune.mirrors import start_mirrors
 from greenprune.network import prepare_network
 from greenprune.progress import Display
 from greenprune.provenance import collect_provenance
+from greenprune.report.writing import write_run_report
 from greenprune.tracking import Event, FolderLock, RunFolder, default_run_name
 from greenprune.trainer import Trainer
-from greenprune.wandb_mirror import start_wandb, wandb_goes_online
+from greenprune.wandb_mirror import wandb_goes_online
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
     Args:
         config: The run.
         environment: The process's environment: GREENPRUNE_DATA, the folder of the data sets if the config names none,
-            what tells of a W&B login, and SLURM_JOB_ID.
+            what tells of a W&B login, SLURM_JOB_ID and SLURM_ARRAY_JOB_ID.
         display: Makes the progress display; called on rank 0 only.
 
     Raises:
@@ -63,6 +65,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
     engine = Engine(config)
     with ExitStack() as stack:
         stack.callback(engine.finish)
+        engine.check_trackers(config.tracking.trackers)
         meter = stack.enter_context(_open_meter(config, engine))
         with meter.window("data"):
             data = _open_data(config, environment.get("GREENPRUNE_DATA"), engine)
@@ -76,7 +79,9 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         if claim.checkpoint is not None:
             path = claim.checkpoint
             resume = path, engine.together(lambda: load_checkpoint(path))
-        mirrors, notes = engine.together(lambda: _start_mirrors(config, engine, folder, stack, display, online))
+        mirrors, notes = engine.together(
+            lambda: _start_mirrors(config, engine, folder, stack, display, environment, online=online)
+        )
         notes += claim.notes
         if carbon is None:
             notes.append("CO2 is unknown: set energy.country to the country whose grid feeds this machine")
@@ -113,7 +118,14 @@ def _open_meter(config: Config, engine: Engine) -> Meter:
 
 
 def _start_mirrors(
-    config: Config, engine: Engine, folder: RunFolder, stack: ExitStack, display: Callable[[], Display], online: bool
+    config: Config,
+    engine: Engine,
+    folder: RunFolder,
+    stack: ExitStack,
+    display: Callable[[], Display],
+    environment: Mapping[str, str],
+    *,
+    online: bool,
 ) -> tuple[list[Callable[[Event], None]], list[str]]:
     """What shows the run's events while it goes on, and notes about it; on rank 0 only."""
     if not engine.is_main:
@@ -122,10 +134,10 @@ def _start_mirrors(
         file.write(json.dumps(collect_provenance(engine.world_size, engine.device)) + "\n")
     shown = display()
     stack.callback(shown.close)
-    if "wandb" in config.tracking.trackers:
-        mirror, note = start_wandb(engine, config, folder, online=online)
-        return [shown, mirror], [note]
-    return [shown], []
+    mirrors, notes = start_mirrors(engine, config, folder, environment, write_run_report, online=online)
+    for mirror in mirrors:
+        stack.callback(mirror.close)
+    return [shown, *mirrors], notes
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import math
 import netrc
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -115,10 +116,34 @@ class FolderLock:
         self._file.close()
 
 
+def is_held(folder: RunFolder) -> bool | None:
+    """Whether a process of this machine has a run's folder in hand, found without touching its lock.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        None if that cannot be told: the system shows no locks. A process on another machine is not seen.
+    """
+    try:
+        locks, status = Path("/proc/locks").read_text(), (folder.path / ".lock").stat()
+    except FileNotFoundError:
+        return False if Path("/proc/locks").exists() else None
+    except OSError:
+        return None
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    return any(words[1] == "FLOCK" and place in words for words in map(str.split, locks.splitlines()) if len(words) > 1)
+
+
 def default_run_name(config: Config) -> str:
     """A name that says what the run is: data, model, budget and seed."""
+    return f"{name_without_seed(config)}-seed{config.seed}"
+
+
+def name_without_seed(config: Config) -> str:
+    """A name that says what the run is, but for its seed: data, model and budget."""
     budget = f"{'-'.join(config.gate.units)}-{config.budget.target:g}" if config.gate.enabled else "dense"
-    return f"{config.data.name}-{config.model.name.replace('/', '-')}-{budget}-seed{config.seed}"
+    return f"{config.data.name}-{config.model.name.replace('/', '-')}-{budget}"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -192,6 +217,48 @@ def read_events(path: Path) -> list[Event]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+_DEVICE = re.compile(r"^(?P<device>.*?) \((?P<source>[^:()]*(?:: [^:()]*)?)")
+
+
+def numbers_of(event: Event) -> dict[str, float]:
+    """The figures of an event as trackers take them: flat, by names with slashes, those that are known.
+
+    Joules by phase and by device become one figure each; a device's is named after it, its quality and its source.
+
+    Args:
+        event: One event.
+    """
+    numbers: dict[str, float] = {}
+    for key, value in event.items():
+        if "/" in key and isinstance(value, dict):
+            numbers |= {f"{key}/{_short(name)}": part for name, part in value.items() if part is not None}
+        elif "/" in key and isinstance(value, int | float):
+            numbers[key] = value
+    return numbers
+
+
+def _short(name: str) -> str:
+    found = _DEVICE.match(name)
+    told = name if found is None else f"{found['device']} {found['source']}"
+    return re.sub(r"[^A-Za-z0-9]+", "_", told).strip("_")
+
+
+def plain_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """A config by dotted names, with text for what is neither number nor text, as trackers without nesting take it.
+
+    Args:
+        config: Nested plain values.
+        prefix: What the names start with.
+    """
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= plain_settings(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool) else json.dumps(value)
+    return flat
 
 
 @dataclass

@@ -280,7 +280,7 @@ def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, key: str, value:
         ("removal.window", 2.5),
         ("precision", "fp8"),
         ("model.shortcut", "C"),
-        ("tracking.trackers", ["mlflow"]),
+        ("tracking.trackers", ["paper"]),
         ("tracking.mode", "dry"),
         ("run_name", 7),
     ],

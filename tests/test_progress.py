@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import threading
 from typing import Any
 
@@ -19,6 +20,7 @@ from greenprune.progress import (
     format_seconds,
     format_si,
     open_display,
+    sparkline,
     worst_quality,
 )
 
@@ -415,3 +417,66 @@ def test_one_channel_names_its_block() -> None:
 def test_a_run_without_gated_channels_has_no_column_for_them() -> None:
     text = "\n".join(piped(start(), epoch(1)))
     assert "channels" not in text
+
+
+def test_joules_saved_are_told_against_the_pace_of_the_whole_network() -> None:
+    begun = start(**spending(10.0), **{"structure/channels": 0})
+    whole = train(20, 50.0)  # 2 J a step
+    assert "pace" not in panel(begun, whole)
+    after = train(30, 62.0)  # 10 more steps at the old pace: 70 J
+    assert "8.00 J under what the whole network's pace would have taken" in panel(
+        begun, whole, change("removal", "b", "off"), after
+    )
+    worse = train(30, 75.0)
+    assert "5.00 J over what" in panel(begun, whole, change("removal", "b", "off"), worse)
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        start(**spending(None)),
+        start(**spending(10.0), gated=False),
+        start(**spending(10.0)) | {"structure/blocks": 3},  # an attempt that begins with a network cut already
+    ],
+)
+def test_no_saving_is_told_that_nothing_is_known_of(begun: Event) -> None:
+    events = [begun, train(20, 50.0), change("removal", "b", "off"), train(30, 62.0)]
+    if begun["energy/total_j"] is None:
+        events = [begun, train(20, None), change("removal", "b", "off"), train(30, None)]
+    assert "pace" not in panel(*events)
+
+
+def test_the_panel_draws_loss_and_watts() -> None:
+    falling = [
+        train(step, **{"train/loss": loss, "energy/power_w": 10.0 * step}) for step, loss in ((1, 2.0), (2, 1.0))
+    ]
+    text = panel(start(), *falling)
+    assert "loss █▁" in text
+    assert "watts ▁█" in text
+    assert "watts ▁" not in panel(start(), train(1, None), train(2, None))
+
+
+def test_a_sparkline_spans_its_own_range() -> None:
+    assert sparkline([1, 2, 3]) == "▁▅█" or sparkline([1, 2, 3]) == "▁▄█"
+    assert sparkline([5, 5]) == "▁▁"
+    assert sparkline([1.0, float("nan"), 2.0]) == "▁·█"
+    assert sparkline([]) == ""
+
+
+def test_events_of_an_older_version_are_shown_with_what_they_tell() -> None:
+    old_start = {key: value for key, value in start().items() if key not in ("accuracy_kind", "notes", "resumed_from")}
+    old_epoch = {key: value for key, value in epoch(1).items() if key not in ("energy/epoch_j", "energy/co2_g")}
+    lines = piped(old_start, train(10), old_epoch)
+    assert "unknown    50.0 J" in lines[-1]
+    assert "eval acc" in lines[-2]
+
+
+def test_no_color_is_honoured(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    display = Display(terminal.stream)
+    for event in (start(), train(10), train(20), epoch(2), change("removal", "b", "off"), train(30)):
+        display(event)
+    display.close()
+    text = terminal.text()
+    assert "╭" in text
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", text)

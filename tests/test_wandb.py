@@ -1,17 +1,33 @@
-"""W&B offline, for real: the run's numbers are in the file that `wandb sync` uploads."""
+"""W&B and TensorBoard offline, for real: the run's numbers are in the files that they read."""
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launching import TRAIN, command, environment
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
+
+from greenprune.cli import main
+from greenprune.config import Config, ConfigError, GateConfig, ModelConfig, OptimConfig, TrackingConfig
+from greenprune.mirrors import GuardedMirror
+from greenprune.progress import Display
+from greenprune.run import train
+from greenprune.tracking import FolderLock, RunFolder
 
 BLOCK = 32768
 HEADER = 7
@@ -38,13 +54,64 @@ def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
             yield record
 
 
-def test_a_run_without_network_or_key_is_logged_offline(tmp_path: Path) -> None:
-    args = ["--model.name", "resnet20", "--optim.epochs", "3", "--removal.decide_by", "0.7", "--optim.lr", "0.05"]
-    args += ["--output_dir", str(tmp_path), "--run_name", "w", "--tracking.trackers", "[wandb]"]
+def all_records(path: Path) -> list[wandb_internal_pb2.Record]:
+    """The records of a run that has ended; W&B's own process may still be writing the last of them."""
+    deadline = time.monotonic() + 20
+    while True:
+        found = list(records(path))
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        assert time.monotonic() < deadline, f"{path} has no end"
+        time.sleep(0.1)
+
+
+class Uploaded:
+    """What the .wandb file of a run that has ended tells."""
+
+    def __init__(self, path: Path) -> None:
+        self.history: list[dict[str, Any]] = []
+        self.axes: dict[str, str] = {}
+        self.summary: dict[str, Any] = {}
+        self.artifacts: dict[str, set[str]] = {}
+        self.config: dict[str, Any] = {}
+        self.run = wandb_internal_pb2.RunRecord()
+        for record in all_records(path):
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                self.run.CopyFrom(record.run)
+                self._update(self.config, record.run.config.update)
+            elif kind == "config":
+                self._update(self.config, record.config.update)
+            elif kind == "history":
+                self.history.append({})
+                self._update(self.history[-1], record.history.item)
+            elif kind == "metric":
+                self.axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+            elif kind == "summary":
+                self._update(self.summary, record.summary.update)
+            elif kind == "artifact":
+                self.artifacts[record.artifact.type] = {entry.path for entry in record.artifact.manifest.contents}
+
+    @staticmethod
+    def _update(values: dict[str, Any], items: Iterable[Any]) -> None:
+        values.update({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+
+    def rows(self, key: str) -> list[dict[str, Any]]:
+        return [row for row in self.history if key in row]
+
+
+ARGS = ["--model.name", "resnet20", "--optim.epochs", "3", "--removal.decide_by", "0.7", "--optim.lr", "0.05"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without network or key, told to W&B and TensorBoard."""
+    folder = tmp_path_factory.mktemp("runs")
+    args = [*ARGS, "--output_dir", str(folder), "--run_name", "w", "--tracking.trackers", "[wandb,tensorboard]"]
     # A home without a netrc, so that nobody is logged in.
     done = subprocess.run(
-        command(TRAIN, args, 1),
-        env=environment() | {"HOME": str(tmp_path)},
+        command(TRAIN, [*args, "--energy.country", "FRA"], 1),
+        env=environment() | {"HOME": str(folder), "SLURM_ARRAY_JOB_ID": "77"},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -52,23 +119,215 @@ def test_a_run_without_network_or_key_is_logged_offline(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "wandb sync" in done.stdout
+    told = [line for line in done.stdout.splitlines() if "wandb sync" in line]
+    assert len(told) == 1
+    return folder / "w"
+
+
+@pytest.fixture(scope="module")
+def uploaded(run: Path) -> Uploaded:
+    (path,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    return Uploaded(path)
+
+
+def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+def test_every_figure_of_the_events_is_told(run: Path, uploaded: Uploaded) -> None:
+    epochs = uploaded.rows("eval/accuracy")
+    for row, event in zip(epochs, events_of(run, "epoch"), strict=True):
+        assert row["step"] == event["step"]
+        assert row["_timestamp"] == pytest.approx(event["time"])
+        told = ["eval/accuracy", "eval/loss", "train/loss", "flops/train", "flops/train_dense", "flops/forward"]
+        told += ["energy/total_j", "energy/epoch_j", "energy/power_w", "energy/co2_g"]
+        told += ["structure/blocks", "structure/channels", "structure/kept_cost"]
+        assert {key: row[key] for key in told} == {key: event[key] for key in told}
+        phases = {key: value for key, value in event["energy/by_phase_j"].items() if value is not None}
+        assert {key.rpartition("/")[2]: row[key] for key in row if key.startswith("energy/by_phase_j/")} == phases
+        devices = [row[key] for key in row if key.startswith("energy/by_device_j/")]
+        assert sum(devices) == pytest.approx(sum(event["energy/by_device_j"].values()))
+        assert sum(devices) == pytest.approx(sum(phases.values()))
+    trained = uploaded.rows("train/samples_per_s")
+    for row, event in zip(trained, events_of(run, "train"), strict=True):
+        told = ["train/loss", "train/accuracy", "train/lr", "train/samples_per_s", "train/step_time_s", "gate/price"]
+        assert {key: row[key] for key in told} == {key: event[key] for key in told}
+    windows = uploaded.rows("gate/openness/values")
+    gated = [event for event in events_of(run, "window") if event["units"]]
+    for row, event in zip(windows, gated, strict=True):
+        rates = {key.removeprefix("gate_rate/"): row[key] for key in row if key.startswith("gate_rate/")}
+        assert rates == {name: unit["rate"] for name, unit in event["units"].items()}
+        assert row["gate/openness/_type"] == "histogram"
+        assert sum(row["gate/openness/values"]) == len(rates)
+        edges = row["gate/openness/bins"]
+        assert (edges[0], edges[-1]) == (0, 1)  # the same in every row: a heat map
+
+
+def test_accuracy_is_drawn_over_joules_over_flops_and_over_steps(uploaded: Uploaded) -> None:
+    assert uploaded.axes["eval/*"] == "energy/total_j"
+    assert uploaded.axes["eval_over_flops/*"] == "flops/train"
+    for names in ("eval_over_steps/*", "train/*", "energy/*", "structure/*", "gate_rate/*"):
+        assert uploaded.axes[names] == "step"
+    for row in uploaded.rows("eval/accuracy"):
+        assert row["eval_over_flops/accuracy"] == row["eval_over_steps/accuracy"] == row["eval/accuracy"]
+        assert {"energy/total_j", "flops/train", "step"} <= row.keys()
+
+
+def test_the_table_of_runs_is_useful_at_once(run: Path, uploaded: Uploaded) -> None:
+    written = json.loads((run / "summary.json").read_text())
+    for key in ("accuracy", "energy_j", "co2_g", "flops_train", "kept_cost", "blocks", "energy_quality"):
+        assert uploaded.summary[key] == written[key]
+    assert uploaded.summary["flops_saved"] == pytest.approx(1 - written["flops_train"] / written["flops_train_dense"])
+    assert uploaded.config["budget"]["target"] == 0.5
+    record = uploaded.run
+    assert record.display_name == "w"
+    assert record.run_id.startswith("w-")
+    assert record.run_group == "slurm-array-77"
+    assert record.job_type == "gated"
+    assert set(record.tags) == {"digits", "resnet20", "gated", "block gates", "keep 0.5"}
+
+
+def test_structure_and_report_are_kept_with_the_run(uploaded: Uploaded) -> None:
+    assert uploaded.artifacts == {"structure": {"structure.json"}, "report": {"report.md", "report.html"}}
+
+
+def test_tensorboard_has_the_same(run: Path) -> None:
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    for key in ("eval/accuracy", "energy/total_j", "flops/train", "structure/blocks", "energy/co2_g"):
+        told = {scalar.step: scalar.value for scalar in board.Scalars(key)}  # the last one of each step
+        assert {event["step"] for event in events_of(run, "epoch")} <= told.keys()
+        for event in events_of(run, "epoch"):
+            assert told[event["step"]] == pytest.approx(event[key], rel=1e-6)
+    accuracy = json.loads((run / "summary.json").read_text())["accuracy"]
+    assert board.Scalars("result/accuracy")[-1].value == pytest.approx(accuracy, rel=1e-6)
+    rates = [scalar.value for scalar in board.Scalars("gate_rate/stages.0.1")]
+    assert len(rates) >= 2
+
+
+def test_a_run_is_caught_up_from_its_events(
+    run: Path, uploaded: Uploaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "w"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("wandb", "tensorboard", "checkpoints"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
+    assert main(["sync", str(copy)]) == 0
+    said = capfd.readouterr().out
+    assert "events of w are told" in said
+    (path,) = (copy / "wandb").glob("offline-run-*/*.wandb")
+    assert f"wandb sync {path.parent}" in said
+    again = Uploaded(path)
+    assert again.run.run_id == uploaded.run.run_id
+    assert again.run.run_group == uploaded.run.run_group
+    assert again.axes == uploaded.axes
+    assert again.artifacts == uploaded.artifacts
+    left_out = ("_runtime",)
+    for row, other in zip(again.history, uploaded.history, strict=True):
+        assert {k: v for k, v in row.items() if k not in left_out} == {
+            k: v for k, v in other.items() if k not in left_out
+        }
+    assert main(["sync", str(copy), "--to", "tensorboard"]) == 0
+    assert main(["sync", str(copy), "--to", "tensorboard"]) == 0  # in place of what is there
+    board = EventAccumulator(str(copy / "tensorboard"))
+    board.Reload()
+    assert len(board.Scalars("eval/accuracy")) == 3
+
+
+def test_a_run_that_goes_on_is_not_synced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "events.jsonl").write_text("")
+    lock = FolderLock(RunFolder(tmp_path))
+    assert main(["sync", str(tmp_path)]) == 2
+    lock.release()
+    assert "still goes on" in capsys.readouterr().err
+
+
+# Trackers that fail.
+
+
+def train_shortly(folder: Path, trackers: list[str], **environment: str) -> tuple[dict[str, Any], str]:
+    """A short run in this process, its summary and what its display showed."""
+    config = Config(
+        output_dir=str(folder),
+        run_name="w",
+        model=ModelConfig(name="resnet20"),
+        optim=OptimConfig(epochs=1),
+        gate=GateConfig(enabled=False),
+        tracking=TrackingConfig(trackers=trackers),  # type: ignore[arg-type]
+    )
+    shown = io.StringIO()
+    return train(config, environment, lambda: Display(shown)).summary, shown.getvalue()
+
+
+def test_a_server_that_does_not_answer_leaves_the_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = wandb.init
+
+    def unreachable(**options: Any) -> Any:
+        if options["mode"] == "online":
+            raise wandb.errors.CommError("no answer")
+        return init(**options)
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    summary, shown = train_shortly(tmp_path, ["wandb"], WANDB_API_KEY="x" * 40)
+    assert summary["accuracy"] is not None
+    assert "wandb sync" in shown
     (path,) = (tmp_path / "w" / "wandb").glob("offline-run-*/*.wandb")
-    history: list[dict[str, float]] = []
-    axes: dict[str, str] = {}
-    summary: dict[str, object] = {}
-    for record in records(path):
-        kind = record.WhichOneof("record_type")
-        if kind == "history":
-            history.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
-        elif kind == "metric":
-            axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
-        elif kind == "summary":
-            summary.update({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.summary.update})
-    assert axes["eval/*"] == "energy/total_j"
-    evaluated = [row for row in history if "eval/accuracy" in row]
-    assert len(evaluated) == 3
-    assert all({"energy/total_j", "flops/train", "structure/blocks"} <= row.keys() for row in evaluated)
-    written = json.loads((tmp_path / "w" / "summary.json").read_text())
-    assert evaluated[-1]["eval/accuracy"] == written["accuracy"]
-    assert summary["energy_j"] == written["energy_j"]
+    assert Uploaded(path).rows("eval/accuracy")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), wandb.errors.UsageError("gone")])
+def test_a_tracker_that_cannot_start_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(**_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(wandb, "init", broken)
+    summary, shown = train_shortly(tmp_path, ["wandb", "tensorboard"])
+    assert summary["accuracy"] is not None
+    assert "wandb has failed" in shown
+    assert f"greenprune sync {tmp_path / 'w'} --to wandb" in shown
+    assert list((tmp_path / "w" / "tensorboard").glob("events*"))  # the other one is not harmed
+
+
+def test_a_tracker_that_fails_on_the_way_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[int] = []
+
+    def mirror(event: dict[str, Any]) -> None:
+        calls.append(event["step"])
+        raise BrokenPipeError(32, "Broken pipe")
+
+    guarded = GuardedMirror("wandb", mirror, RunFolder(tmp_path))
+    guarded({"step": 1})
+    guarded({"step": 2})
+    guarded.close()
+    assert calls == [1]
+    error = capsys.readouterr().err
+    assert "wandb has failed and gets nothing more of this run ([Errno 32] Broken pipe); training goes on." in error
+    assert error.count("\n") == 1
+
+
+def test_a_tracker_that_hangs_holds_nothing_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hangs = threading.Event()
+
+    def mirror(_: dict[str, Any]) -> None:
+        hangs.wait(30)
+
+    guarded = GuardedMirror("wandb", mirror, RunFolder(tmp_path))
+    began_s = time.perf_counter()
+    for step in range(1000):
+        guarded({"step": step})
+    assert time.perf_counter() - began_s < 0.5
+    guarded.close(timeout_s=0.1)
+    hangs.set()
+    assert "it has not taken everything within 0.1 s" in capsys.readouterr().err
+
+
+def test_a_tracker_whose_package_is_missing_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tracking.trackers: 'clearml' is not valid here.*pip install clearml"):
+        train_shortly(tmp_path, ["clearml"])
+    assert not (tmp_path / "w").exists()

@@ -28,7 +28,7 @@ class ComparedRun:
 
     Attributes:
         path: The run's folder.
-        name: The folder's name, or its whole path where two of the compared runs have the same name.
+        name: The folder's name, after those of as many parents as set it apart from the other compared runs.
         summary: Content of summary.json; of a run that is not finished, what its events tell under the same keys.
         state: ``finished``, or how far it came.
         hardware: What it ran on, as its provenance tells; None if that is missing.
@@ -141,12 +141,20 @@ def compare_runs(paths: Sequence[Path], to_accuracy: float | None = None) -> Com
     """
     if to_accuracy is not None and not 0 < to_accuracy <= 1:
         raise UserError(f"--to-accuracy: {to_accuracy!r} is not valid; expected a share in (0, 1]")
-    folders = dict.fromkeys(folder for path in paths for folder in _find_runs(path))
-    names = [folder.name for folder in folders]
-    runs = [_read_run(path, path.name if names.count(path.name) == 1 else str(path)) for path in folders]
+    runs = [read_run(path, name) for path, name in find_runs(paths).items()]
     if to_accuracy is not None:
         for run in runs:
-            run.summary["energy_to_accuracy_j"] = energy_to_accuracy_j(_read_events(run.path), to_accuracy)
+            run.summary["energy_to_accuracy_j"] = energy_to_accuracy_j(read_run_events(run.path), to_accuracy)
+    return set_against_twins(runs, to_accuracy)
+
+
+def set_against_twins(runs: list[ComparedRun], to_accuracy: float | None = None) -> Comparison:
+    """Set each gated run against its dense twin, if that is among the runs.
+
+    Args:
+        runs: What :func:`read_run` gave.
+        to_accuracy: As for :func:`compare_runs`.
+    """
     notes: list[str] = []
     compared = tuple(_set_against_twin(run, runs, notes) for run in runs)
     return Comparison(compared, tuple(notes), to_accuracy)
@@ -162,15 +170,37 @@ def energy_to_accuracy_j(events: Sequence[Event], accuracy: float) -> float | No
     Returns:
         The joules; None if no evaluation reached it, or the energy is not known.
     """
-    reached = (event for event in events if event["kind"] == "epoch" and (event["eval/accuracy"] or 0) >= accuracy)
-    first = next(reached, None)
-    return None if first is None else first["energy/total_j"]
+    reached = (event for event in events if event["kind"] == "epoch" and (event.get("eval/accuracy") or 0) >= accuracy)
+    first: Event = next(reached, {})
+    return first.get("energy/total_j")
 
 
 # Reading.
 
 
-def _find_runs(path: Path) -> list[Path]:
+def find_runs(paths: Sequence[Path]) -> dict[Path, str]:
+    """The folders of the runs at some paths, each once, and the name it goes by: as much of its path as is needed.
+
+    Args:
+        paths: As for :func:`compare_runs`.
+
+    Raises:
+        UserError: There is no run at a path.
+    """
+    folders = dict.fromkeys(folder for path in paths for folder in _runs_at(path))
+    return {path: _name_among(path, list(folders)) for path in folders}
+
+
+def _name_among(path: Path, paths: Sequence[Path]) -> str:
+    """The shortest end of a path that no other one has."""
+    for length in range(1, len(path.parts)):
+        end = path.parts[-length:]
+        if sum(other.parts[-length:] == end for other in paths) == 1:
+            return str(Path(*end))
+    return str(path)
+
+
+def _runs_at(path: Path) -> list[Path]:
     if path.name == "summary.json" and path.is_file():
         return [path.parent]
     if not path.is_dir():
@@ -188,16 +218,30 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _RUN_FILES)
 
 
-def _read_run(path: Path, name: str) -> ComparedRun:
+def read_run(path: Path, name: str) -> ComparedRun:
+    """Read one run, of which only a part may be there.
+
+    Args:
+        path: Its folder.
+        name: What to call it.
+
+    Raises:
+        UserError: A file of it cannot be read.
+    """
     folder = RunFolder(path)
+    hardware = _hardware(read_provenance(path))
     if folder.summary.is_file():
-        summary = _read_object(folder.summary)
-        return ComparedRun(path, name, summary, "finished", _read_hardware(folder))
-    summary, state = _unfinished(_read_events(path))
-    return ComparedRun(path, name, summary, state, _read_hardware(folder))
+        return ComparedRun(path, name, _read_object(folder.summary), "finished", hardware)
+    summary, state = _unfinished(read_run_events(path))
+    return ComparedRun(path, name, summary, state, hardware)
 
 
-def _read_events(path: Path) -> list[Event]:
+def read_run_events(path: Path) -> list[Event]:
+    """The events of the run in a folder; a last line that is not whole is left out.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
     events = RunFolder(path).events
     try:
         return read_events(events)
@@ -215,18 +259,18 @@ def _read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_hardware(folder: RunFolder) -> tuple[str, ...] | None:
-    """What the last attempt ran on: its GPUs, or its processor."""
-    if not folder.provenance.is_file():
-        return None
+def read_provenance(path: Path) -> dict[str, Any]:
+    """Versions and hardware of the last attempt of the run in a folder; empty if that is not known."""
     try:
-        attempts = read_events(folder.provenance)  # also one JSON object a line
-    except ValueError:
-        return None
-    if not attempts:
-        return None
-    last = attempts[-1]
-    return tuple(last.get("gpus") or [str(last.get("cpu"))])
+        attempts = read_events(RunFolder(path).provenance)  # also one JSON object a line
+    except (OSError, ValueError):
+        return {}
+    return attempts[-1] if attempts else {}
+
+
+def _hardware(provenance: dict[str, Any]) -> tuple[str, ...] | None:
+    """What an attempt ran on: its GPUs, or its processor."""
+    return tuple(provenance.get("gpus") or [str(provenance.get("cpu"))]) if provenance else None
 
 
 _FROM_EVENTS = {
@@ -264,7 +308,10 @@ _FROM_START = (
 
 
 def _unfinished(events: list[Event]) -> tuple[dict[str, Any], str]:
-    """What the events of a run tell under the keys of a summary, and how far the run came."""
+    """What the events of a run tell under the keys of a summary, and how far the run came.
+
+    Events of older versions may lack keys; what they do not tell is unknown.
+    """
     start = next((event for event in reversed(events) if event["kind"] == "start"), None)
     if start is None:
         return {}, "unfinished: nothing is recorded yet"
@@ -272,18 +319,23 @@ def _unfinished(events: list[Event]) -> tuple[dict[str, Any], str]:
     step_times = StepTimes()
     for event in events:
         last.update(event)
-        if event["kind"] == "train":
+        if event["kind"] == "end" and "summary" in event:
+            return event["summary"], "finished"
+        if event["kind"] == "train" and event.get("train/step_time_s") is not None:
             step_times.add(event["train/step_time_s"])
         elif event["kind"] == "removal":
             step_times.cut()
     summary: dict[str, Any] = {key: start.get(key) for key in _FROM_START}
     summary |= {key: last.get(name) for key, name in _FROM_EVENTS.items()}
-    summary["blocks_dense"] = len(start["units"])
+    if "units" in start:
+        summary["blocks_dense"] = len(start["units"])
     summary["channels_dense"] = sum(start.get("channels", {}).values())
-    summary["energy_quality"] = worst_quality(quality for _, _, quality in start["energy_sources"])
+    summary["energy_quality"] = worst_quality(quality for _, _, quality in start.get("energy_sources", []))
     summary["step_time_s"] = step_times.medians()
-    state = f"unfinished: step {last['step']:,} of {start['epochs'] * start['steps_per_epoch']:,}"
-    return summary, state + (f", stopped by {last['signal']}" if events[-1]["kind"] == "interrupt" else "")
+    steps = start["epochs"] * start["steps_per_epoch"] if {"epochs", "steps_per_epoch"} <= start.keys() else None
+    state = f"unfinished: step {last['step']:,}" + ("" if steps is None else f" of {steps:,}")
+    stopped = f", stopped by {last.get('signal', 'a signal')}" if events[-1]["kind"] == "interrupt" else ""
+    return summary, state + stopped
 
 
 # Comparing.
@@ -377,11 +429,12 @@ def _accuracy_column(accuracy: float) -> _Column:
 
 
 def _blocks(summary: dict[str, Any]) -> str:
-    return f"{summary['blocks']}/{summary['blocks_dense']}" if "blocks_dense" in summary else UNKNOWN
+    blocks = summary.get("blocks")
+    return UNKNOWN if blocks is None or "blocks_dense" not in summary else f"{blocks}/{summary['blocks_dense']}"
 
 
 def _channels(summary: dict[str, Any]) -> str:
-    return f"{summary['channels']}/{summary['channels_dense']}" if summary.get("channels_dense") else "-"
+    return f"{summary.get('channels')}/{summary['channels_dense']}" if summary.get("channels_dense") else "-"
 
 
 def _ratio_cell(run: ComparedRun, key: str | None) -> str:

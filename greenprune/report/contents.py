@@ -1,0 +1,448 @@
+"""What a report says of some runs, before it takes a form: groups of seeds, spreads, fronts, differences, caveats."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from greenprune.config import UserError, shaping_values
+from greenprune.progress import format_percent
+from greenprune.report.comparison import (
+    ComparedRun,
+    find_runs,
+    read_provenance,
+    read_run,
+    read_run_events,
+    set_against_twins,
+)
+from greenprune.report.history import History, read_history
+from greenprune.tracking import RunFolder, is_held
+
+_ALWAYS_DIFFERENT = ("output_dir", "run_name", "seed", "resume")
+_ENVIRONMENT = {
+    "greenprune revision": lambda made: str((made.get("git") or {}).get("revision"))[:10],
+    "torch": lambda made: (made.get("versions") or {}).get("torch"),
+    "hardware": lambda made: ", ".join(made.get("gpus") or []) or made.get("cpu"),
+    "processes": lambda made: made.get("processes"),
+}  # fmt: skip
+_SUMMARY_KEYS = ("model", "gated", "budget_target", "budget_unit", "epochs", "batch_size", "precision")
+
+FIGURES = ("accuracy", "flops_forward", "flops_train", "energy_j", "co2_g", "time_s", "step_time_s")
+"""Figures of a run that a group has a spread of."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of one figure over the finished runs of a group in which it is known.
+
+    Attributes:
+        mean: Their mean.
+        sd: Their sample standard deviation; None for a single one.
+        n: How many they are.
+    """
+
+    mean: float
+    sd: float | None
+    n: int
+
+
+def spread_of(values: Iterable[float | None]) -> Spread | None:
+    """The spread of what is known; None if nothing is."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """One run of a report.
+
+    Attributes:
+        compared: The run among the others.
+        history: What its events tell epoch by epoch.
+        config: Its config.yaml by dotted keys; empty if it has none.
+        provenance: Versions and hardware of its last attempt; empty if not known.
+        is_held: Whether a process on this machine has it in hand now; None if that cannot be told.
+    """
+
+    compared: ComparedRun
+    history: History
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    is_held: bool | None
+
+    @property
+    def name(self) -> str:
+        """What it is called in the report."""
+        return self.compared.name
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it ended by itself."""
+        return self.compared.is_finished
+
+    @property
+    def state(self) -> str:
+        """Whether it is finished, or how far it came and whether it still runs, as far as that is known."""
+        if self.is_finished or self.history.last_time is None:
+            return self.compared.state
+        state = self.compared.state.replace("unfinished", "running", 1) if self.is_held else self.compared.state
+        heard = datetime.fromtimestamp(self.history.last_time, timezone.utc)
+        return f"{state}; last event {heard:%Y-%m-%d %H:%M} UTC"
+
+    def figure(self, key: str) -> float | None:
+        """One of :data:`FIGURES`; None if it is not known."""
+        value = self.compared.step_time_s if key == "step_time_s" else self.compared.summary.get(key)
+        return float(value) if isinstance(value, int | float) else None
+
+    @property
+    def task(self) -> tuple[str, str]:
+        """Data set and kind of accuracy; only runs of the same task are drawn together."""
+        summary = self.compared.summary
+        return str(summary.get("data") or "unknown data"), str(summary.get("accuracy_kind") or "unknown")
+
+    @property
+    def metering(self) -> tuple[object, ...]:
+        """What must be the same for joules to be compared."""
+        summary = self.compared.summary
+        return (self.compared.hardware, summary.get("energy_quality"), summary.get("device"), summary.get("world_size"))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seed.
+
+    Attributes:
+        label: What sets it apart from the other groups of its task.
+        gated: Whether its runs are gated; None if not known.
+        runs: Its runs.
+        spreads: By figure, over its finished runs; None where nothing is known.
+        against_twins: By ratio, over its finished runs that have a dense twin.
+    """
+
+    label: str
+    gated: bool | None
+    runs: tuple[ReportedRun, ...]
+    spreads: dict[str, Spread | None]
+    against_twins: dict[str, Spread | None]
+
+    @property
+    def seeds(self) -> tuple[Any, ...]:
+        """Their seeds, as far as known."""
+        return tuple(run.compared.summary.get("seed", run.config.get("seed")) for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The groups that may be drawn together: one data set, one kind of accuracy.
+
+    Attributes:
+        data: The data set.
+        accuracy_kind: ``test`` or ``validation``.
+        groups: Its groups: dense ones first.
+        front: Labels of the groups on the Pareto front of accuracy against joules, by joules; None if there is none
+            to draw, because energy is unknown or was metered in different ways.
+        front_reason: Why there is none, or what it was drawn over.
+    """
+
+    data: str
+    accuracy_kind: str
+    groups: tuple[Group, ...]
+    front: tuple[str, ...] | None
+    front_reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a report says.
+
+    Attributes:
+        tasks: By data set and kind of accuracy.
+        differences: By key of the config or of the environment: by group the values that its runs have; a group is
+            called by its label, after the data set if there are several.
+        notes: What a reader of the figures must know.
+    """
+
+    tasks: tuple[Task, ...]
+    differences: dict[str, dict[str, tuple[Any, ...]]]
+    notes: tuple[str, ...]
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of all tasks."""
+        return tuple(group for task in self.tasks for group in task.groups)
+
+    @property
+    def runs(self) -> tuple[ReportedRun, ...]:
+        """The runs of all groups."""
+        return tuple(run for group in self.groups for run in group.runs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "tasks": [
+                {
+                    "data": task.data,
+                    "accuracy_kind": task.accuracy_kind,
+                    "pareto_front": task.front,
+                    "pareto_front_reason": task.front_reason,
+                    "groups": [
+                        {
+                            "label": group.label,
+                            "gated": group.gated,
+                            "seeds": group.seeds,
+                            "runs": [run.name for run in group.runs],
+                            "spreads": _plain_spreads(group.spreads),
+                            "against_twins": _plain_spreads(group.against_twins),
+                        }
+                        for group in task.groups
+                    ],
+                }
+                for task in self.tasks
+            ],
+            "runs": [
+                {
+                    **run.compared.to_dict(),
+                    "state": run.state,
+                    "config": run.config,
+                    "hardware": run.compared.hardware,
+                    "history": run.history.to_dict(),
+                }
+                for run in self.runs
+            ],
+            "differences": self.differences,
+            "notes": list(self.notes),
+        }
+
+
+def _plain_spreads(spreads: dict[str, Spread | None]) -> dict[str, dict[str, Any] | None]:
+    return {key: asdict(spread) if spread else None for key, spread in spreads.items()}
+
+
+def build_report(paths: Sequence[Path]) -> Report:
+    """Read runs, finished or not, and put together all that a report says of them.
+
+    A run with a file that cannot be read is shown as such, and is in no comparison.
+
+    Args:
+        paths: Runs' folders, their summary.json, or folders that hold runs.
+
+    Raises:
+        UserError: There is no run at a path.
+    """
+    read = [_read(path, name) for path, name in find_runs(paths).items()]
+    comparison = set_against_twins([run.compared for run in read])
+    runs = [replace(run, compared=compared) for run, compared in zip(read, comparison.runs, strict=True)]
+    by_task: dict[tuple[str, str], list[ReportedRun]] = {}
+    for run in runs:
+        by_task.setdefault(run.task, []).append(run)
+    tasks = tuple(_task(*key, members) for key, members in sorted(by_task.items()))
+    several = len(tasks) > 1
+    groups = {
+        f"{task.data}: {group.label}" if several else group.label: group for task in tasks for group in task.groups
+    }
+    return Report(tasks, _differences(groups), (*comparison.notes, *_notes(runs)))
+
+
+def _read(path: Path, name: str) -> ReportedRun:
+    config = _read_config(RunFolder(path).config)
+    provenance = read_provenance(path)
+    try:
+        compared, history = read_run(path, name), read_history(read_run_events(path))
+    except UserError as error:
+        state = f"cannot be read: {str(error).removeprefix('RUN: ')}"
+        return ReportedRun(ComparedRun(path, name, {}, state, None), read_history([]), config, provenance, None)
+    return ReportedRun(compared, history, config, provenance, is_held(RunFolder(path)))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A config.yaml by dotted keys, whatever version wrote it; empty if there is none to be read."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return _flat(values) if isinstance(values, dict) else {}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in flat.items():
+        owner, dot, name = key.partition(".")
+        if dot:
+            values.setdefault(owner, {})[name] = value
+        else:
+            values[key] = value
+    return values
+
+
+# Groups.
+
+
+def _group_key(run: ReportedRun) -> tuple[object, ...]:
+    """Equal for runs that differ in their seed alone and whose joules can be averaged."""
+    shaping = shaping_values(_nested(run.config)) if "gate.enabled" in run.config else {}
+    shaping.pop("seed", None)
+    if not shaping:
+        shaping = {key: run.compared.summary.get(key) for key in _SUMMARY_KEYS}
+    unreadable = run.name if not run.compared.summary and not run.is_finished else None
+    quality = run.metering[1:] if run.compared.summary else ()
+    return (repr(sorted(shaping.items(), key=lambda item: item[0])), run.compared.hardware, *quality, unreadable)
+
+
+def _task(data: str, accuracy_kind: str, runs: Sequence[ReportedRun]) -> Task:
+    by_key: dict[tuple[object, ...], list[ReportedRun]] = {}
+    for run in runs:
+        by_key.setdefault(_group_key(run), []).append(run)
+    several_models = len({run.compared.summary.get("model") for run in runs}) > 1
+    members = list(by_key.values())
+    labels = _labels(members, several_models)
+    groups = [_group(label, runs_of) for label, runs_of in zip(labels, members, strict=True)]
+    groups.sort(key=lambda group: (group.gated is not False, group.label))
+    front, reason = _front(groups)
+    return Task(data, accuracy_kind, tuple(groups), front, reason)
+
+
+def _group(label: str, runs: Sequence[ReportedRun]) -> Group:
+    finished = [run for run in runs if run.is_finished]
+    ratios = [run.compared.against_twin for run in finished if run.compared.against_twin is not None]
+    keys = dict.fromkeys(key for ratio in ratios for key in ratio)
+    return Group(
+        label=label,
+        gated=runs[0].compared.summary.get("gated", runs[0].config.get("gate.enabled")),
+        runs=tuple(sorted(runs, key=lambda run: (str(run.compared.summary.get("seed")), run.name))),
+        spreads={key: spread_of(run.figure(key) for run in finished) for key in FIGURES},
+        against_twins={key: spread_of(ratio.get(key) for ratio in ratios) for key in keys},
+    )
+
+
+def _labels(groups: Sequence[Sequence[ReportedRun]], several_models: bool) -> list[str]:
+    """What each group is called: its gating, and as much else as tells it from the others."""
+    labels = [_label(runs[0], several_models) for runs in groups]
+    told = []
+    for index, label in enumerate(labels):
+        alike = [runs for runs, other in zip(groups, labels, strict=True) if other == label]
+        told.append(label if len(alike) == 1 else f"{label} ({_what_differs(groups[index], alike)})")
+    seen: dict[str, int] = {}
+    for index, label in enumerate(told):
+        seen[label] = seen.get(label, 0) + 1
+        told[index] = label if seen[label] == 1 else f"{label} #{seen[label]}"
+    return told
+
+
+def _label(run: ReportedRun, with_model: bool) -> str:
+    summary, config = run.compared.summary, run.config
+    if not summary:
+        return run.name
+    gated = summary.get("gated", config.get("gate.enabled"))
+    units = config.get("gate.units") or ["gated"]
+    target = summary.get("budget_target")
+    budget = "" if target is None else f", keep {format_percent(target)}"
+    name = "dense" if gated is False else f"{' + '.join(units)} gates{budget}" if gated else "unknown gating"
+    return f"{summary.get('model')}, {name}" if with_model else name
+
+
+def _what_differs(runs: Sequence[ReportedRun], alike: Sequence[Sequence[ReportedRun]]) -> str:
+    mine = _values(runs[0])
+    others = [_values(other[0]) for other in alike]
+    parts = [
+        f"{key.rpartition('.')[2]} {mine.get(key, 'not set')}"
+        for key in mine
+        if any(repr(other.get(key)) != repr(mine.get(key)) for other in others)
+        and not key.startswith(("tracking.", "checkpoint."))
+        and key != "greenprune revision"
+    ]
+    return ", ".join(parts[:3]) or f"as {runs[0].name}"
+
+
+def _values(run: ReportedRun) -> dict[str, Any]:
+    """Its config and environment, less what differs from run to run anyway."""
+    config = {key: value for key, value in run.config.items() if key not in _ALWAYS_DIFFERENT}
+    made = run.provenance
+    readers: dict[str, Callable[[dict[str, Any]], Any]] = _ENVIRONMENT
+    return config | {key: read(made) for key, read in readers.items() if made}
+
+
+def _differences(groups: dict[str, Group]) -> dict[str, dict[str, tuple[Any, ...]]]:
+    """Keys in which any two runs differ, with the values that the runs of each group have, by the groups' names."""
+    values = {name: [_values(run) for run in group.runs] for name, group in groups.items()}
+    keys = dict.fromkeys(key for those in values.values() for one in those for key in one)
+    differences = {}
+    for key in keys:
+        by_group = {
+            name: _distinct(one.get(key, "not in its config") for one in those) for name, those in values.items()
+        }
+        if len({repr(value) for those in by_group.values() for value in those}) > 1:
+            differences[key] = by_group
+    return differences
+
+
+def _distinct(values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple({repr(value): value for value in values}.values())
+
+
+# The front.
+
+
+def _front(groups: Sequence[Group]) -> tuple[tuple[str, ...] | None, str]:
+    """Groups that no other beats in both mean accuracy and mean joules, by joules."""
+    finished = [group for group in groups if group.spreads["accuracy"] and group.spreads["energy_j"]]
+    if not finished:
+        return None, "No front is drawn: no finished run has both an accuracy and joules."
+    metering = {run.metering for group in finished for run in group.runs if run.is_finished}
+    if len(metering) > 1:
+        return None, "No front is drawn: these runs were not all metered alike, on the same hardware."
+    points = sorted((_mean(group, "energy_j"), -_mean(group, "accuracy"), group.label) for group in finished)
+    front: list[str] = []
+    best = float("-inf")
+    for _, negative, label in points:
+        if -negative > best:
+            front.append(label)
+            best = -negative
+    return tuple(front), "The Pareto front joins the means of finished runs that no other mean beats in both."
+
+
+def _mean(group: Group, key: str) -> float:
+    spread = group.spreads[key]
+    assert spread is not None
+    return spread.mean
+
+
+# Caveats.
+
+
+def _notes(runs: Sequence[ReportedRun]) -> list[str]:
+    """What the runs themselves say about their figures, each once, and what follows from their states."""
+    notes: list[str] = []
+    if any(run.compared.summary.get("energy_quality") == "estimate" for run in runs):
+        notes.append(
+            "Joules of quality 'estimate' come from a model of the machine, not from a meter: they follow the seconds "
+            "and the load, and must not be taken for a measurement."
+        )
+    unfinished = [run.name for run in runs if not run.is_finished]
+    if unfinished:
+        notes.append(f"Not finished, so in no mean and no ratio: {', '.join(unfinished)}.")
+    incomplete = [run.name for run in runs if run.compared.summary.get("energy_complete") is False]
+    if incomplete:
+        notes.append(f"Joules are a lower bound, because some could not be read: {', '.join(incomplete)}.")
+    lost = [run.name for run in runs if run.compared.summary.get("energy_lost_j")]
+    if lost:
+        notes.append(f"Joules include work that was lost and done again; FLOPs do not: {', '.join(lost)}.")
+    revisions = {(run.provenance.get("git") or {}).get("revision") for run in runs if run.provenance}
+    if len(revisions) > 1:
+        notes.append("The runs were made by different revisions of greenprune; see the differences.")
+    told = dict.fromkeys(" ".join(note.split()) for run in runs for note in run.history.start.get("notes", []))
+    return notes + list(told)

@@ -1,0 +1,74 @@
+"""Following a run from another terminal or machine, by reading what it writes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from greenprune.config import UserError
+from greenprune.tracking import Event, RunFolder, is_held
+
+_POLL_S = 0.5
+_LAST = ("end", "interrupt")
+
+
+def watch_run(path: Path, show: Callable[[Event], None], *, follow: bool = True) -> str:
+    """Show a run's events from the first on, and then as they come, until it ends or is seen to have stopped.
+
+    A run that a process of this machine had in hand, and has no more, has stopped. That of a run on another machine is
+    not seen: it is followed until its events say that it ended.
+
+    Args:
+        path: The run's folder.
+        show: Takes each event.
+        follow: Whether to wait for more events.
+
+    Returns:
+        One line that says why there is nothing more to show.
+
+    Raises:
+        UserError: There is no run with events at the path, or its events cannot be read.
+    """
+    folder = RunFolder(path)
+    if not folder.events.is_file():
+        raise UserError(f"RUN: {str(path)!r} is not a run with events; expected the folder of one")
+    last = "nothing"
+    for event in _events(folder, follow):
+        last = event["kind"]
+        show(event)
+    if last == "end":
+        return "The run is finished."
+    if last == "interrupt":
+        return "The run was stopped; it goes on with --resume auto."
+    return "The run has stopped without a word." if follow else "These are its events so far."
+
+
+def _events(folder: RunFolder, follow: bool) -> Iterator[Event]:
+    """Whole lines of the log; at its end more are waited for as long as the run may go on."""
+    was_held = False
+    last, rest = "", ""
+    with folder.events.open() as file:
+        while True:
+            held = is_held(folder)  # asked before the read: once let go of, nothing more comes after it
+            text = file.read()
+            *lines, rest = (rest + text).split("\n")
+            for line in filter(None, lines):
+                event = _parsed(line, folder)
+                last = event["kind"]
+                yield event
+            stopped = last in _LAST or (was_held and not held)
+            if not text and (not follow or stopped):
+                return
+            was_held = was_held or bool(held)
+            if not text:
+                time.sleep(_POLL_S)
+
+
+def _parsed(line: str, folder: RunFolder) -> Event:
+    try:
+        event: Event = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"RUN: {str(folder.events)!r} cannot be read ({error})") from None
+    return event

@@ -1,0 +1,418 @@
+"""Reports of runs: their numbers, their forms, and runs that are not as they should be."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import json
+import re
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from greenprune.cli import main
+from greenprune.config import UserError
+from greenprune.progress import format_joules, format_percent, format_si
+from greenprune.report.contents import Report, build_report
+from greenprune.report.figures import gate_map_figure, overview
+from greenprune.report.history import REMOVED, read_history
+from greenprune.report.page import render_page
+from greenprune.report.words import render_csv, render_json, render_markdown
+from greenprune.tracking import FolderLock, RunFolder
+
+sys.path.insert(0, str(Path(__file__).parent))
+from recording import STEPS, config, record_run, stop_before, write_events
+
+
+def record_four(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Two seeds, dense and gated."""
+    return {
+        f"{kind}-{seed}": record_run(folder / f"{kind}-{seed}", seed=seed, gated=kind == "gated")
+        for kind in ("dense", "gated")
+        for seed in (0, 1)
+    }
+
+
+def text_of(page: str) -> str:
+    """What a reader sees of a page: without its scripts, styles and tags."""
+    bare = re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", bare)).split())
+
+
+def embedded(page: str, name: str) -> Any:
+    found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    return json.loads(found.group(1))
+
+
+# Every number, recomputed from the events alone.
+
+
+def test_every_number_is_that_of_the_events(tmp_path: Path) -> None:
+    recorded = record_four(tmp_path)
+    for name in recorded:
+        (tmp_path / name / "summary.json").unlink()  # the events are enough
+    report = build_report([tmp_path])
+    values = json.loads(render_json(report))
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(render_csv(report)))}
+    seen = text_of(render_page(report, "1"))
+    for run in values["runs"]:
+        events = recorded[run["name"]]
+        epochs = [event for event in events if event["kind"] == "epoch"]
+        total_j = next(event for event in events if event["kind"] == "end")["summary"]["energy_j"]
+        expected = {
+            "accuracy": epochs[-1]["eval/accuracy"],
+            "flops_train": epochs[-1]["flops/train"],
+            "flops_train_dense": epochs[-1]["flops/train_dense"],
+            "flops_forward": epochs[-1]["flops/forward"],
+            "blocks": epochs[-1]["structure/blocks"],
+            "channels": epochs[-1]["structure/channels"],
+            "params": epochs[-1]["structure/params"],
+            "energy_j": total_j,
+        }
+        assert {key: run["summary"][key] for key in expected} == expected
+        assert {key: float(rows[run["name"]][key]) for key in expected} == expected
+        assert [row["energy_j"] for row in run["history"]["epochs"]] == [e["energy/total_j"] for e in epochs]
+        assert [row["epoch_j"] for row in run["history"]["epochs"]] == pytest.approx(
+            [
+                now["energy/total_j"] - before
+                for now, before in zip(epochs, [0.5, *(e["energy/total_j"] for e in epochs[:-1])], strict=True)
+            ]
+        )
+        assert sum(run["history"]["energy_by_phase_j"].values()) == pytest.approx(total_j)
+        for shown in (
+            format_percent(expected["accuracy"], 2),
+            format_joules(total_j),
+            format_si(expected["flops_train"]),
+            f"{expected['blocks']}/6",
+        ):
+            assert shown in seen
+    for kind, group in zip(("dense", "gated"), values["tasks"][0]["groups"], strict=True):
+        ends = [recorded[f"{kind}-{seed}"][-1]["summary"] for seed in (0, 1)]
+        for key in ("accuracy", "energy_j", "flops_train"):
+            spread = group["spreads"][key]
+            assert spread["mean"] == pytest.approx(statistics.fmean(end[key] for end in ends))
+            assert spread["sd"] == pytest.approx(statistics.stdev(end[key] for end in ends))
+            assert spread["n"] == 2
+    ratios = [
+        recorded[f"gated-{seed}"][-1]["summary"]["energy_j"] / recorded[f"dense-{seed}"][-1]["summary"]["energy_j"]
+        for seed in (0, 1)
+    ]
+    against = values["tasks"][0]["groups"][1]["against_twins"]
+    assert against["energy_j"]["mean"] == pytest.approx(statistics.fmean(ratios))
+    assert f"{statistics.fmean(ratios):.2f} ± {statistics.stdev(ratios):.2f}x the joules" in seen
+
+
+def test_curves_of_the_page_are_those_of_the_events(tmp_path: Path) -> None:
+    recorded = record_four(tmp_path)
+    figures = embedded(render_page(build_report([tmp_path]), "1"), "figures")
+
+    def numbers(array: Any) -> list[float]:
+        kinds = {"f8": "d", "i1": "b", "i2": "h", "u1": "B", "i4": "i"}
+        content = base64.b64decode(array["bdata"])
+        kind = kinds[array["dtype"]]
+        return list(struct.unpack(f"<{len(content) // struct.calcsize(kind)}{kind}", content))
+
+    for figure, key in (("t0-joules", "energy/total_j"), ("t0-flops", "flops/train")):
+        lines = {trace["meta"]["run"]: trace for trace in figures[figure]["data"] if "run" in trace.get("meta", {})}
+        assert lines.keys() == recorded.keys()
+        for name, trace in lines.items():
+            epochs = [event for event in recorded[name] if event["kind"] == "epoch"]
+            assert numbers(trace["x"]) == [event["epoch"] for event in epochs]
+            assert numbers(trace["y"]) == [event[key] for event in epochs]
+        means = [trace for trace in figures[figure]["data"] if "group" in trace.get("meta", {})]
+        both = [[e[key] for e in recorded[f"gated-{seed}"] if e["kind"] == "epoch"] for seed in (0, 1)]
+        assert numbers(means[1]["y"]) == pytest.approx([statistics.fmean(pair) for pair in zip(*both, strict=True)])
+
+
+def test_the_gate_map_goes_from_open_to_gone(tmp_path: Path) -> None:
+    record_run(tmp_path / "gated")
+    (run,) = build_report([tmp_path]).runs
+    gates = run.history.gate_map
+    rows = dict(zip(gates.units, gates.open_share, strict=True))
+    assert gates.epochs == (1, 2, 3, 4)
+    assert gates.units[:2] == ("stages.0.0", "stages.0.0:hidden")
+    assert rows["stages.1.2"] == (0.75, REMOVED, REMOVED, REMOVED)
+    assert rows["stages.1.2:hidden"] == (pytest.approx(7 / 8), REMOVED, REMOVED, REMOVED)
+    assert rows["stages.1.1"] == (0.75, 0.75, REMOVED, REMOVED)
+    assert rows["stages.0.0:hidden"][:2] == (pytest.approx(7 / 8), pytest.approx(4 / 8))
+    network = {fate.name: fate for fate in run.history.network}
+    assert network["stages.1.2"].removed is not None
+    assert network["stages.1.2"].removed.epoch == 2
+    assert network["stages.0.0"].removed is None
+    assert network["stages.0.0"].sets[0].left == 4
+    assert gate_map_figure(gates).data[0].z.shape == (12, 4)
+    seen = text_of(render_page(build_report([tmp_path]), "1"))
+    assert "stages.1.2 removed at epoch 2 (off)" in seen
+    assert "hidden: 4 of 8 channels, cut at epoch 2" in seen
+    assert "2 of 6 blocks are gone, and 20 of 48 gated channels" in seen
+
+
+def test_a_channel_set_that_is_frozen_shows_the_share_that_is_left() -> None:
+    def event(kind: str, step: int, **values: Any) -> dict[str, Any]:
+        return {"time": 0.0, "step": step, "kind": kind, **values}
+
+    gates = read_history(
+        [
+            event("start", 0, units=["a"], channels={"a:hidden": 4}),
+            event("epoch", 1, epoch=1),
+            event("window", 2, units={"a:hidden": {"unit": [0, 1, 2, 3], "rate": [1, 1, 1, 0], "openness": [1] * 4}}),
+            event("removal", 2, unit="a:hidden", reason="off", channels=[3]),
+            event("freeze", 2, unit="a:hidden", reason="on", channels=None),
+            event("epoch", 2, epoch=2),
+        ]
+    ).gate_map
+    assert gates.open_share == ((None, 0.75),)
+    colours = gate_map_figure(gates).data[0].z.tolist()
+    assert colours[0][1] == 75
+    assert colours[0][0] > 140  # not known, and not taken for gone
+
+
+def test_the_front_holds_what_nothing_beats(tmp_path: Path) -> None:
+    record_four(tmp_path)
+    task = build_report([tmp_path]).tasks[0]
+    means = {g.label: (g.spreads["energy_j"].mean, g.spreads["accuracy"].mean) for g in task.groups}  # type: ignore[union-attr]
+    beaten = {
+        label
+        for label, (joules, accuracy) in means.items()
+        if any(j <= joules and a >= accuracy and (j, a) != (joules, accuracy) for j, a in means.values())
+    }
+    assert task.front is not None
+    assert set(task.front) == means.keys() - beaten
+
+
+def test_differences_are_exact(tmp_path: Path) -> None:
+    record_four(tmp_path)
+    other = tmp_path / "gated-other"
+    record_run(other, seed=0)
+    (other / "config.yaml").write_text(json.dumps(config(0, optim__lr=0.1) | {"new_key": 3}))
+    report = build_report([tmp_path])
+    assert set(report.differences) == {"gate.enabled", "optim.lr", "new_key"}
+    lr = report.differences["optim.lr"]
+    assert list(lr.values()) == [(0.05,), (0.05,), (0.1,)]
+    assert next(iter(report.differences["new_key"].values())) == ("not in its config",)
+    assert len({group.label for group in report.groups}) == 3
+
+
+# Runs that are not as they should be.
+
+
+def forms(report: Report) -> tuple[str, str]:
+    """The page as text and the Markdown, after making every form."""
+    json.loads(render_json(report))
+    render_csv(report)
+    overview(report)
+    return text_of(render_page(report, "1")), render_markdown(report)
+
+
+def test_a_killed_run_with_a_truncated_last_line_is_shown_as_far_as_it_came(tmp_path: Path) -> None:
+    recorded = record_four(tmp_path)
+    stop_before(tmp_path / "gated-1", recorded["gated-1"], 25, '{"time": 17900000')
+    report = build_report([tmp_path])
+    run = next(run for run in report.runs if run.name == "gated-1")
+    assert run.state == "unfinished: step 20 of 40; last event 2026-09-21 14:13 UTC"
+    assert [epoch.epoch for epoch in run.history.epochs] == [1, 2]
+    gated = report.tasks[0].groups[1]
+    assert gated.spreads["accuracy"] is not None
+    assert gated.spreads["accuracy"].n == 1  # a run that is not finished is in no mean
+    for text in forms(report):
+        assert "Not finished, so in no mean and no ratio: gated-1" in text
+        assert "unfinished: step 20 of 40" in text
+
+
+def test_a_run_that_a_process_has_in_hand_is_running(tmp_path: Path) -> None:
+    recorded = record_run(tmp_path / "it")
+    stop_before(tmp_path / "it", recorded, 20)
+    lock = FolderLock(RunFolder(tmp_path / "it"))
+    try:
+        assert build_report([tmp_path]).runs[0].state.startswith("running: step 20 of 40")
+    finally:
+        lock.release()
+    assert build_report([tmp_path]).runs[0].state.startswith("unfinished: step 20 of 40")
+
+
+def test_work_done_again_counts_once(tmp_path: Path) -> None:
+    recorded = record_run(tmp_path / "it")
+    first = [event for event in recorded if event["step"] <= 3 * STEPS and event["kind"] != "end"]
+    start = recorded[0] | {"step": STEPS, "attempt": 2, "resumed_from": "checkpoints/step-000000010"}
+    again = [dict(event) for event in recorded[1:] if event["step"] > STEPS]
+    for event in again:
+        if "energy/total_j" in event:
+            event["energy/total_j"] += 1000.0
+    write_events(tmp_path / "it", [*first, start, *again])
+    (run,) = build_report([tmp_path]).runs
+    assert [epoch.epoch for epoch in run.history.epochs] == [1, 2, 3, 4]
+    assert run.history.attempts == 2
+    assert [epoch.energy_j is not None and epoch.energy_j > 1000 for epoch in run.history.epochs] == [False] + [
+        True
+    ] * 3
+    assert sum(change.unit == "stages.1.2" for change in run.history.changes) == 1
+
+
+@pytest.mark.parametrize("kept", [{"run", "model", "data", "gated"}, set()])
+def test_events_of_an_older_version_leave_unknown_what_they_do_not_tell(tmp_path: Path, kept: set[str]) -> None:
+    recorded = record_run(tmp_path / "old")
+    first = {key: value for key, value in recorded[0].items() if key in kept | {"time", "step", "kind"}}
+    bare = [
+        {"time": e["time"], "step": e["step"], "kind": "epoch", "epoch": e["epoch"]}
+        for e in recorded
+        if e["kind"] == "epoch"
+    ]
+    for name in ("summary.json", "config.yaml", "provenance.jsonl"):
+        (tmp_path / "old" / name).unlink()
+    write_events(tmp_path / "old", [first, *bare])
+    report = build_report([tmp_path])
+    assert report.runs[0].state.startswith("unfinished: step 40; last event")
+    for text in forms(report):
+        assert "unknown" in text
+    main(["compare", str(tmp_path / "old")])
+
+
+def test_unknown_energy_is_said_and_not_drawn(tmp_path: Path) -> None:
+    recorded = record_run(tmp_path / "it")
+    for event in recorded:
+        event.update({key: None for key in ("energy/total_j", "energy/power_w", "energy/epoch_j") if key in event})
+    recorded[0]["energy_sources"] = [["gpu", None, None]]
+    nothing = {"energy_j": None, "energy_quality": None, "energy_by_phase_j": {}, "energy_by_device_j": {}}
+    recorded[-1]["summary"].update(nothing)
+    write_events(tmp_path / "it", recorded)
+    (tmp_path / "it" / "summary.json").write_text(json.dumps(recorded[-1]["summary"]))
+    report = build_report([tmp_path])
+    assert report.tasks[0].front is None
+    text, _ = forms(report)
+    assert "No front is drawn: no finished run has both an accuracy and joules" in text or "Nothing to draw" in text
+    assert "nothing could be read" in text
+    assert " 0 J" not in text
+
+
+def test_no_twin_is_said(tmp_path: Path) -> None:
+    record_run(tmp_path / "alone")
+    for text in forms(build_report([tmp_path])):
+        assert "alone has no dense twin here" in text
+
+
+def test_other_data_sets_are_drawn_apart(tmp_path: Path) -> None:
+    record_run(tmp_path / "one", gated=False)
+    record_run(tmp_path / "two", gated=False, data="cifar10")
+    report = build_report([tmp_path])
+    assert [task.data for task in report.tasks] == ["cifar10", "digits"]
+    figures = embedded(render_page(report, "1"), "figures")
+    for number, name in enumerate(("two", "one")):
+        runs = {trace["meta"]["run"] for trace in figures[f"t{number}-joules"]["data"] if "run" in trace["meta"]}
+        assert runs == {name}
+    assert "cifar10: dense" in report.differences["data.name"]
+
+
+def test_runs_metered_in_other_ways_have_no_common_front(tmp_path: Path) -> None:
+    record_run(tmp_path / "one", gated=False)
+    record_run(tmp_path / "two")
+    (tmp_path / "two" / "provenance.jsonl").write_text('{"cpu": "another CPU", "gpus": []}\n')
+    (task,) = build_report([tmp_path]).tasks
+    assert task.front is None
+    assert "not all metered alike" in task.front_reason
+
+
+@pytest.mark.parametrize("damage", ["events.jsonl", "summary.json", "config.yaml", "provenance.jsonl"])
+def test_a_file_that_cannot_be_read_spoils_no_other_run(tmp_path: Path, damage: str) -> None:
+    record_run(tmp_path / "good", gated=False)
+    record_run(tmp_path / "bad")
+    (tmp_path / "bad" / damage).write_text("{nonsense: [\n")
+    report = build_report([tmp_path])
+    assert {run.name for run in report.runs} == {"good", "bad"}
+    page, _ = forms(report)
+    assert ("cannot be read" in page) == (damage in ("events.jsonl", "summary.json"))
+    good = next(run for run in report.runs if run.name == "good")
+    assert good.is_finished
+
+
+def test_a_run_that_only_has_a_config_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.yaml").write_text(json.dumps(config(0)))
+    for text in forms(build_report([tmp_path])):
+        assert "nothing is recorded yet" in text
+
+
+def test_names_that_look_like_markup_are_only_text(tmp_path: Path) -> None:
+    record_run(tmp_path / "<img src=x onerror=alert(1)>", gated=False)
+    page = render_page(build_report([tmp_path]), "1")
+    assert "<img src=x" not in page
+    assert "<img src=x onerror=alert(1)>" in text_of(page)
+
+
+# The command.
+
+
+def test_the_form_follows_the_file_or_the_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record_run(tmp_path / "runs" / "it")
+    runs = str(tmp_path / "runs")
+    assert main(["report", runs, "-o", str(tmp_path / "r.md")]) == 0
+    assert (tmp_path / "r.md").read_text().startswith("# Runs compared")
+    assert main(["report", runs, "-o", str(tmp_path / "r.dat"), "--format", "csv"]) == 0
+    assert (tmp_path / "r.dat").read_text().startswith("run,path,group,state")
+    capsys.readouterr()
+    assert main(["report", runs, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["name"] == "it"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere"], "RUN: 'nowhere' does not exist"),
+        (["{runs}", "-o", "r.pdf"], "-o: 'r.pdf' has no known ending; expected html, md, csv, json, png"),
+        (["{runs}", "-o", "no/folder/r.md"], "-o: cannot write 'no/folder/r.md'"),
+    ],
+)
+def test_a_wrong_command_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    record_run(tmp_path / "it")
+    assert main(["report", *(arg.format(runs=tmp_path) for arg in args)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from greenprune.report.writing import write_report
+
+    record_run(tmp_path / "it")
+    monkeypatch.delitem(sys.modules, "greenprune.report.page", raising=False)
+    monkeypatch.delitem(sys.modules, "greenprune.report.figures", raising=False)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    with pytest.raises(UserError, match=r"pip install 'greenprune\[report\]'"):
+        write_report([tmp_path / "it"], tmp_path / "r.html", None)
+    assert write_report([tmp_path / "it"], tmp_path / "r.md", None) == tmp_path / "r.md"
+
+
+def test_twenty_runs_of_two_hundred_epochs_are_quick_and_light(tmp_path: Path) -> None:
+    for seed in range(10):
+        record_run(tmp_path / f"dense-{seed}", seed=seed, gated=False, epochs=200, blocks=27)
+        record_run(tmp_path / f"gated-{seed}", seed=seed, epochs=200, blocks=27)
+    output = tmp_path / "report.html"
+    command = [sys.executable, "-m", "greenprune.cli", "report", str(tmp_path), "-o", str(output)]
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    assert time.perf_counter() - started <= 5
+    assert output.stat().st_size <= 6e6
+
+
+def test_compare_is_quick_and_needs_no_torch_and_no_plotting(tmp_path: Path) -> None:
+    record_four(tmp_path)
+    code = (
+        "import sys; from greenprune.cli import main; "
+        f"code = main(['compare', {str(tmp_path)!r}]); "
+        "print([name for name in ('torch', 'plotly', 'numpy', 'wandb') if name in sys.modules]); sys.exit(code)"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert time.perf_counter() - started <= 1
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,98 @@
+"""Following a run from another process, and bringing it to a tracker after the fact."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "report"))
+from recording import record_run, stop_before, write_events
+
+from greenprune.cli import main
+from greenprune.config import UserError
+from greenprune.tracking import FolderLock, RunFolder
+from greenprune.watch import watch_run
+
+Event = dict[str, Any]
+
+
+def test_a_finished_run_is_shown_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record_run(tmp_path / "it")
+    assert main(["watch", str(tmp_path / "it")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("it: resnet38 on digits, 4 epochs")
+    assert any(
+        line.startswith("removed at step 20 (epoch 2): stages.1.2, 4 channels of stages.0.0 (off)") for line in lines
+    )
+    assert sum(line.lstrip().startswith(("1/4", "2/4", "3/4", "4/4")) for line in lines) == 4
+    assert lines[-1] == "The run is finished."
+
+
+def test_events_are_shown_as_they_come_and_only_whole_lines(tmp_path: Path) -> None:
+    events = record_run(tmp_path / "it")
+    first, second = events[:3], events[3:]
+    (tmp_path / "it" / "summary.json").unlink()
+    lock = FolderLock(RunFolder(tmp_path / "it"))
+    cut = json.dumps(second[0])
+    write_events(tmp_path / "it", first, rest=cut[:20])
+    seen: list[Event] = []
+    endings: list[str] = []
+    watcher = threading.Thread(target=lambda: endings.append(watch_run(tmp_path / "it", seen.append)))
+    watcher.start()
+    deadline = time.monotonic() + 10
+    while len(seen) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert seen == first
+    with (tmp_path / "it" / "events.jsonl").open("a") as file:
+        file.write(cut[20:] + "\n")
+        file.writelines(json.dumps(event) + "\n" for event in second[1:])
+    watcher.join(timeout=10)
+    lock.release()
+    assert seen == events
+    assert endings == ["The run is finished."]
+
+
+def test_a_killed_run_is_not_waited_for(tmp_path: Path) -> None:
+    stop_before(tmp_path / "it", record_run(tmp_path / "it"), 20, rest='{"time": 1')
+    lock = FolderLock(RunFolder(tmp_path / "it"))
+    timer = threading.Timer(1.0, lock.release)
+    timer.start()
+    seen: list[Event] = []
+    assert watch_run(tmp_path / "it", seen.append) == "The run has stopped without a word."
+    assert seen[-1]["step"] == 20
+    timer.join()
+
+
+def test_once_does_not_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stop_before(tmp_path / "it", record_run(tmp_path / "it"), 20)
+    assert main(["watch", str(tmp_path / "it"), "--once"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "These are its events so far."
+
+
+@pytest.mark.parametrize("command", ["watch", "sync"])
+def test_what_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, str(tmp_path)]) == 2
+    assert "is not a run with events" in capsys.readouterr().err
+
+
+def test_events_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text("nonsense\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        watch_run(tmp_path, lambda _: None)
+
+
+def test_watching_loads_no_torch(tmp_path: Path) -> None:
+    record_run(tmp_path / "it")
+    code = (
+        f"import sys; from greenprune.cli import main; main(['watch', {str(tmp_path / 'it')!r}]); "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False"
