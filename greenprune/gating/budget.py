@@ -140,7 +140,8 @@ class KeptCost:
         self._terms: dict[str, list[CostTerm]] = {}
         for term in costs.terms:
             self._terms.setdefault(term.block, []).append(term)
-        whole = sum(self._cost_of(name) for name in self.blocks)
+        # In the order of the network: a set's own differs from process to process, and with it the last digit.
+        whole = sum(self._cost_of(name) for name in costs.units if name in self.blocks)
         plain = sum(self._cost_of(name) for name in self._terms if name not in costs.units)
         self.total = costs.fixed + whole + plain
 

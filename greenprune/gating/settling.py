@@ -240,7 +240,8 @@ class _BlockPlan(_Plan):
 
     @property
     def kept(self) -> float:
-        return self._kept_for_good + sum(self.costs.units[name] for name in self._staying)
+        staying = (cost for name, cost in self.costs.units.items() if name in self._staying)  # alike on every rank
+        return self._kept_for_good + sum(staying)
 
     def may_go(self, piece: Piece) -> bool:
         if self._reachable:

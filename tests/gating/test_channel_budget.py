@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -241,3 +244,25 @@ def real_network(units: list[str], unit: str) -> Network:
         budget=BudgetConfig(unit=unit),  # type: ignore[arg-type]
     )
     return prepare_network(config, SimpleNamespace(classes=10, channels=3, image_size=32))  # type: ignore[arg-type]
+
+
+def test_every_process_finds_the_same_kept_cost_to_the_last_digit() -> None:
+    """Sets of names have another order in every process; ranks have to decide alike all the same."""
+    code = (
+        "from greenprune.gating import UnitCosts, CostTerm\n"
+        "units = {f'block{i}': 1 / (3 + i) / 9 for i in range(23)}\n"
+        "terms = tuple(CostTerm(share, name, (f'{name}:hidden',)) for name, share in units.items())\n"
+        "costs = UnitCosts(0.1, units, {f'{name}:hidden': 7 for name in units}, terms)\n"
+        "print(costs.kept(costs.everything()).hex())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(1, 5)
+    }
+    assert len(found) == 1
