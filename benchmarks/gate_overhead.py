@@ -69,7 +69,6 @@ class Contestant:
                 rounding={},
                 total_steps=10**6,
                 window=10**6,
-                device=self.engine.device,
             )
 
     def turn(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:

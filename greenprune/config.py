@@ -85,6 +85,10 @@ class ModelConfig:
     their own."""
     channels_last: bool = False
     """Keep images and weights in channels-last order, which most convolution kernels prefer."""
+    sync_batchnorm: bool = False
+    """Normalise over the whole global batch and not over each process's part of it (GPUs only)."""
+    compile: bool = False
+    """Compile each block with torch.compile; after a removal, those that lost channels are compiled anew."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,12 @@ class OptimConfig:
     """Share of the target's weight spread over all classes."""
     clip_norm: float | None = None
     """Largest norm of the whole gradient; larger ones are scaled down. Unset: no clipping."""
+    accumulate: int = 1
+    """Parts in which each process does its share of a batch, one after the other, to fit in memory. BatchNorm and the
+    gates' penalty see one part at a time."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, such as 0.999, that is then evaluated and exported in their place.
+    Unset: none."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optim.lr", self.lr, "a number above 0")
@@ -155,6 +165,8 @@ class OptimConfig:
             self.clip_norm,
             "a number above 0 or null",
         )
+        _require(self.accumulate >= 1, "optim.accumulate", self.accumulate, "a whole number of at least 1")
+        _require(self.ema is None or 0 < self.ema < 1, "optim.ema", self.ema, "a number in (0, 1) or null")
 
 
 @dataclass(frozen=True)
@@ -344,6 +356,12 @@ class Config:
             "run_name",
             self.run_name,
             "a folder name of letters, digits and _ . + -",
+        )
+        _require(
+            self.data.batch_size % self.optim.accumulate == 0,
+            "optim.accumulate",
+            self.optim.accumulate,
+            f"a divisor of data.batch_size ({self.data.batch_size})",
         )
         if self.gate.enabled:
             _require(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from greenprune.data import ImageData
@@ -26,18 +27,24 @@ class Evaluation:
     samples: int
 
 
-def evaluate(engine: Engine, data: ImageData) -> Evaluation:
-    """Evaluate on the held-out set, shared out over the ranks; one read of the device at the end."""
-    engine.sync_buffers()
-    engine.module.eval()
+def evaluate(engine: Engine, data: ImageData, model: nn.Module) -> Evaluation:
+    """Evaluate on the held-out set, shared out over the ranks; one read of the device at the end.
+
+    Args:
+        engine: The engine.
+        data: The data set.
+        model: The unwrapped network, the engine's or its moving average.
+    """
+    engine.sync_buffers(model)
+    model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
-    with torch.no_grad():
+    with torch.no_grad(), engine.autocast():
         for images, labels in data.eval_batches(rank=engine.rank, world_size=engine.world_size):
             # The module, not its data-parallel wrapper: ranks may have different numbers of batches.
-            logits = engine.module(images).float()
+            logits = model(images).float()
             totals[0] += functional.cross_entropy(logits, labels, reduction="sum")
             totals[1] += (logits.argmax(1) == labels).sum()
             totals[2] += len(labels)
-    engine.module.train()
+    model.train()
     loss, right, samples = engine.sum(totals).tolist()
     return Evaluation(accuracy=right / samples, loss=loss / samples, samples=int(samples))

@@ -1,7 +1,8 @@
-"""The optimizer of the weights and the gates, and its learning-rate schedule."""
+"""The optimizer of the weights and the gates, its learning-rate schedule, and the moving average of the weights."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -59,3 +60,38 @@ def build_schedule(config: Config, optimizer: torch.optim.Optimizer, total_steps
         return 1.0
 
     return LambdaLR(optimizer, [gates if group["name"] == "gates" else weights for group in optimizer.param_groups])
+
+
+class WeightAverage:
+    """Exponential moving average of a network's weights, in a network of its own.
+
+    The n-th update keeps ``min(decay, (1 + n) / (10 + n))`` of the average, so that it forgets the untrained weights it
+    started with (TensorFlow's ExponentialMovingAverage with num_updates). Running statistics are averaged alike.
+
+    Args:
+        model: The unwrapped network, not yet prepared for training.
+        decay: Share of the average that an update keeps, in (0, 1).
+
+    Attributes:
+        module: The network of the averages; operations on the structure are to be carried out on it too.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+
+    def link(self, model: nn.Module) -> None:
+        """Find the tensors to average; after each change of the structure, which both networks have gone through."""
+        pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
+        self._averages = [mine for mine, _ in pairs if mine.is_floating_point()]
+        self._values = [theirs for mine, theirs in pairs if mine.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after an optimizer step, the step-th of the run, from 0."""
+        kept = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._averages, self._values, 1.0 - kept)
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*(parameter.detach() for parameter in model.parameters()), *model.buffers()]

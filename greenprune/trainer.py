@@ -24,7 +24,7 @@ from greenprune.gating import GatePolicy, Verdict, by_gate, find_gates
 from greenprune.interrupt import Interrupted, InterruptRequest
 from greenprune.models import residual_blocks
 from greenprune.network import Network, units_present
-from greenprune.optimization import build_optimizer, build_schedule
+from greenprune.optimization import WeightAverage, build_optimizer, build_schedule
 from greenprune.surgery import Operation, Structure, carry_out, replay, update_optimizer
 from greenprune.timing import IntervalClock, StepTimes
 from greenprune.tracking import EventLog, Ledger, read_events, write_json
@@ -87,9 +87,15 @@ class Trainer:
             self.structure = Structure.from_dict(checkpoint.state["structure"])
             replay(self.structure, model)
             model.load_state_dict(checkpoint.model)
+        if config.model.sync_batchnorm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        model.to(self.engine.device)
         if config.model.channels_last:
             model.to(memory_format=torch.channels_last)
+        self.average = WeightAverage(model, config.optim.ema) if config.optim.ema is not None else None
         optimizer = build_optimizer(config, model, self.total_steps)
+        if checkpoint is not None:
+            optimizer.load_state_dict(checkpoint.training["optimizer"])
         self.engine.prepare(model, optimizer)
         self.schedule = build_schedule(config, self.engine.optimizer, self.total_steps)
         self.policy = self._new_policy() if config.gate.enabled else None
@@ -106,15 +112,18 @@ class Trainer:
             rounding=self.unit_table.rounding(self.config.surgery, self.engine.device),
             total_steps=self.total_steps,
             window=self.config.removal.window or self.data.steps_per_epoch,
-            device=self.engine.device,
+            parts=self.config.optim.accumulate,
         )
 
     def _load(self, checkpoint: Checkpoint) -> None:
         """Take up everything but the network's tensors from a checkpoint."""
         training, state = checkpoint.training, checkpoint.state
-        self.engine.optimizer.load_state_dict(training["optimizer"])
         self.engine.load_scaler_state(training["scaler"])
         self.schedule.load_state_dict(training["schedule"])
+        for group, lr in zip(self.engine.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = lr  # building the schedule has set the rate of the first step
+        if self.average is not None:
+            self.average.module.load_state_dict(training["average"])
         if self.policy is not None:
             self.policy.load_state_dict(training["policy"])
         if self.engine.is_main:  # sums over all ranks
@@ -141,6 +150,7 @@ class Trainer:
             budget_unit=config.budget.unit,
             precision=config.precision,
             device=str(self.engine.device),
+            engine=self.engine.name,
             world_size=self.engine.world_size,
             batch_size=config.data.batch_size,
             train_samples=self.data.train_samples,
@@ -179,7 +189,7 @@ class Trainer:
                 with self.meter.window("train"):
                     self._train_epoch(epoch)
                 with self.meter.window("eval"):
-                    self.last_evaluation = evaluate(self.engine, self.data)
+                    self.last_evaluation = evaluate(self.engine, self.data, self._model_to_evaluate)
                 if not math.isfinite(self.last_evaluation.loss):
                     self._diverged(self.last_evaluation.loss)
                 self._record_epoch(epoch)
@@ -211,23 +221,36 @@ class Trainer:
                 self._stop()
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        """Forward, backward and one optimizer step on this rank's slice of a global batch."""
-        logits = self.engine.model(images)
-        task = functional.cross_entropy(logits, labels, label_smoothing=self.config.optim.label_smoothing)
-        loss = task
-        if self.policy is not None and self.policy.active:
-            penalty = self.policy.penalty(self.step, self.config.data.batch_size, self.engine.mean)
-            loss = task if penalty is None else task + penalty
-        self.engine.backward(loss)
+        """One optimizer step on this rank's slice of a global batch."""
+        parts = self.config.optim.accumulate
+        if parts == 1:
+            self._pass(images, labels)
+        else:
+            for number, (part, targets) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+                with self.engine.accumulating(last=number + 1 == parts):
+                    self._pass(part, targets)
         self.engine.step()
         if self.policy is not None and self.policy.active:
             self.policy.after_step()
+        if self.average is not None:
+            self.average.update(self.step)
         self.schedule.step()
-        self._totals += torch.stack([task.detach() * len(labels), (logits.argmax(1) == labels).sum()])
         self.step += 1
         self.accounts.ledger.add_step(
             self.config.data.batch_size, self.cost.flops_train, self.unit_table.dense.flops_train
         )
+
+    def _pass(self, images: Tensor, labels: Tensor) -> None:
+        """Forward and backward, which adds to the gradients."""
+        parts = self.config.optim.accumulate
+        logits = self.engine.model(images)
+        task = functional.cross_entropy(logits, labels, label_smoothing=self.config.optim.label_smoothing)
+        loss = task
+        if self.policy is not None and self.policy.active:
+            penalty = self.policy.penalty(self.step, self.config.data.batch_size // parts, self.engine.mean)
+            loss = task if penalty is None else task + penalty
+        self.engine.backward(loss if parts == 1 else loss / parts)
+        self._totals += torch.stack([task.detach() * len(labels), (logits.argmax(1) == labels).sum()])
 
     # Changing the structure.
 
@@ -258,6 +281,8 @@ class Trainer:
 
         def operate(model: nn.Module, optimizer: Optimizer) -> None:
             update_optimizer(optimizer, carry_out(operations, model))
+            if self.average is not None:
+                carry_out(operations, self.average.module)
 
         self.engine.rebuild(operate)
         self.policy.carried_out(self.engine.module, verdicts)
@@ -282,6 +307,8 @@ class Trainer:
     def _structure_changed(self) -> None:
         """Take up what depends on the structure: its cost, and the numbers that events tell of it."""
         self.cost = self.unit_table.cost_of(self.structure)
+        if self.average is not None:
+            self.average.link(self.engine.module)
         if self.policy is not None:
             self.policy.scale_losses_by(self.engine.loss_scale)
         self._structure_numbers = {
@@ -292,6 +319,10 @@ class Trainer:
             "structure__kept_cost": self.policy.kept_cost if self.policy is not None else 1.0,
             "flops__forward": self.cost.flops_forward,
         }
+
+    @property
+    def _model_to_evaluate(self) -> nn.Module:
+        return self.engine.module if self.average is None else self.average.module
 
     # Recording.
 
@@ -376,7 +407,9 @@ class Trainer:
             size = float(torch.nn.utils.get_total_norm(self.engine.module.parameters()))
             if not math.isfinite(size):
                 self._diverged(size)
-            self.engine.sync_buffers()
+            self.engine.sync_buffers(self.engine.module)
+            if self.average is not None:
+                self.engine.sync_buffers(self.average.module)
             random = self.engine.gather_objects(torch.get_rng_state())
             totals = self.engine.sum(self._totals)
             snapshot = self._snapshot(random, totals, self.accounts.ledger_now())
@@ -391,10 +424,11 @@ class Trainer:
 
     def _snapshot(self, random: list[Tensor], totals: Tensor, ledger: Ledger) -> Checkpoint:
         training = {
-            "optimizer": self.engine.optimizer.state_dict(),
+            "optimizer": self.engine.optimizer_state(),
             "scaler": self.engine.scaler_state(),
             "schedule": self.schedule.state_dict(),
             "policy": self.policy.state_dict() if self.policy is not None else None,
+            "average": self.average.module.state_dict() if self.average is not None else None,
             "totals": totals,
             "random": random,
         }
@@ -487,5 +521,6 @@ class Trainer:
             "batch_size": config.data.batch_size,
             "precision": config.precision,
             "device": str(self.engine.device),
+            "engine": self.engine.name,
             "world_size": self.engine.world_size,
         }

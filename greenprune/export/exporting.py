@@ -355,7 +355,8 @@ def open_run(path: Path, data_root: str | None) -> TrainedRun:
         replay(Structure.from_dict(checkpoint.state["structure"]), model)
     except StructureMismatch as error:
         raise CheckpointCorrupt(f"{folder.structure}: {error}") from None
-    _load_tensors(model, checkpoint.model, path, checkpoints[-1])
+    # A run with a moving average of the weights was evaluated with it.
+    _load_tensors(model, checkpoint.training.get("average") or checkpoint.model, path, checkpoints[-1])
     return TrainedRun(folder, config, summary, data, model.eval())
 
 

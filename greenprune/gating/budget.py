@@ -268,17 +268,15 @@ class BudgetController:
 
     Args:
         target: Share of the dense cost to keep at the end of the ramp.
-        total_steps: Steps of the whole run; the integral gain is scaled by it.
+        passes: Forward passes of the whole run; the integral gain is scaled by it.
         warmup_end: Step at which the ramp starts; before it there is no penalty.
         ramp_end: Step at which the ramp reaches the target.
         device: Where the price lives.
     """
 
-    def __init__(
-        self, target: float, *, total_steps: int, warmup_end: int, ramp_end: int, device: torch.device
-    ) -> None:
+    def __init__(self, target: float, *, passes: int, warmup_end: int, ramp_end: int, device: torch.device) -> None:
         self.target = target
-        self.total_steps = total_steps
+        self.passes = passes
         self.warmup_end = warmup_end
         self.ramp_end = ramp_end
         self.integral = torch.zeros((), device=device)
@@ -292,7 +290,7 @@ class BudgetController:
         return 1.0 - share * (1.0 - self.target)
 
     def penalty(self, kept: Tensor, kept_by_all: Tensor, step: int) -> Tensor:
-        """``price * (rho - tau(t))``, after the price has moved by this step's error.
+        """``price * (rho - tau(t))``, after the price has moved by this pass's error.
 
         Args:
             kept: Kept cost rho, a scalar with gradient.
@@ -300,7 +298,7 @@ class BudgetController:
             step: Step of the run, from 0; after the warm-up.
         """
         error = kept_by_all - self.target_at(step)
-        self.integral.add_(error, alpha=INTEGRAL / self.total_steps).clamp_(min=0.0)
+        self.integral.add_(error, alpha=INTEGRAL / self.passes).clamp_(min=0.0)
         # A new tensor: the graph of this step's loss holds on to the price it was computed with.
         self.price = (self.integral + PROPORTIONAL * error).clamp(min=0.0)
         return self.price * (kept - self.target_at(step))

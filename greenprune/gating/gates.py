@@ -43,14 +43,15 @@ class _StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logit: Tensor, loss_scale: Tensor | None, gain: int) -> Tensor:
+    def forward(ctx: Any, logit: Tensor, loss_scale: Tensor | None, gain: int, parts: int) -> Tensor:
         ctx.save_for_backward(logit)
         ctx.loss_scale = loss_scale
         ctx.gain = gain
+        ctx.parts = parts
         return (logit > 0).to(logit.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (logit,) = ctx.saved_tensors
         (grad,) = grads
         # A step goes against the gradient: one of the other sign moves the logit away from zero.
@@ -58,12 +59,12 @@ class _StraightThrough(torch.autograd.Function):
         grad = grad.masked_fill(outward, 0.0)
         if ctx.gain != 1:
             grad.mul_(ctx.gain)
-        largest = GRADIENT_BOUND / len(grad)
+        largest = GRADIENT_BOUND / (len(grad) * ctx.parts)
         if ctx.loss_scale is None:
-            return grad.clamp_(-largest, largest), None, None
+            return grad.clamp_(-largest, largest), None, None, None
         # fp16: what arrives here is the gradient of the scaled loss.
         bound = largest * ctx.loss_scale
-        return torch.minimum(torch.maximum(grad, -bound), bound), None, None
+        return torch.minimum(torch.maximum(grad, -bound), bound), None, None, None
 
 
 def _full_precision(device_type: str) -> AbstractContextManager[object]:
@@ -73,15 +74,16 @@ def _full_precision(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def straight_through(logit: Tensor, loss_scale: Tensor | None = None, gain: int = 1) -> Tensor:
+def straight_through(logit: Tensor, loss_scale: Tensor | None = None, gain: int = 1, parts: int = 1) -> Tensor:
     """Binary decisions of logits [B, ...], with the bounded straight-through gradient (Bengio et al. 2013).
 
     Args:
         logit: Logits, fp32.
         loss_scale: Factor (scalar) by which mixed precision scales the loss; None if it does not.
         gain: Factor of the gradient, before it is bounded.
+        parts: Passes over which gradients are added up, each with a loss divided by their number.
     """
-    decision: Tensor = _StraightThrough.apply(logit, loss_scale, gain)
+    decision: Tensor = _StraightThrough.apply(logit, loss_scale, gain, parts)
     return decision
 
 
@@ -100,6 +102,7 @@ class Gate(nn.Module):
         logit: The logits [B, U] they were made from, without gradient.
         loss_scale: Factor by which mixed precision scales the loss, if it does; set by the training loop.
         gain: Factor of the gradient of a decision.
+        parts: Passes over which gradients are added up before a step; set by the training loop.
     """
 
     decision: Tensor | None
@@ -111,7 +114,7 @@ class Gate(nn.Module):
         self.weight = weight
         self.bias = nn.Parameter(torch.full((units,), math.log(openness / (1 - openness))))
         self.decision = self.logit = self.loss_scale = None
-        self.gain = 1
+        self.gain = self.parts = 1
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a gate has made no decisions yet (and tensors of a graph cannot be copied)."""
@@ -119,7 +122,7 @@ class Gate(nn.Module):
 
     def decide(self, logit: Tensor) -> Tensor:
         """Decisions [B, U] of logits [B, U], remembered in training."""
-        decision = straight_through(logit, self.loss_scale, self.gain)
+        decision = straight_through(logit, self.loss_scale, self.gain, self.parts)
         if self.training:
             self.decision, self.logit = decision, logit.detach()
         return decision

@@ -62,7 +62,7 @@ class GatePolicy:
         rounding: For each set of channels, of what number of units its size should be a multiple.
         total_steps: Steps of the whole run.
         window: Steps between two boundaries.
-        device: Device of the network.
+        parts: Passes a step, over which gradients are added up.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class GatePolicy:
         rounding: Mapping[str, int],
         total_steps: int,
         window: int,
-        device: torch.device,
+        parts: int = 1,
     ) -> None:
         self.costs = costs
         self.present = set(present)
@@ -86,20 +86,23 @@ class GatePolicy:
         self.window = window
         self.warmup_end = min(round(settings.gate.warmup * total_steps), total_steps - 1)
         self.deadline = max(self.warmup_end + 1, round(settings.removal.decide_by * total_steps))
+        self._device = next(model.parameters()).device
         self.controller = BudgetController(
             self.target,
-            total_steps=total_steps,
+            passes=total_steps * parts,
             warmup_end=self.warmup_end,
             ramp_end=self.warmup_end + round(RAMP_SHARE * (self.deadline - self.warmup_end)),
-            device=device,
+            device=self._device,
         )
-        self._device = device
+        self._parts = parts
         self._link(model)
-        self.consensus = Consensus(self._units, device)
+        self.consensus = Consensus(self._units, self._device)
 
     def _link(self, model: nn.Module) -> None:
         """Find the gates that are left, and what their units cost."""
         self._gates = list(find_gates(model).values())
+        for gate in self._gates:
+            gate.parts = self._parts
         self._units = gated_units(model)
         self._expected_cost = ExpectedCost(self.costs, self._units, self.present, self._device)
         # A mean over gates of the mean over a gate's units: alike for a block and for the channels of another.
@@ -123,7 +126,7 @@ class GatePolicy:
 
         Args:
             step: Step of the run, from 0.
-            samples: Size of the global batch.
+            samples: Samples of the pass, over all ranks.
             mean_over_ranks: Averages a tensor over all ranks; the one collective of this method.
 
         Returns:

@@ -1,100 +1,151 @@
-"""Trains on all ranks, removes a unit under data parallelism, trains on; prints what a test can check as JSON."""
+"""Trains on all ranks, removes units under an engine and trains on; prints what a test can check as JSON."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from greenprune.config import Config, GateConfig, ModelConfig, OptimConfig
+from greenprune.config import Config, DataConfig, GateConfig, ModelConfig, OptimConfig
 from greenprune.engine import Engine
-from greenprune.gating import attach_gates
+from greenprune.gating import attach_gates, find_gates
+from greenprune.gating.gates import hold_within_bounds
 from greenprune.models import build_model
 from greenprune.optimization import build_optimizer
 from greenprune.surgery import Surgeon, update_optimizer
 
-UNIT = "stages.1.1"
+BLOCK = "stages.1.1"
+CHANNELS = "stages.0.1:hidden"
+UNITS = (0, 3, 4, 9, 15)
+BATCH = 16
 STEPS_BEFORE, STEPS_AFTER = 10, 20
 
 
 def digest(model: nn.Module) -> str:
-    content = b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
+    content = b"".join(parameter.detach().contiguous().numpy().tobytes() for parameter in model.parameters())
     return hashlib.sha256(content).hexdigest()
 
 
-def train_step(engine: Engine, step: int) -> float:
+def train_step(engine: Engine, step: int, parts: int) -> float:
     generator = torch.Generator().manual_seed(1000 * step + engine.rank)
-    images = torch.randn(8, 1, 8, 8, generator=generator)
-    labels = torch.randint(0, 10, (8,), generator=generator)
-    loss = functional.cross_entropy(engine.model(images), labels)
-    engine.backward(loss)
+    images = torch.randn(BATCH // 2, 1, 8, 8, generator=generator)
+    labels = torch.randint(0, 10, (BATCH // 2,), generator=generator)
+    total = torch.zeros(())
+    for number, (part, targets) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+        with engine.accumulating(last=number + 1 == parts):
+            logits = engine.model(part)
+            assert logits.dtype == torch.float32
+            loss = functional.cross_entropy(logits, targets) / parts
+            engine.backward(loss)
+            total += loss.detach()
     engine.step()
-    return engine.mean(loss.detach()).item()
+    hold_within_bounds(list(find_gates(engine.module).values()))
+    return engine.mean(total).item()
 
 
-def state_of(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Tensor]]:
-    return {
-        parameter: {key: value.clone() for key, value in state.items() if torch.is_tensor(value)}
-        for parameter, state in optimizer.state.items()
-    }
+def remove(surgeon: Surgeon) -> None:
+    surgeon.remove_block(BLOCK)
+    surgeon.remove_channels(CHANNELS, UNITS)
 
 
-def run(optimizer_name: str, remove: bool) -> dict[str, object]:
-    config = Config(
-        model=ModelConfig(name="resnet20"),
-        gate=GateConfig(kind="static"),
-        optim=OptimConfig(name=optimizer_name, lr=0.01 if optimizer_name == "adamw" else 0.05),
+def operate(model: nn.Module, optimizer: Optimizer) -> None:
+    surgeon = Surgeon(model)
+    remove(surgeon)
+    update_optimizer(optimizer, surgeon)
+
+
+def switch_off(model: nn.Module) -> None:
+    """The units that one run removes are off for all inputs in both, from the start."""
+    gates = find_gates(model)
+    with torch.no_grad():
+        gates[BLOCK].bias.fill_(-1.0)
+        gates[CHANNELS].bias[list(UNITS)] = -1.0
+
+
+def expected_state(engine: Engine, make_optimizer: Callable[[nn.Module], Optimizer]) -> dict[str, Any]:
+    """What a plain optimizer with the engine's state keeps after the same removal."""
+    model = copy.deepcopy(engine.module)
+    model.__dict__.pop("forward", None)
+    optimizer = make_optimizer(model)
+    optimizer.load_state_dict(engine.optimizer_state())
+    operate(model, optimizer)
+    return optimizer.state_dict()
+
+
+def same_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    if one["state"].keys() != other["state"].keys() or not one["state"]:
+        return False
+    return all(
+        kept.keys() == other["state"][number].keys()
+        and all(torch.equal(torch.as_tensor(v), torch.as_tensor(other["state"][number][k])) for k, v in kept.items())
+        for number, kept in one["state"].items()
     )
+
+
+def largest_difference(masked: nn.Module, removed: nn.Module) -> float:
+    """Of any weight of the survivors, relative to the largest of its tensor."""
+    remove(Surgeon(masked))
+    theirs = dict(masked.named_parameters())
+    return max(
+        ((mine - theirs[name]).abs().max() / theirs[name].abs().max().clamp_min(1e-12)).item()
+        for name, mine in removed.named_parameters()
+    )
+
+
+def run(engine: Engine, config: Config, *, removing: bool, parts: int) -> tuple[dict[str, Any], nn.Module]:
     torch.manual_seed(0)
     model = build_model(config.model, classes=10, channels=1, image_size=8)
     attach_gates(model, config.gate)
-    engine = Engine(config)
-    engine.prepare(model, build_optimizer(config, model, total_steps=10**9))  # the gates stand still
+    switch_off(model)
+
+    def make_optimizer(model: nn.Module) -> Optimizer:
+        return build_optimizer(config, model, total_steps=10**9)  # the gates stand still
+
+    engine.prepare(model, make_optimizer(model))
     engine.model.train()
-    unit = model.get_submodule(UNIT)
-    with torch.no_grad():
-        unit.gate.bias.fill_(-1.0)  # off for all inputs, from the start in both runs
-    losses = [train_step(engine, step) for step in range(STEPS_BEFORE)]
+    optimizer = engine.optimizer
+    losses = [train_step(engine, step, parts) for step in range(STEPS_BEFORE)]
     kept = True
-    if remove:
-        optimizer = engine.optimizer
-        before = state_of(optimizer)
-
-        def operate(inner: nn.Module, raw: Optimizer) -> None:
-            Surgeon(inner).remove_block(UNIT)
-            update_optimizer(raw, Surgeon(inner))
-
+    if removing:
+        expected = expected_state(engine, make_optimizer)
         engine.rebuild(operate)
-        survivors = set(engine.module.parameters())
-        kept = engine.optimizer is optimizer and set(optimizer.state) == survivors
-        kept = kept and all(
-            torch.equal(value, before[parameter][key])
-            for parameter in survivors
-            for key, value in optimizer.state[parameter].items()
-            if torch.is_tensor(value)
-        )
-    losses += [train_step(engine, STEPS_BEFORE + step) for step in range(STEPS_AFTER)]
-    return {
+        kept = engine.optimizer is optimizer and same_state(expected, engine.optimizer_state())
+    losses += [train_step(engine, STEPS_BEFORE + step, parts) for step in range(STEPS_AFTER)]
+    result = {
         "losses": losses,
         "digests": engine.gather_objects(digest(engine.module)),
         "state_kept": engine.gather_objects(kept),
         "parameters": sum(parameter.numel() for parameter in engine.module.parameters()),
         "world_size": engine.world_size,
+        "engine": engine.name,
     }
+    engine.release()
+    return result, engine.module
 
 
-def main(optimizer_name: str) -> None:
+def main(optimizer: str, precision: str, parts: str) -> None:
     torch.set_num_threads(1)
-    masked = run(optimizer_name, remove=False)
-    removed = run(optimizer_name, remove=True)
-    engine = Engine(Config())
+    config = Config(
+        model=ModelConfig(name="resnet20"),
+        data=DataConfig(batch_size=BATCH),
+        gate=GateConfig(kind="static", units=["block", "channel"]),
+        optim=OptimConfig(name=optimizer, lr=0.001 if optimizer == "adamw" else 0.01),
+        precision=precision,  # type: ignore[arg-type]
+    )
+    engine = Engine(config)
+    masked, twin = run(engine, config, removing=False, parts=int(parts))
+    removed, network = run(engine, config, removing=True, parts=int(parts))
     if engine.is_main:
-        print(json.dumps({"masked": masked, "removed": removed}))
+        difference = largest_difference(twin, network)
+        print(json.dumps({"masked": masked, "removed": removed, "difference": difference}))
     engine.finish()
 
 

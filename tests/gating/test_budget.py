@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def controller(target: float = 0.4, **changes: int) -> BudgetController:
-    steps = {"total_steps": 1000, "warmup_end": 100, "ramp_end": 500, **changes}
+    steps = {"passes": 1000, "warmup_end": 100, "ramp_end": 500, **changes}
     return BudgetController(target, **steps, device=CPU)
 
 
@@ -243,7 +243,7 @@ def test_the_price_is_never_negative_and_does_not_wind_up_below_zero() -> None:
 
 
 def test_a_run_twice_as_long_pays_the_same_price_over_its_course() -> None:
-    short, long = controller(total_steps=1000), controller(total_steps=2000)
+    short, long = controller(passes=1000), controller(passes=2000)
     for step in range(600, 700):
         pay(short, 0.8, step)
     for step in range(600, 800):
@@ -298,7 +298,7 @@ def policy_of(model: nn.Module, target: float = 0.5, *, total_steps: int = 100, 
         budget=BudgetConfig(target=target), gate=GateConfig(warmup=0.1), removal=RemovalConfig(decide_by=0.5)
     )
     costs = UnitCosts.of(dict.fromkeys(names, 1), len(names) + 1)
-    return GatePolicy(config, model, costs, set(names), rounding={}, total_steps=total_steps, window=window, device=CPU)
+    return GatePolicy(config, model, costs, set(names), rounding={}, total_steps=total_steps, window=window)
 
 
 def same(tensor: Tensor) -> Tensor:

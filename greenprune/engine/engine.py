@@ -1,7 +1,4 @@
-"""The engine: processes, devices, precision and data parallelism, behind a few verbs.
-
-The only module that knows Accelerate. Everything above it works on one network, one optimizer and plain tensors.
-"""
+"""One process's part of a run: its place among the others, its device, and the network as the ranks share it."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import gc
 import os
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,7 +17,6 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import filter_trackers, get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    DistributedType,
     InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
@@ -30,8 +26,53 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from greenprune.config import Config, ConfigError, UserError
+from greenprune.engine.compilation import compile_blocks
+from greenprune.engine.zero import ZeroParallel, quiet_deepspeed, zero_plugin, zero_stage
 
 T = TypeVar("T")
+
+
+def _check_precision(config: Config, on_cpu: bool) -> None:
+    """Check that the device computes in the precision that is asked for.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    if config.precision == "fp16" and on_cpu:
+        raise ConfigError("precision: 'fp16' is not valid on a CPU; expected no or bf16")
+    if config.precision == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"precision: 'bf16' is not valid on a {torch.cuda.get_device_name()}, which has no bf16 arithmetic; "
+            "expected no or fp16"
+        )
+
+
+def _check_launch(config: Config, stage: int | None, processes: int) -> None:
+    """Check that the run can be done the way it was launched.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError(
+            "the launcher asks for FSDP, which shares out the weights, so that no rank holds a network to operate on "
+            "(docs/decisions/0010); expected a file in launch/"
+        )
+    if stage is not None and config.device == "cpu" and torch.cuda.is_available():
+        raise ConfigError(
+            "device: 'cpu' is not valid with DeepSpeed on a machine with GPUs; expected auto, or an environment with "
+            "CUDA_VISIBLE_DEVICES= that hides them"
+        )
+    if config.model.sync_batchnorm and processes > 1 and (config.device == "cpu" or not torch.cuda.is_available()):
+        raise ConfigError(
+            "model.sync_batchnorm: True is not valid on CPUs, where torch has no synchronised BatchNorm; expected false"
+        )
+
+
+def _engine_name(stage: int | None, processes: int) -> str:
+    if stage is not None:
+        return f"DeepSpeed ZeRO-{stage}"
+    return "DDP" if processes > 1 else "one process"
 
 
 class RankMismatch(RuntimeError):
@@ -54,28 +95,32 @@ class Engine:
 
     def __init__(self, config: Config) -> None:
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-        if config.precision == "fp16" and on_cpu:
-            raise ConfigError("precision: 'fp16' is not valid on a CPU; expected no or bf16")
-        handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        _check_precision(config, on_cpu)
+        stage = zero_stage(os.environ)
         announced = int(os.environ.get("WORLD_SIZE", "1"))
+        _check_launch(config, stage, announced)
+        handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         if on_cpu and announced > 1:
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        if stage is not None:
+            quiet_deepspeed(on_cpu)
         self._accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision=config.precision,
+            cpu=on_cpu and stage is None,
+            mixed_precision=config.precision if stage is None else "no",
+            deepspeed_plugin=None if stage is None else zero_plugin(config, os.environ, stage),
             kwargs_handlers=handlers,
             step_scheduler_with_optimizer=False,
         )
-        if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise UserError(
-                "the launcher asks for DeepSpeed, which is not supported yet; use one of the files in launch/"
-            )
+        self._zero = None if stage is None else ZeroParallel(self._accelerator, config.precision)
         if announced != self._accelerator.num_processes:
             raise UserError(
                 f"the launcher announced {announced} processes but {self._accelerator.num_processes} came together; "
                 "use one of the files in launch/"
             )
         self._clip_norm = config.optim.clip_norm
+        self._compile = config.model.compile
+        self._last = True
+        self.name: str = _engine_name(stage, announced)
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
@@ -106,12 +151,24 @@ class Engine:
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Take over a network and its optimizer: move, wrap for data parallelism, set up mixed precision.
 
-        Afterwards ``model`` is what to call, ``module`` the unwrapped network and ``optimizer`` the raw optimizer.
+        Afterwards ``model`` is what to call, ``module`` the unwrapped network and ``optimizer`` the raw optimizer. What
+        the optimizer already keeps, from a checkpoint, is taken over; it has to be on the network's device.
         """
         self.module = model
         self.optimizer = optimizer
-        self.model, self._prepared_optimizer = self._accelerator.prepare(model, optimizer)
-        self._keep_buffers_local()
+        if self._compile:
+            compile_blocks(model)
+        if self._zero is None:
+            self._prepared_optimizer = self._accelerator.prepare(optimizer)
+        self._wrap()
+
+    def _wrap(self) -> None:
+        if self._zero is not None:
+            self._zero.prepare(self.module, self.optimizer)
+            self.model = self._zero.model
+        else:
+            self.model = self._accelerator.prepare_model(self.module)
+            self._keep_buffers_local()
 
     def _keep_buffers_local(self) -> None:
         # BatchNorm's running statistics are local to a rank in training and taken from rank 0 where they matter
@@ -119,45 +176,84 @@ class Engine:
         if isinstance(self.model, DistributedDataParallel):
             self.model.broadcast_buffers = False
 
+    def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        """Within, forward and backward passes add to the gradients; ranks exchange them on the last part only."""
+        self._last = last
+        if not last and isinstance(self.model, DistributedDataParallel):
+            context: AbstractContextManager[None] = self.model.no_sync()
+            return context
+        return nullcontext()
+
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss, averaged over the ranks."""
-        self._accelerator.backward(loss)
+        if self._zero is not None:
+            self._zero.backward(loss, last=self._last)
+        else:
+            self._accelerator.backward(loss)
 
     def step(self) -> None:
         """One optimizer step with the gradients at hand, which are then gone."""
+        if self._zero is not None:
+            self._zero.step()
+            return
         if self._clip_norm is not None:
             self._accelerator.clip_grad_norm_(self.module.parameters(), self._clip_norm)
         self._prepared_optimizer.step()
         self._prepared_optimizer.zero_grad()
 
+    def optimizer_state(self) -> dict[str, Any]:
+        """The whole state of the optimizer, whichever rank keeps it, as a plain torch optimizer's ``state_dict``.
+
+        A collective: call it on every rank.
+        """
+        if self._zero is not None:
+            return self._zero.state_dict(self.optimizer)
+        state: dict[str, Any] = self.optimizer.state_dict()
+        return state
+
+    def release(self) -> None:
+        """Unwrap: ``module`` and ``optimizer`` are then plain ones with the whole state, and nothing else is left.
+
+        The old wrapper with its gradient buckets is gone afterwards. A collective: call it on every rank.
+        """
+        if self._zero is not None:
+            del self.model
+            self._zero.release(self.optimizer)
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        # What preparing has put on the module: the wrappers of mixed precision, or autocast would nest one level deeper
+        # each time, and the mark with which preparing again would do nothing on one process. Accelerate's own
+        # unwrap_model imports DeepSpeed where it is installed, which takes a second.
+        for attribute in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            self.module.__dict__.pop(attribute, None)
+        self._accelerator._models.clear()  # Accelerate keeps every model it ever prepared
+        del self.model
+        if self.world_size > 1:
+            gc.collect()  # the old reducer's buckets are held in a cycle
+
     def rebuild(self, operate: Callable[[nn.Module, Optimizer], None]) -> None:
         """Change the structure: unwrap, operate on the raw network and optimizer, wrap what is left.
 
-        The old wrapper with its gradient buckets is gone afterwards; the optimizer stays the same object.
+        The optimizer stays the same object.
 
         Args:
             operate: Changes the unwrapped network and its optimizer in place, alike on every rank.
         """
-        accelerator = self._accelerator
-        self.optimizer.zero_grad(set_to_none=True)
-        # Both wrappers of mixed precision are taken off, or autocast would nest one level deeper each time.
-        inner = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-        # Accelerate keeps every model it ever prepared.
-        accelerator._models[:] = [m for m in accelerator._models if accelerator.unwrap_model(m) is not inner]
-        del self.model
-        operate(inner, self.optimizer)
-        # Left by the first prepare; with it on, preparing again would do nothing on one process.
-        inner.__dict__.pop("_is_accelerate_prepared", None)
-        self.module = inner
-        self.model = accelerator.prepare_model(inner)
-        self._keep_buffers_local()
-        if self.world_size > 1:
-            gc.collect()  # the old reducer's buckets are held in a cycle
+        self.release()
+        operate(self.module, self.optimizer)
+        self._wrap()
 
-    def sync_buffers(self) -> None:
+    def autocast(self) -> AbstractContextManager[None]:
+        """Within, a network computes in the run's precision, also one that was not prepared."""
+        context: AbstractContextManager[None] = (
+            self._accelerator.autocast() if self._zero is None else self._zero.autocast()
+        )
+        return context
+
+    def sync_buffers(self, model: nn.Module) -> None:
         """Give every rank the buffers (BatchNorm's running statistics) of rank 0, which the checkpoint holds."""
         if self.world_size > 1:
-            for buffer in self.module.buffers():
+            for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
     def mean(self, values: Tensor) -> Tensor:
@@ -309,7 +405,8 @@ class Engine:
     def finish(self) -> None:
         """Let go of everything in an order that ends the process cleanly."""
         if hasattr(self, "model"):
-            del self.model, self.module, self.optimizer, self._prepared_optimizer
+            self._prepared_optimizer = None
+            del self.model, self.module, self.optimizer
         self._accelerator.free_memory()
         gc.collect()
         self._accelerator.end_training()

@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+class PeerLost(RuntimeError):
+    """Another process of the run is gone."""
