@@ -49,7 +49,13 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class UserError(ValueError):
-    """Something that the user can mend; its message is all they need to see (exit code 2)."""
+    """Something that the user can mend; its message is all they need to see (exit code 2).
+
+    Attributes:
+        known_to_all: Whether every process of the run has raised it, so that rank 0 can speak for all.
+    """
+
+    known_to_all = False
 
 
 class ConfigError(UserError):
@@ -338,6 +344,8 @@ class Config:
     """Mixed precision of the network: no (fp32), bf16 or fp16 (GPU only). Gates and penalties are always fp32."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: the GPU if there is one; cpu: never the GPU."""
+    stall_s: float = 600.0
+    """Seconds without a step after which a run of several processes counts as hung and is ended."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -350,6 +358,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        _require(self.stall_s > 0, "stall_s", self.stall_s, "a number of seconds above 0")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "a whole number in [0, 2^31)")
         _require(
             self.run_name is None or (re.fullmatch(r"[\w.+-]+", self.run_name) is not None and self.run_name[0] != "."),
@@ -386,8 +395,8 @@ class Config:
         return hashlib.sha256(json.dumps(shaping_values(self.to_dict()), sort_keys=True).encode()).hexdigest()[:16]
 
 
-_NOT_SHAPING = ("output_dir", "run_name", "resume", "device", "energy", "tracking", "checkpoint")
-_NOT_SHAPING_DATA = ("data.root", "data.download", "data.workers", "data.eval_batch_size")
+_NOT_SHAPING = ("output_dir", "run_name", "resume", "device", "stall_s", "energy", "tracking", "checkpoint")
+_NOT_SHAPING_PARTS = ("data.root", "data.download", "data.workers", "data.eval_batch_size", "model.compile")
 
 
 def shaping_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -406,7 +415,7 @@ def shaping_values(values: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     flat["gate.enabled"] = gated
-    return {key: value for key, value in flat.items() if key not in _NOT_SHAPING_DATA}
+    return {key: value for key, value in flat.items() if key not in _NOT_SHAPING_PARTS}
 
 
 def config_parser(prog: str = "train.py") -> ArgumentParser:

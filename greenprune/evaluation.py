@@ -45,6 +45,7 @@ def evaluate(engine: Engine, data: ImageData, model: nn.Module) -> Evaluation:
             totals[0] += functional.cross_entropy(logits, labels, reduction="sum")
             totals[1] += (logits.argmax(1) == labels).sum()
             totals[2] += len(labels)
+            engine.got_on()
     model.train()
     loss, right, samples = engine.sum(totals).tolist()
     return Evaluation(accuracy=right / samples, loss=loss / samples, samples=int(samples))

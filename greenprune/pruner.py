@@ -92,7 +92,6 @@ class Pruner:
             rounding=self._rounding,
             total_steps=self.total_steps,
             window=self.removal.window or max(1, self.total_steps // 25),
-            device=self._device,
         )
 
     # The run.

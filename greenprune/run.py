@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from greenprune.accounts import Records
-from greenprune.checkpoint import load_checkpoint, load_newest
+from greenprune.checkpoint import list_checkpoints, load_checkpoint, load_newest
 from greenprune.config import Config, ConfigError, UserError, load_config, shaping_values
 from greenprune.data import ImageData, open_data
 from greenprune.energy import Meter, carbon_intensity, node_id, open_meter, share_devices
@@ -54,6 +54,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         UserError: The run cannot be done as asked; nothing was written.
         Interrupted: A signal asked to stop; a checkpoint is written.
         TrainingDiverged: The loss is not finite.
+        PeerLost: Another process of the run is gone.
     """
     carbon = carbon_intensity(
         config.energy.country,
@@ -62,7 +63,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         pue=config.energy.pue,
     )
     online = "wandb" in config.tracking.trackers and wandb_goes_online(config, environment)
-    engine = Engine(config)
+    engine = _open_engine(config)
     with ExitStack() as stack:
         stack.callback(engine.finish)
         engine.check_trackers(config.tracking.trackers)
@@ -89,7 +90,25 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         with meter.window("setup"):
             trainer = Trainer(config, data, engine, network, records, resume)
         stack.callback(trainer.events.close)
-        return RunResult(trainer.fit(), folder, engine.is_main)
+        with engine.watching(config.stall_s, lambda: _advice(folder)):
+            return RunResult(trainer.fit(), folder, engine.is_main)
+
+
+def _advice(folder: RunFolder) -> str:
+    """How to go on with a run that did not end in good order."""
+    there = list_checkpoints(folder.checkpoints)
+    if not there:
+        return "There is no checkpoint yet"
+    return f"Go on from {there[-1].name} with the same command and --resume auto --run_name {folder.path.name}"
+
+
+def _open_engine(config: Config) -> Engine:
+    """The engine; what is wrong with the launch is seen alike by all of its processes."""
+    try:
+        return Engine(config)
+    except UserError as error:
+        error.known_to_all = True
+        raise
 
 
 def _open_data(config: Config, data_root: str | None, engine: Engine) -> ImageData:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from greenprune.config import Config, ConfigError, UserError
 from greenprune.engine.compilation import compile_blocks
+from greenprune.engine.peers import Peer, Peers, is_of_network, join_after_restart
 from greenprune.engine.zero import ZeroParallel, quiet_deepspeed, zero_plugin, zero_stage
 
 T = TypeVar("T")
@@ -78,6 +79,8 @@ def _engine_name(stage: int | None, processes: int) -> str:
 class RankMismatch(RuntimeError):
     """Ranks that should agree do not; the message names them."""
 
+    known_to_all = False
+
 
 class Engine:
     """One process's part of a data-parallel run.
@@ -104,6 +107,7 @@ class Engine:
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
         if stage is not None:
             quiet_deepspeed(on_cpu)
+        join_after_restart(on_cpu)
         self._accelerator = Accelerator(
             cpu=on_cpu and stage is None,
             mixed_precision=config.precision if stage is None else "no",
@@ -120,6 +124,7 @@ class Engine:
         self._clip_norm = config.optim.clip_norm
         self._compile = config.model.compile
         self._last = True
+        self._peers: Peers | None = None
         self.name: str = _engine_name(stage, announced)
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
@@ -193,6 +198,7 @@ class Engine:
 
     def step(self) -> None:
         """One optimizer step with the gradients at hand, which are then gone."""
+        self.got_on()
         if self._zero is not None:
             self._zero.step()
             return
@@ -279,6 +285,35 @@ class Engine:
             broadcast_object_list(holder)
         return holder[0]
 
+    @contextmanager
+    def watching(self, stall_s: float, advice: Callable[[], str]) -> Iterator[None]:
+        """Within, find out soon if another process of the run is gone or hangs.
+
+        Args:
+            stall_s: Seconds without a step anywhere after which the run counts as hung; the process then ends.
+            advice: Says how to go on after that.
+
+        Raises:
+            PeerLost: A collective failed because another process is gone; the message names it.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        me = Peer.here(self.rank)
+        with Peers(me, self.gather_objects(me), stall_s, advice) as self._peers:
+            try:
+                yield
+            except RuntimeError as error:
+                lost = self._peers.find_lost() if is_of_network(error) else None
+                if lost is None:
+                    raise
+                raise lost from error
+
+    def got_on(self) -> None:
+        """Note that this process has done a step or evaluated a batch."""
+        if self._peers is not None:
+            self._peers.got_on()
+
     def check_agreement(self, what: str, value: str) -> None:
         """Check that every rank has the same value.
 
@@ -288,7 +323,9 @@ class Engine:
         values = self.gather_objects((value, socket.gethostname()))
         odd = [f"rank {rank} ({host})" for rank, (other, host) in enumerate(values) if other != values[0][0]]
         if odd:
-            raise RankMismatch(f"{what} differs from rank 0 on {', '.join(odd)}; the run cannot go on")
+            mismatch = RankMismatch(f"{what} differs from rank 0 on {', '.join(odd)}; the run cannot go on")
+            mismatch.known_to_all = True
+            raise mismatch
 
     def together(self, work: Callable[[], T], *, main_only: bool = False) -> T:
         """Do something that may fail on some ranks only, and fail on all of them if it does.

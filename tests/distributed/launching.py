@@ -20,20 +20,26 @@ def environment() -> dict[str, str]:
     return inherited | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def command(script: Path, args: list[str], processes: int) -> list[str]:
-    """The command line that runs a script on one process or, through launch/cpu_2.yaml, on two."""
-    if processes == 1:
+def command(script: Path, args: list[str], processes: int = 1, launch: str | None = None) -> list[str]:
+    """The command line that runs a script on one process, on two through launch/cpu_2.yaml, or through another file."""
+    if processes == 1 and launch is None:
         return [sys.executable, str(script), *args]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    return [*launcher, "--config_file", str(ROOT / "launch" / "cpu_2.yaml"), str(script), *args]
+    file = ROOT / "launch" / f"{launch or 'cpu_2'}.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(file)]
+    return [*launcher, str(script), *args]
 
 
 def run(
-    script: Path, args: list[str], processes: int = 1, timeout_s: float = 240, **variables: str
+    script: Path,
+    args: list[str],
+    processes: int = 1,
+    timeout_s: float = 240,
+    launch: str | None = None,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script to its end, with further environment variables."""
     return subprocess.run(
-        command(script, args, processes),
+        command(script, args, processes, launch),
         env=environment() | variables,
         capture_output=True,
         text=True,

@@ -7,6 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,7 +101,8 @@ def largest_difference(masked: nn.Module, removed: nn.Module) -> float:
     )
 
 
-def run(engine: Engine, config: Config, *, removing: bool, parts: int) -> tuple[dict[str, Any], nn.Module]:
+def run(engine: Engine, config: Config, parts: int, change: str) -> tuple[dict[str, Any], nn.Module]:
+    """Train on, with a change half way: remove the units, rebuild without a change, or nothing."""
     torch.manual_seed(0)
     model = build_model(config.model, classes=10, channels=1, image_size=8)
     attach_gates(model, config.gate)
@@ -114,10 +116,12 @@ def run(engine: Engine, config: Config, *, removing: bool, parts: int) -> tuple[
     optimizer = engine.optimizer
     losses = [train_step(engine, step, parts) for step in range(STEPS_BEFORE)]
     kept = True
-    if removing:
+    if change == "remove":
         expected = expected_state(engine, make_optimizer)
         engine.rebuild(operate)
         kept = engine.optimizer is optimizer and same_state(expected, engine.optimizer_state())
+    elif change == "rebuild":
+        engine.rebuild(lambda model, optimizer: None)
     losses += [train_step(engine, STEPS_BEFORE + step, parts) for step in range(STEPS_AFTER)]
     result = {
         "losses": losses,
@@ -131,21 +135,32 @@ def run(engine: Engine, config: Config, *, removing: bool, parts: int) -> tuple[
     return result, engine.module
 
 
-def main(optimizer: str, precision: str, parts: str) -> None:
+def compare(engine: Engine, config: Config, parts: int) -> dict[str, Any]:
+    masked, twin = run(engine, config, parts, "nothing")
+    untouched, _ = run(engine, config, parts, "rebuild")
+    removed, network = run(engine, config, parts, "remove")
+    difference = largest_difference(twin, network)
+    return {"masked": masked, "untouched": untouched, "removed": removed, "difference": difference}
+
+
+def main(precision: str) -> None:
     torch.set_num_threads(1)
-    config = Config(
+    sgd = Config(
         model=ModelConfig(name="resnet20"),
         data=DataConfig(batch_size=BATCH),
         gate=GateConfig(kind="static", units=["block", "channel"]),
-        optim=OptimConfig(name=optimizer, lr=0.001 if optimizer == "adamw" else 0.01),
+        optim=OptimConfig(lr=0.01),
         precision=precision,  # type: ignore[arg-type]
     )
-    engine = Engine(config)
-    masked, twin = run(engine, config, removing=False, parts=int(parts))
-    removed, network = run(engine, config, removing=True, parts=int(parts))
+    adamw = replace(sgd, optim=OptimConfig(name="adamw", lr=0.001))
+    engine = Engine(sgd)
+    found = {
+        "sgd": compare(engine, sgd, 1),
+        "adamw": compare(engine, adamw, 1),
+        "sgd in 2 parts": compare(engine, sgd, 2),
+    }
     if engine.is_main:
-        difference = largest_difference(twin, network)
-        print(json.dumps({"masked": masked, "removed": removed, "difference": difference}))
+        print(json.dumps(found))
     engine.finish()
 
 
