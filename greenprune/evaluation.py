@@ -38,7 +38,7 @@ def evaluate(engine: Engine, data: ImageData, model: nn.Module) -> Evaluation:
     engine.sync_buffers(model)
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
-    with torch.no_grad(), engine.autocast():
+    with engine.evaluating():
         for images, labels in data.eval_batches(rank=engine.rank, world_size=engine.world_size):
             # The module, not its data-parallel wrapper: ranks may have different numbers of batches.
             logits = model(images).float()

@@ -117,7 +117,7 @@ def _open_data(config: Config, data_root: str | None, engine: Engine) -> ImageDa
     def open_and_move() -> ImageData:
         with engine.local_main_first() if config.data.download else nullcontext():
             data = open_data(config.data, config.data.root or data_root, config.seed)
-        data.check_world(engine.world_size)
+        data.check_world(engine.world_size, config.optim.accumulate)
         return data.to(engine.device, config.model.channels_last)
 
     return engine.together(open_and_move)

@@ -11,7 +11,8 @@ from torch import nn
 
 from greenprune.config import Config, GateConfig, OptimConfig
 from greenprune.gating import gate_parameters
-from greenprune.optimization import build_optimizer, build_schedule
+from greenprune.optimization import WeightAverage, build_optimizer, build_schedule
+from greenprune.surgery import Surgeon
 
 MakeNetwork = Callable[..., nn.Module]
 TOTAL = 100
@@ -141,3 +142,42 @@ def test_the_schedule_goes_on_from_its_state() -> None:
         schedule.step()
     assert first.get_last_lr() == second.get_last_lr()
     assert optimizers[0].param_groups[0]["lr"] == optimizers[1].param_groups[0]["lr"]
+
+
+def test_the_average_forgets_where_it_started(make_network: MakeNetwork) -> None:
+    model = make_network()
+    average = WeightAverage(model, decay=0.5)
+    average.link(model)
+    expected = [parameter.detach().clone() for parameter in model.parameters()]
+    for step in range(8):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+        average.update(step)
+        kept = min(0.5, (1 + step) / (10 + step))
+        expected = [kept * old + (1 - kept) * p.detach() for old, p in zip(expected, model.parameters(), strict=True)]
+    for mine, theirs in zip(average.module.parameters(), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert not any(parameter.requires_grad for parameter in average.module.parameters())
+
+
+def test_the_average_takes_in_running_statistics(make_network: MakeNetwork) -> None:
+    model = make_network()
+    average = WeightAverage(model, decay=0.9)
+    average.link(model)
+    for step in range(200):
+        model.train()(torch.randn(4, 3, 8, 8) + 3.0)
+        average.update(step)
+    ours, theirs = dict(average.module.named_buffers()), dict(model.named_buffers())
+    name = next(name for name in ours if name.endswith("running_mean"))
+    torch.testing.assert_close(ours[name], theirs[name], rtol=0.2, atol=0.2)
+
+
+def test_the_average_goes_through_the_same_operations(make_network: MakeNetwork) -> None:
+    model = make_network()
+    average = WeightAverage(model, decay=0.5)
+    for network in (model, average.module):
+        Surgeon(network).remove_block("stages.1.1")
+    average.link(model)
+    average.update(0)
+    assert sum(p.numel() for p in average.module.parameters()) == sum(p.numel() for p in model.parameters())

@@ -126,26 +126,31 @@ def test_the_dense_twin_removes_nothing(config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "units"), [(1, "[block]"), (2, "[block]"), (1, "[block, channel]"), (2, "[channel]")]
+    ("launch", "flags"),
+    [
+        (None, ""),
+        ("cpu_2", "--optim.name adamw --optim.lr 0.002 --optim.ema 0.9 --optim.accumulate 2"),
+        (None, "--gate.units [block,channel]"),
+        ("deepspeed_zero2_cpu_2", "--gate.units [channel] --optim.ema 0.9 --optim.clip_norm 1.0"),
+    ],
 )
 def test_interrupted_after_a_removal_and_resumed_is_the_uninterrupted_run(
-    config: Path, finished: Path, tmp_path: Path, processes: int, units: str
+    config: Path, finished: Path, tmp_path: Path, launch: str | None, flags: str
 ) -> None:
-    args = ["--config", str(config), "--output_dir", str(tmp_path), "--tracking.log_every", "2"]
-    args += ["--gate.units", units]
+    args = ["--config", str(config), "--output_dir", str(tmp_path), "--tracking.log_every", "2", *flags.split()]
     whole = finished
-    if processes == 2 or units != "[block]":
-        done = run(TRAIN, [*args, "--run_name", "whole"], processes)
+    if flags:
+        done = run(TRAIN, [*args, "--run_name", "whole"], launch=launch)
         assert done.returncode == 0, done.stderr[-3000:]
         whole = tmp_path / "whole"
     cut = tmp_path / "cut"
     named = [*args, "--run_name", "cut", "--resume", "auto"]
-    interrupt_after_removal(command(TRAIN, named, processes), cut)
+    interrupt_after_removal(command(TRAIN, named, launch=launch), cut)
     assert not (cut / "summary.json").exists()
     stopped = [event for event in read_events(cut) if event["kind"] == "interrupt"]
     assert len(stopped) == 1
     assert stopped[0]["step"] % 22 != 0, "the interrupt was to fall within an epoch"
-    done = run(TRAIN, named, processes)
+    done = run(TRAIN, named, launch=launch)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (cut / "structure.json").read_text() == (whole / "structure.json").read_text()
     expected, found = final_tensors(whole), final_tensors(cut)

@@ -140,16 +140,21 @@ class ImageData(ABC):
         self._move_()
         return self
 
-    def check_world(self, world_size: int) -> None:
+    def check_world(self, world_size: int, parts: int = 1) -> None:
         """Check that every process gets the same number of samples of each training batch, and at least one.
+
+        Args:
+            world_size: Number of processes.
+            parts: Parts in which each process does its share, all of one size.
 
         Raises:
             UserError: The batch cannot be divided that way.
         """
-        if self.batch_size % world_size != 0:
+        if self.batch_size % (world_size * parts) != 0:
+            divided = f"{world_size} processes" + (f" and optim.accumulate {parts}" if parts > 1 else "")
             raise UserError(
-                f"data.batch_size: {self.batch_size!r} is not valid with {world_size} processes; "
-                f"expected a multiple of {world_size}, so that every process gets the same number of samples"
+                f"data.batch_size: {self.batch_size!r} is not valid with {divided}; expected a multiple of "
+                f"{world_size * parts}, so that every process gets the same number of samples"
             )
 
     def train_batches(

@@ -249,12 +249,15 @@ class Engine:
         operate(self.module, self.optimizer)
         self._wrap()
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """Within, a network computes in the run's precision, also one that was not prepared."""
-        context: AbstractContextManager[None] = (
-            self._accelerator.autocast() if self._zero is None else self._zero.autocast()
-        )
-        return context
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within, any unwrapped network computes in the run's precision and without gradients.
+
+        Nothing is compiled for it: each structure would need graphs of its own that are used for a few batches.
+        """
+        autocast = self._accelerator.autocast() if self._zero is None else self._zero.autocast()
+        with torch.no_grad(), autocast, torch.compiler.set_stance("force_eager") if self._compile else nullcontext():
+            yield
 
     def sync_buffers(self, model: nn.Module) -> None:
         """Give every rank the buffers (BatchNorm's running statistics) of rank 0, which the checkpoint holds."""

@@ -69,6 +69,8 @@ class _StraightThrough(torch.autograd.Function):
 
 def _full_precision(device_type: str) -> AbstractContextManager[object]:
     """No autocast inside, on devices that have it (the meta device, on which costs are counted, has none)."""
+    if torch.compiler.is_compiling():
+        return torch.autocast(device_type, enabled=False)  # the rest cannot be traced
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

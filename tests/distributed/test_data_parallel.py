@@ -62,13 +62,3 @@ def test_a_run_on_two_processes_from_the_command_line(tmp_path: Path) -> None:
     assert len(devices) == len(set(devices)) > 0
     assert all(event["energy/total_j"] > 0 for event in events if event["kind"] in ("train", "epoch"))
     assert [event["epoch"] for event in events if event["kind"] == "epoch"] == [1, 2, 3]
-
-
-def test_an_impossible_batch_is_said_once(tmp_path: Path) -> None:
-    args = ["--data.batch_size", "63", "--output_dir", str(tmp_path / "runs")]
-    done = run(TRAIN, args, processes=2)
-    assert done.returncode != 0
-    message = [line for line in done.stderr.splitlines() if line.startswith("greenprune: error:")]
-    assert len(message) == 1
-    assert "data.batch_size: 63" in message[0]
-    assert not (tmp_path / "runs").exists()

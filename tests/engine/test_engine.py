@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from greenprune.config import Config, ConfigError, GateConfig, OptimConfig
+from greenprune.config import Config, ConfigError, GateConfig, OptimConfig, UserError
 from greenprune.engine import Engine
 from greenprune.gating import find_gates, take_decisions
 from greenprune.optimization import build_optimizer, build_schedule
@@ -277,3 +277,64 @@ def test_an_engine_can_be_finished_at_any_time(
 def test_another_run_in_the_same_process_has_its_own_precision(make_engine: MakeEngine) -> None:
     make_engine(CONFIG).finish()
     make_engine(replace(CONFIG, precision="bf16"))
+
+
+def test_parts_of_a_batch_add_up_to_its_gradient(make_network: MakeNetwork, make_engine: MakeEngine) -> None:
+    """With BatchNorm held still and no bound reached, two halves of a batch give one step of the whole."""
+    config = replace(CONFIG, optim=OptimConfig(lr=0.05, warmup=0.0), gate=GateConfig(kind="static"))
+    models = [make_network(kind="static")]
+    models.append(copy.deepcopy(models[0]))
+    engine = make_engine(config)
+    for parts, model in zip((1, 2), models, strict=True):
+        engine.prepare(model, build_optimizer(config, model, 20))
+        model.eval()
+        images, labels = batch(0)
+        for number, (part, targets) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+            with engine.accumulating(last=number + 1 == parts):
+                engine.backward(functional.cross_entropy(engine.model(part), targets) / parts)
+        engine.step()
+        engine.release()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_the_loss_scale_survives_a_removal(make_network: MakeNetwork, make_engine: MakeEngine) -> None:
+    """torch's own scaler on the CPU, where Accelerate makes none: what it has learnt outlives a rebuild."""
+    engine = make_engine(CONFIG)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    engine._accelerator.scaler = scaler
+    model = make_network()
+    optimizer = build_optimizer(CONFIG, model, 20)
+    engine.prepare(model, optimizer)
+    train_step(engine, 0)
+    scale = engine.loss_scale
+    assert scale is not None
+    assert scale.item() == 1024.0
+    for _ in range(2):
+        train_step(engine, 1)
+    assert scale.item() == 2048.0  # grown after two good steps
+    engine.rebuild(removal_of("stages.0.1"))
+    train_step(engine, 2)
+    assert engine.loss_scale is scale
+    assert scaler.state_dict()["_growth_tracker"] == 0
+    assert scale.item() == 4096.0  # the steps before the removal count
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    engine.backward(engine.model(batch(3)[0]).sum() * float("inf"))
+    engine.step()
+    assert scale.item() == 2048.0
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    state = engine.scaler_state()
+    assert state is not None
+    assert state["scale"] == 2048.0
+
+
+def test_synchronised_batch_norm_needs_gpus(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"^model\.sync_batchnorm: True is not valid on CPUs"):
+        make_engine(replace(CONFIG, model=replace(CONFIG.model, sync_batchnorm=True)))
+
+
+def test_sharded_weights_are_refused(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=r"^the launcher asks for FSDP, which shares out the weights"):
+        make_engine(CONFIG)
