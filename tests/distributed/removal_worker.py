@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -115,10 +116,13 @@ def run(engine: Engine, config: Config, parts: int, change: str) -> tuple[dict[s
     engine.model.train()
     optimizer = engine.optimizer
     losses = [train_step(engine, step, parts) for step in range(STEPS_BEFORE)]
-    kept = True
+    kept = released = True
     if change == "remove":
         expected = expected_state(engine, make_optimizer)
+        # On several processes there is a wrapper, and with it buckets and, under ZeRO, parts of everything.
+        old = [weakref.ref(engine.model), weakref.ref(engine.module.get_submodule(BLOCK).branch)]
         engine.rebuild(operate)
+        released = all(reference() is None for reference in old)
         kept = engine.optimizer is optimizer and same_state(expected, engine.optimizer_state())
     elif change == "rebuild":
         engine.rebuild(lambda model, optimizer: None)
@@ -127,6 +131,7 @@ def run(engine: Engine, config: Config, parts: int, change: str) -> tuple[dict[s
         "losses": losses,
         "digests": engine.gather_objects(digest(engine.module)),
         "state_kept": engine.gather_objects(kept),
+        "released": engine.gather_objects(released),
         "parameters": sum(parameter.numel() for parameter in engine.module.parameters()),
         "world_size": engine.world_size,
         "engine": engine.name,

@@ -50,6 +50,7 @@ def test_a_removal_keeps_the_optimizer_and_the_ranks_alike(cases: tuple[str, str
         assert removed["world_size"] == 2
         assert removed["parameters"] < masked["parameters"]
         assert removed["state_kept"] == [True, True]
+        assert removed["released"] == [True, True]
         assert removed["digests"][0] == removed["digests"][1]
 
 
