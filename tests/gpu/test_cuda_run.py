@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-from launching import TRAIN, run
+from launching import TRAIN, command, environment, run
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +51,49 @@ def test_a_run_on_the_gpu_is_metered_by_its_counter(finished: Path) -> None:
     joules = summary["energy_by_device_j"][gpu[0]]
     # An idle data-centre GPU draws tens of watts, a busy one hundreds.
     assert 20 < joules / summary["time_s"] < 1000
+
+
+ENGINES = {
+    "zero1": (["--num_processes", "1"], "deepspeed_zero1", [], "DeepSpeed ZeRO-1"),
+    "zero2 in bf16": (["--num_processes", "1"], "deepspeed_zero2", ["--precision", "bf16"], "DeepSpeed ZeRO-2"),
+    "compiled": ([], "gpu", ["--model.compile", "true", "--precision", "bf16"], "one process"),
+    "synchronised": (["--num_processes", "1"], "ddp", ["--model.sync_batchnorm", "true"], "one process"),
+    "parts and average": ([], "gpu", ["--optim.accumulate", "2", "--optim.ema", "0.9"], "one process"),
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_trains_and_removes_on_the_gpu(tmp_path: Path, name: str) -> None:
+    launcher, launch, flags, engine = ENGINES[name]
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG)
+    args = [
+        "--config",
+        str(config),
+        "--output_dir",
+        str(tmp_path),
+        "--run_name",
+        "run",
+        "--gate.units",
+        "[block,channel]",
+    ]
+    line = command(TRAIN, [*args, *flags], launch=launch)
+    place = line.index("--config_file") + 2
+    done = subprocess.run(
+        [*line[:place], *launcher, *line[place:]],
+        env=environment() | {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["engine"] == engine
+    assert summary["device"].startswith("cuda")
+    assert summary["removals"]
+    assert summary["gates_left"] == 0
+    assert summary["accuracy"] > 0.8
 
 
 def test_the_budget_is_met_on_the_gpu(finished: Path) -> None:
