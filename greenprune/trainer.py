@@ -25,6 +25,8 @@ from greenprune.interrupt import Interrupted, InterruptRequest
 from greenprune.models import residual_blocks
 from greenprune.network import Network, units_present
 from greenprune.optimization import WeightAverage, build_optimizer, build_schedule
+from greenprune.process_load import MOST_RANKS, ProcessLoad, by_rank
+from greenprune.process_load import NAMES as LOADS
 from greenprune.surgery import Operation, Structure, carry_out, replay, update_optimizer
 from greenprune.timing import IntervalClock, StepTimes
 from greenprune.tracking import EventLog, Ledger, read_events, write_json
@@ -69,6 +71,7 @@ class Trainer:
         self.step_times = StepTimes()
         self.last_evaluation: Evaluation | None = None
         self.interrupt = InterruptRequest()
+        self._load_of_process = ProcessLoad()
         self._totals = torch.zeros(2, dtype=torch.float64, device=engine.device)  # loss and hits of this epoch
         self.unit_table = network.table
         self.costs = network.costs
@@ -332,7 +335,7 @@ class Trainer:
         Returns:
             The signal that asked any rank to stop, or 0.
         """
-        loss, hits, price, stop = self._read()
+        loss, hits, price, stop, loads = self._read()
         step_s = clock.seconds_per_step()
         self.step_times.add(step_s)
         clock.restart()
@@ -351,6 +354,7 @@ class Trainer:
             gate__price=price,
             **self._structure_numbers,
             **self.accounts.numbers(),
+            **by_rank(loads),
         )
         return stop
 
@@ -358,17 +362,26 @@ class Trainer:
         in_epoch = self.step % self.data.steps_per_epoch or self.data.steps_per_epoch
         return in_epoch * self.config.data.batch_size
 
-    def _read(self) -> tuple[float, float, float | None, int]:
-        """Loss and hits of this epoch over all ranks, the price, any rank's stop signal; waits for the device."""
-        price = self.policy.controller.price if self.policy is not None else torch.zeros((), device=self.engine.device)
-        asked = torch.tensor(float(self.interrupt.signal), device=self.engine.device)
-        shared = self.engine.sum(torch.cat([self._totals, asked.double().view(1)]))
-        loss, hits, stop, price_now = torch.cat([shared, price.double().view(1)]).tolist()
-        return loss, hits, price_now if self.policy is not None else None, int(stop)
+    def _read(self) -> tuple[float, float, float | None, int, list[float]]:
+        """What all ranks have to tell since they were last read, in one collective; waits for the device.
+
+        Returns:
+            Loss and hits of this epoch, the price, any rank's stop signal, and the load of each rank's process.
+        """
+        engine = self.engine
+        price = self.policy.controller.price if self.policy is not None else torch.zeros((), device=engine.device)
+        told = torch.zeros(1 + len(LOADS) * min(engine.world_size, MOST_RANKS), dtype=torch.float64)
+        told[0] = self.interrupt.signal
+        if engine.rank < MOST_RANKS:
+            mine = 1 + len(LOADS) * engine.rank
+            told[mine : mine + len(LOADS)] = torch.tensor(self._load_of_process.read(engine.device_memory))
+        shared = engine.sum(torch.cat([self._totals, told.to(engine.device)]))
+        loss, hits, stop, *loads, price_now = torch.cat([shared, price.double().view(1)]).tolist()
+        return loss, hits, price_now if self.policy is not None else None, int(stop), loads
 
     def _record_epoch(self, epoch: int) -> None:
         assert self.last_evaluation is not None
-        loss, hits, _, _ = self._read()
+        loss, hits, *_ = self._read()
         samples = self._samples_in_epoch()
         self.events.record(
             "epoch",

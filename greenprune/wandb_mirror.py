@@ -17,7 +17,16 @@ _MIRRORED = ("start", "train", "epoch", "removal", "freeze", "checkpoint")
 _INIT_TIMEOUT_S = 20
 _FINISH_TIMEOUT_S = 120
 # What everything is drawn over. A metric has one x-axis: accuracy and loss are told three times, once for each.
-_OVER_STEPS = ("train/*", "gate/*", "gate_rate/*", "structure/*", "flops/*", "energy/*", "eval_over_steps/*")
+_OVER_STEPS = (
+    "train/*",
+    "gate/*",
+    "gate_rate/*",
+    "structure/*",
+    "flops/*",
+    "energy/*",
+    "eval_over_steps/*",
+    "process/*",
+)
 _AXES = {
     **dict.fromkeys(_OVER_STEPS, "step"),
     "eval/*": "energy/total_j",

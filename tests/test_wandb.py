@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 import wandb
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+from google.protobuf.message import DecodeError
 from launching import TRAIN, command, environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
@@ -58,9 +60,10 @@ def all_records(path: Path) -> list[wandb_internal_pb2.Record]:
     """The records of a run that has ended; W&B's own process may still be writing the last of them."""
     deadline = time.monotonic() + 20
     while True:
-        found = list(records(path))
-        if any(record.WhichOneof("record_type") == "exit" for record in found):
-            return found
+        with suppress(DecodeError):  # a record is there in part
+            found = list(records(path))
+            if any(record.WhichOneof("record_type") == "exit" for record in found):
+                return found
         assert time.monotonic() < deadline, f"{path} has no end"
         time.sleep(0.1)
 
@@ -235,6 +238,36 @@ def test_a_run_is_caught_up_from_its_events(
     board = EventAccumulator(str(copy / "tensorboard"))
     board.Reload()
     assert len(board.Scalars("eval/accuracy")) == 3
+
+
+def test_a_killed_run_that_goes_on_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both attempts bear one identity, and what the killed one had not written is caught up from the events."""
+    args = ["--output_dir", str(tmp_path), "--run_name", "w", "--model.name", "resnet20", "--optim.lr", "0.05"]
+    args += ["--resume", "auto", "--tracking.trackers", "[wandb]", "--optim.epochs", "6"]
+    variables = environment() | {"HOME": str(tmp_path)}
+    killed = subprocess.Popen(command(TRAIN, args), env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "w" / "events.jsonl"
+    while not log.exists() or log.read_text().count('"kind": "checkpoint"') < 2:
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    done = subprocess.run(command(TRAIN, args), env=variables, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    newest = max((tmp_path / "w" / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    second = Uploaded(newest)
+    assert second.run.run_id.startswith("w-")
+    assert newest.name == f"run-{second.run.run_id}.wandb"
+    assert {path.name for path in (tmp_path / "w" / "wandb").glob("offline-run-*/*.wandb")} == {newest.name}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["sync", str(tmp_path / "w")]) == 0
+    synced = max((tmp_path / "w" / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    caught_up = Uploaded(synced)
+    assert caught_up.run.run_id == second.run.run_id
+    epochs = [row["step"] for row in caught_up.history if "eval/accuracy" in row]
+    assert epochs[-1] == 132
+    assert set(epochs) == {22 * epoch for epoch in range(1, 7)}
+    assert caught_up.summary["attempts"] == 2
 
 
 def test_a_run_that_goes_on_is_not_synced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

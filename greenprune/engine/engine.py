@@ -141,6 +141,11 @@ class Engine:
         """Whether this process speaks and writes for the run."""
         return self.rank == 0
 
+    @property
+    def device_memory(self) -> int:
+        """Bytes that torch holds on this process's GPU; 0 on a CPU."""
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
     def local_main_first(self) -> AbstractContextManager[None]:
         """Lets one process a node through first, the others after it: for what must be fetched once."""
         context: AbstractContextManager[None] = self._accelerator.local_main_process_first()
