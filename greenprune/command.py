@@ -48,8 +48,8 @@ def _outcome(args: list[str], environment: Mapping[str, str], prog: str) -> tupl
         return 128 + stop.signal, stop.advice, True
     except TrainingDiverged as error:
         return 1, f"error: {error}", True
-    except PeerLost as error:
-        return 1, f"error: {error}" if error.is_speaker else "", False
+    except PeerLost:
+        return 1, "", False
     except (UserError, CheckpointCorrupt, RankMismatch, OSError) as error:
         code = 2 if isinstance(error, UserError) else 1
         return code, f"error: {error}", getattr(error, "known_to_all", False)

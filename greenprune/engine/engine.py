@@ -29,6 +29,7 @@ from greenprune.config import Config, ConfigError, UserError
 from greenprune.engine.compilation import compile_blocks
 from greenprune.engine.peers import Peer, Peers, is_of_network, join_after_restart
 from greenprune.engine.zero import ZeroParallel, quiet_deepspeed, zero_plugin, zero_stage
+from greenprune.interrupt import InterruptRequest
 
 T = TypeVar("T")
 
@@ -308,7 +309,8 @@ class Engine:
             yield
             return
         me = Peer.here(self.rank)
-        with Peers(me, self.gather_objects(me), stall_s, advice) as self._peers:
+        # A launcher that sees a process end sends the others a SIGTERM: they have to live to say why.
+        with InterruptRequest(), Peers(me, self.gather_objects(me), stall_s, advice) as self._peers:
             try:
                 yield
             except RuntimeError as error:

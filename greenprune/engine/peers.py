@@ -55,13 +55,8 @@ def join_after_restart(on_cpu: bool) -> None:
 class PeerLost(RuntimeError):
     """Another process of the run is gone or hangs; the message names its rank, its host and what is known of the cause.
 
-    Attributes:
-        is_speaker: Whether this process is the one to say it.
+    It has been said already, by one process for all: the launcher ends the others as soon as one has ended.
     """
-
-    def __init__(self, message: str, *, is_speaker: bool) -> None:
-        super().__init__(message)
-        self.is_speaker = is_speaker
 
 
 @dataclass(frozen=True)
@@ -162,12 +157,17 @@ class Peers:
         while time.monotonic() < deadline:
             cause = self._cause()
             if cause is not None:
-                return self._as_error(cause)
+                return self._tell(cause)
             time.sleep(0.1)
         return None
 
-    def _as_error(self, cause: str) -> PeerLost:
-        return PeerLost(f"{cause}. {self._advice()}", is_speaker=self._is_speaker())
+    def _tell(self, cause: str) -> PeerLost:
+        """Say what happened and how to go on, unless another process has."""
+        error = PeerLost(f"{cause}. {self._advice()}")
+        if self._is_speaker():
+            sys.stderr.write(f"greenprune: error: {error}\n")
+            sys.stderr.flush()
+        return error
 
     def _is_speaker(self) -> bool:
         """Whether nobody has spoken yet; where the store is gone, all speak."""
@@ -178,6 +178,10 @@ class Peers:
 
     def _cause(self) -> str | None:
         """Which peer has ended or fallen silent, and why, as far as is known."""
+        return self._ended() or self._silent()
+
+    def _ended(self) -> str | None:
+        """Which peer has ended other than in good order."""
         ends = {peer: self._end_of(peer) for peer in self._others}
         for peer, words in ends.items():
             if words:
@@ -185,9 +189,14 @@ class Peers:
         for peer, words in ends.items():
             if words is None and peer.is_dead:
                 return f"{peer} has ended without a word: killed (out of memory?) or crashed"
-        for peer, words in ends.items():
-            silent_s = time.monotonic() - self._heard[peer.rank][1]
-            if words is None and silent_s > SILENCE_S:
+        return None
+
+    def _silent(self) -> str | None:
+        """Which peer gives no sign of life any more."""
+        now = time.monotonic()
+        for peer in self._others:
+            silent_s = now - self._heard[peer.rank][1]
+            if silent_s > SILENCE_S and self._end_of(peer) is None:
                 return f"{peer} has not been heard of for {silent_s:.0f} s: its process is frozen or its host cut off"
         return None
 
@@ -228,9 +237,11 @@ class Peers:
                 continue  # the launcher is going; its own signal or the next collective ends this process
             if self._progress != progress:
                 progress, since = self._progress, now
-            cause = self._cause()
+            cause = self._ended()
             gone_since = None if cause is None else gone_since or now
             if cause is not None and gone_since is not None and now - gone_since >= _GRACE_S:
+                self._end(cause)
+            if (cause := self._silent()) is not None:
                 self._end(cause)
             if now - since > self._stall_s:
                 self._end(self._standstill(since))
@@ -244,12 +255,7 @@ class Peers:
 
     def _end(self, cause: str) -> None:
         """End this process, whose main thread waits for a peer and can be reached by nothing else."""
-        error = self._as_error(cause)
-        if self._over.is_set():
-            return
-        if error.is_speaker:
-            sys.stderr.write(f"greenprune: error: {error}\n")
-            sys.stderr.flush()
-        else:
-            time.sleep(1.0)  # the launcher ends all once one has ended; the speaker goes first
-        os._exit(1)
+        if not self._over.is_set():
+            self._tell(cause)
+            time.sleep(1.0)  # the launcher ends all once one has ended; the speaker may be another one
+            os._exit(1)

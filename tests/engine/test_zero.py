@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +101,34 @@ def test_what_else_the_file_says_is_kept(tmp_path: Path) -> None:
     assert made["train_micro_batch_size_per_gpu"] == 32
     assert made["gradient_clipping"] == 0.5
     assert zero_plugin(CONFIG, DEEPSPEED, 1).deepspeed_config["gradient_clipping"] == 0.0
+
+
+WITHOUT_DEEPSPEED = """
+import os, sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name == "deepspeed":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Hidden())
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "deepspeed" else found(name, *rest)
+from greenprune.command import run_command
+sys.exit(run_command(["--output_dir", sys.argv[1]], os.environ, prog="train.py"))
+"""
+
+
+def test_deepspeed_that_is_not_installed_is_said(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DEEPSPEED, str(tmp_path / "runs")],
+        env=os.environ | DEEPSPEED | {"RANK": "0", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "the launcher asks for DeepSpeed, which is not installed" in done.stderr
+    assert not (tmp_path / "runs").exists()
