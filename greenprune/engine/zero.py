@@ -204,6 +204,8 @@ class ZeroParallel:
     def __init__(self, accelerator: Accelerator, precision: str) -> None:
         self._accelerator = accelerator
         self._half = precision == "bf16"
+        section = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        self._our_buckets = {"reduce_bucket_size", "allgather_bucket_size"} - section.keys()
         self._groups: list[list[nn.Parameter]] = []
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -220,7 +222,7 @@ class ZeroParallel:
             model.forward = convert_outputs_to_fp32(self.autocast()(model.forward))
         size = sum(parameter.numel() for parameter in model.parameters())
         section = self._accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        section["reduce_bucket_size"] = section["allgather_bucket_size"] = min(_BUCKET, size + size % 2)
+        section.update(dict.fromkeys(self._our_buckets, min(_BUCKET, size + size % 2)))
         self.model, _ = self._accelerator.prepare(model, optimizer)
         model._parameters.pop(_PLACEHOLDER, None)
         self._join_masters()
