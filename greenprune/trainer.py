@@ -29,6 +29,8 @@ from greenprune.surgery import Operation, Structure, carry_out, replay, update_o
 from greenprune.timing import IntervalClock, StepTimes
 from greenprune.tracking import EventLog, Ledger, read_events, write_json
 
+_ASK_S = 1.0  # a question to all ranks waits for the device: once a second costs nothing that can be seen
+
 
 class TrainingDiverged(RuntimeError):
     """The loss is not a number any more; the message names the last good checkpoint."""
@@ -69,6 +71,8 @@ class Trainer:
         self.step_times = StepTimes()
         self.last_evaluation: Evaluation | None = None
         self.interrupt = InterruptRequest()
+        self._step_s = 0.0
+        self._ask_every = 1  # steps between two questions to all ranks whether to stop, the same on every rank
         self._totals = torch.zeros(2, dtype=torch.float64, device=engine.device)  # loss and hits of this epoch
         self.unit_table = network.table
         self.costs = network.costs
@@ -201,7 +205,10 @@ class Trainer:
             clock.steps += 1
             in_epoch = self.step % self.data.steps_per_epoch
             at_boundary = self.policy is not None and self.policy.at_boundary(self.step)
-            stop = self.interrupt.signal if self.engine.world_size == 1 else 0
+            if self.engine.world_size == 1:
+                stop = self.interrupt.signal
+            else:  # ranks must stop after the same step
+                stop = self.step % self._ask_every == 0 and self._stop_agreed()
             if stop or in_epoch == 0 or self.step % self.config.tracking.log_every == 0:
                 stop = self._record_train(clock)
             if at_boundary:
@@ -302,7 +309,7 @@ class Trainer:
             The signal that asked any rank to stop, or 0.
         """
         loss, hits, price, stop = self._read()
-        step_s = clock.seconds_per_step()
+        step_s = self._step_s = clock.seconds_per_step()
         self.step_times.add(step_s)
         clock.restart()
         samples = self._samples_in_epoch()
@@ -330,9 +337,10 @@ class Trainer:
     def _read(self) -> tuple[float, float, float | None, int]:
         """Loss and hits of this epoch over all ranks, the price, any rank's stop signal; waits for the device."""
         price = self.policy.controller.price if self.policy is not None else torch.zeros((), device=self.engine.device)
-        asked = torch.tensor(float(self.interrupt.signal), device=self.engine.device)
-        shared = self.engine.sum(torch.cat([self._totals, asked.double().view(1)]))
-        loss, hits, stop, price_now = torch.cat([shared, price.double().view(1)]).tolist()
+        mine = torch.tensor([self.interrupt.signal, self._step_s], dtype=torch.float64, device=self.engine.device)
+        shared = self.engine.sum(torch.cat([self._totals, mine]))
+        loss, hits, stop, step_s, price_now = torch.cat([shared, price.double().view(1)]).tolist()
+        self._ask_every = max(1, int(_ASK_S * self.engine.world_size / step_s)) if step_s else 1
         return loss, hits, price_now if self.policy is not None else None, int(stop)
 
     def _record_epoch(self, epoch: int) -> None:

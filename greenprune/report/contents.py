@@ -226,13 +226,14 @@ def _plain_spreads(spreads: dict[str, Spread | None]) -> dict[str, dict[str, Any
     return {key: asdict(spread) if spread else None for key, spread in spreads.items()}
 
 
-def build_report(paths: Sequence[Path]) -> Report:
+def build_report(paths: Sequence[Path], notes: Sequence[str] = ()) -> Report:
     """Read runs, finished or not, and put together all that a report says of them.
 
     A run with a file that cannot be read is shown as such, and is in no comparison.
 
     Args:
         paths: Runs' folders, their summary.json, or folders that hold runs.
+        notes: What else a reader must know of the runs; it comes first.
 
     Raises:
         UserError: There is no run at a path.
@@ -248,7 +249,7 @@ def build_report(paths: Sequence[Path]) -> Report:
     groups = {
         f"{task.data}: {group.label}" if several else group.label: group for task in tasks for group in task.groups
     }
-    return Report(tasks, _differences(groups), (*comparison.notes, *_notes(runs)))
+    return Report(tasks, _differences(groups), (*notes, *comparison.notes, *_notes(runs)))
 
 
 def _read(path: Path, name: str) -> ReportedRun:
