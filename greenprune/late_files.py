@@ -8,7 +8,7 @@ from greenprune.checkpoint import CheckpointCorrupt, list_checkpoints, load_chec
 from greenprune.tracking import RunFolder, read_events
 
 PATIENCE_S = 120.0
-"""As they are usually mounted, NFS clients see new files within 60 s, and its servers free a lost node's locks in 90 s."""
+"""As they are usually set up, NFS shows new files within 60 s and drops a lost node's locks in 90 s."""
 
 
 def await_attempt(folder: RunFolder, *, requeued: bool, patience_s: float = PATIENCE_S) -> None:
