@@ -36,7 +36,7 @@ def _is_seen(folder: RunFolder, requeued: bool) -> bool:
     if not events or events[-1]["kind"] != "interrupt":
         return True
     try:
-        newest = list_checkpoints(folder.checkpoints)[-1]
-        return load_checkpoint(newest).state["step"] >= events[-1]["step"]
+        newest = load_checkpoint(list_checkpoints(folder.checkpoints)[-1])
+        return int(newest.state["step"]) >= int(events[-1]["step"])
     except (IndexError, CheckpointCorrupt):
         return False

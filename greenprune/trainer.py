@@ -337,10 +337,9 @@ class Trainer:
     def _read(self) -> tuple[float, float, float | None, int]:
         """Loss and hits of this epoch over all ranks, the price, any rank's stop signal; waits for the device."""
         price = self.policy.controller.price if self.policy is not None else torch.zeros((), device=self.engine.device)
-        mine = torch.tensor([self.interrupt.signal, self._step_s], dtype=torch.float64, device=self.engine.device)
-        shared = self.engine.sum(torch.cat([self._totals, mine]))
-        loss, hits, stop, step_s, price_now = torch.cat([shared, price.double().view(1)]).tolist()
-        self._ask_every = max(1, int(_ASK_S * self.engine.world_size / step_s)) if step_s else 1
+        asked = torch.tensor(float(self.interrupt.signal), device=self.engine.device)
+        shared = self.engine.sum(torch.cat([self._totals, asked.double().view(1)]))
+        loss, hits, stop, price_now = torch.cat([shared, price.double().view(1)]).tolist()
         return loss, hits, price_now if self.policy is not None else None, int(stop)
 
     def _record_epoch(self, epoch: int) -> None:
@@ -417,8 +416,10 @@ class Trainer:
 
     def _stop_agreed(self) -> bool:
         """Whether any rank was asked to stop, known to all."""
-        asked = torch.tensor(float(self.interrupt.signal), device=self.engine.device)
-        return bool(self.engine.sum(asked).item())
+        mine = torch.tensor([self.interrupt.signal, self._step_s], dtype=torch.float64, device=self.engine.device)
+        stop, step_s = self.engine.sum(mine).tolist()
+        self._ask_every = max(1, int(_ASK_S * self.engine.world_size / step_s)) if step_s else 1
+        return bool(stop)
 
     def _stop(self) -> None:
         path = self._checkpoint()
