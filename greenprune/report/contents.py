@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from greenprune.config import UserError, shaping_values
-from greenprune.progress import format_percent
+from greenprune.progress import format_joules, format_percent
 from greenprune.report.comparison import (
     ComparedRun,
     find_runs,
@@ -425,6 +425,11 @@ def _mean(group: Group, key: str) -> float:
 # Caveats.
 
 
+def _lost(run: ReportedRun) -> str:
+    lost_j = run.compared.summary.get("energy_lost_j")
+    return f" ({format_joules(lost_j)} for work that was lost or done again)" if lost_j else ""
+
+
 def _notes(runs: Sequence[ReportedRun]) -> list[str]:
     """What the runs themselves say about their figures, each once, and what follows from their states."""
     notes: list[str] = []
@@ -439,6 +444,10 @@ def _notes(runs: Sequence[ReportedRun]) -> list[str]:
     incomplete = [run.name for run in runs if run.compared.summary.get("energy_complete") is False]
     if incomplete:
         notes.append(f"Joules are a lower bound, because some could not be read: {', '.join(incomplete)}.")
+    several = [run for run in runs if run.history.attempts > 1]
+    if several:
+        told_each = (f"{run.name} in {run.history.attempts}{_lost(run)}" for run in several)
+        notes.append(f"Done in several attempts, whose joules all count: {', '.join(told_each)}.")
     lost = [run.name for run in runs if run.compared.summary.get("energy_lost_j")]
     if lost:
         notes.append(f"Joules include work that was lost and done again; FLOPs do not: {', '.join(lost)}.")

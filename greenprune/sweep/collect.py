@@ -9,9 +9,10 @@ from pathlib import Path
 from greenprune.config import UserError
 from greenprune.report.writing import report_forms, write_report
 from greenprune.sweep.folder import PlannedRun, SweepFolder
+from greenprune.sweep.slurm import QueuedTask
 from greenprune.sweep.states import RunState, read_states
 
-Queue = Callable[[], Mapping[int, tuple[str, str]]]
+Queue = Callable[[], Mapping[int, QueuedTask]]
 
 
 def collect_report(

@@ -32,6 +32,7 @@ from greenprune.sweep.plan import Sweep, read_sweep
 from greenprune.sweep.reading import read_settings
 from greenprune.sweep.site import Site
 from greenprune.sweep.slurm import (
+    QueuedTask,
     array_command,
     cancel,
     collect_command,
@@ -219,7 +220,7 @@ def _check_slurm() -> None:
         )
 
 
-def _queue(folder: SweepFolder) -> Mapping[int, tuple[str, str]]:
+def _queue(folder: SweepFolder) -> Mapping[int, QueuedTask]:
     """The sweep's runs in Slurm's queue; nothing is asked where nothing was submitted."""
     return queued_tasks([submission["array"] for submission in read_submissions(folder)])
 
@@ -266,7 +267,7 @@ def _submit(sweep: Sweep, folder: SweepFolder, runs: list[PlannedRun], site: Sit
     array = submit(array_command(folder.path, folder.path / "array.sbatch", numbers, at_once))
     try:
         # Runs of earlier arrays that still go on belong into the report as well.
-        earlier = sorted({why.split()[1].partition("_")[0] for _, why in queue.values()})
+        earlier = sorted({task.array for task in queue.values()})
         collect = submit(collect_command(folder.path, folder.path / "collect.sbatch", [array, *earlier]))
         record_submission(folder, {"time": time.time(), "array": array, "collect": collect, "runs": numbers})
         release(array)
@@ -323,7 +324,7 @@ def _outcome(state: RunState, code: int) -> str:
 
 
 def _report(folder: SweepFolder, runs: list[PlannedRun], patience_s: float) -> int:
-    def queue() -> Mapping[int, tuple[str, str]]:
+    def queue() -> Mapping[int, QueuedTask]:
         return _queue(folder) if not missing_commands() else {}
 
     states, written = collect_report(folder, runs, queue, patience_s)

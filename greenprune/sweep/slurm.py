@@ -6,12 +6,38 @@ import getpass
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from greenprune.config import UserError
 
 _TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class QueuedTask:
+    """A task of an array that is in Slurm's queue.
+
+    Attributes:
+        array: Id of the array.
+        number: Its number in it.
+        state: Slurm's word for its state.
+        where: The node that it runs on, or why it waits.
+    """
+
+    array: str
+    number: int
+    state: str
+    where: str
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has begun and not ended."""
+        return self.state in ("RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING")
+
+    def __str__(self) -> str:
+        return f"job {self.array}_{self.number} {self.where}"
 
 
 def missing_commands() -> list[str]:
@@ -104,8 +130,8 @@ def cancel(job: str) -> None:
     _ask(["scancel", job])
 
 
-def queued_tasks(arrays: Sequence[str]) -> dict[int, tuple[str, str]]:
-    """The tasks of arrays that are in the queue: state and reason or nodes by the task's number.
+def queued_tasks(arrays: Sequence[str]) -> dict[int, QueuedTask]:
+    """The tasks of arrays that are in the queue, by number.
 
     Args:
         arrays: Ids of the arrays.
@@ -116,12 +142,9 @@ def queued_tasks(arrays: Sequence[str]) -> dict[int, tuple[str, str]]:
     if not arrays:
         return {}
     listed = _ask(["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F|%K|%T|%R"])
-    tasks = {}
-    for line in listed.splitlines():
-        array, number, state, where = line.strip().split("|", maxsplit=3)
-        if array in arrays and number.isdecimal():
-            tasks[int(number)] = (state, f"job {array}_{number} {where}")
-    return tasks
+    rows = [line.strip().split("|", maxsplit=3) for line in listed.splitlines()]
+    mine = [row for row in rows if row[0] in arrays and row[1].isdecimal()]
+    return {int(number): QueuedTask(array, int(number), state, where) for array, number, state, where in mine}
 
 
 def _ask(command: Sequence[str]) -> str:

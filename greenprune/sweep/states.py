@@ -14,6 +14,7 @@ from greenprune.config import UserError
 from greenprune.progress import UNKNOWN, format_joules, format_percent, format_seconds
 from greenprune.report.comparison import read_run, read_run_events
 from greenprune.sweep.folder import PlannedRun, SweepFolder
+from greenprune.sweep.slurm import QueuedTask
 from greenprune.tracking import is_held
 
 State = Literal["finished", "running", "waiting", "stopped", "failed", "missing"]
@@ -69,19 +70,19 @@ class RunState:
 
 
 def read_states(
-    folder: SweepFolder, runs: Sequence[PlannedRun], queue: Mapping[int, tuple[str, str]] = {}
+    folder: SweepFolder, runs: Sequence[PlannedRun], queue: Mapping[int, QueuedTask] = {}
 ) -> list[RunState]:
     """Read the state of each run.
 
     Args:
         folder: The sweep's folder.
         runs: Its runs.
-        queue: Slurm's state of the runs that are in its queue, by number, and why or where.
+        queue: Those of them that are in Slurm's queue, by number.
     """
     return [_read_state(folder, run, queue.get(run.number)) for run in runs]
 
 
-def _read_state(folder: SweepFolder, run: PlannedRun, queued: tuple[str, str] | None) -> RunState:
+def _read_state(folder: SweepFolder, run: PlannedRun, queued: QueuedTask | None) -> RunState:
     place = folder.run_folder(run)
     figures, attempts, steps, last = _read_figures(folder, run)
     state, why = _judge(folder, run, queued, last)
@@ -102,11 +103,10 @@ def _read_figures(folder: SweepFolder, run: PlannedRun) -> tuple[dict[str, Any],
     return figures, len(starts), steps, events[-1]["kind"] if events else ""
 
 
-def _judge(folder: SweepFolder, run: PlannedRun, queued: tuple[str, str] | None, last_event: str) -> tuple[State, str]:
+def _judge(folder: SweepFolder, run: PlannedRun, queued: QueuedTask | None, last_event: str) -> tuple[State, str]:
     """The state of a run without a summary."""
     if queued is not None:
-        running = queued[0] in ("RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING")
-        return ("running" if running else "waiting"), queued[1]
+        return ("running" if queued.is_running else "waiting"), str(queued)
     if is_held(folder.run_folder(run)):
         return "running", "on this machine"
     try:
