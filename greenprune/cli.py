@@ -15,6 +15,7 @@ Train a network and remove the blocks it does not need while it trains, with eve
 
 commands:
   train        do one run: all its settings from a YAML file and flags
+  sweep        do many: here or as a Slurm array, each beside its dense twin
   compare      set runs side by side, each against its dense twin
   report       the same as one HTML file with figures, or as md, csv, json, png
   watch        follow a run from another terminal or machine
@@ -62,7 +63,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         prog="greenprune", dest="command", metavar="COMMAND", required=True, help=argparse.SUPPRESS
     )
-    for own in ("train", "measure"):
+    for own in ("train", "sweep", "measure"):
         commands.add_parser(own, add_help=False)  # has a parser of its own: here it is only a valid name
     compare = commands.add_parser("compare", description="Set runs side by side, each against its dense twin.")
     compare.add_argument(
@@ -302,6 +303,10 @@ def main(argv: list[str] | None = None) -> int:
         from greenprune.command import run_command
 
         return run_command(args[1:], os.environ, "greenprune train")
+    if args[0] == "sweep":
+        from greenprune.sweep.command import main as sweep
+
+        return sweep(args[1:])
     if args[0] == "measure":
         from greenprune.energy.measure import main as measure
 

@@ -40,11 +40,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _load_yaml(text: str) -> Any:
+def load_yaml(text: str) -> Any:
+    """Plain values from YAML as config files are written."""
     return yaml.load(text, _Loader)
 
 
-set_loader("greenprune", _load_yaml, exceptions=(yaml.YAMLError,))
+set_loader("greenprune", load_yaml, exceptions=(yaml.YAMLError,))
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -453,7 +454,7 @@ def _check_file(path: Path) -> None:
         ConfigError: The file is missing, is not YAML, or has a key that no field has.
     """
     try:
-        values = _load_yaml(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config: cannot read {str(path)!r} ({error.strerror}); expected a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -492,6 +493,15 @@ def _check_key(key: str, known: list[str]) -> None:
     raise ConfigError(f"{key}: unknown key; {hint}valid here: {', '.join(siblings)}")
 
 
+def check_field(key: str) -> None:
+    """Check that a config has a field of this dotted name.
+
+    Raises:
+        ConfigError: It has none; the message names the closest one.
+    """
+    _check_key(key, list(_FIELDS))
+
+
 def parse_config(args: list[str], prog: str = "train.py") -> Config:
     """Turn command-line arguments, with the YAML files they name, into a validated config.
 
@@ -518,12 +528,12 @@ def parse_config(args: list[str], prog: str = "train.py") -> Config:
     except ConfigError:
         raise
     except (jsonargparse.ArgumentError, TypeError) as error:
-        raise ConfigError(_plain(error)) from None
+        raise ConfigError(plain_message(error)) from None
     except ValueError as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, ConfigError):
             cause = cause.__cause__ or cause.__context__
-        raise cause if isinstance(cause, ConfigError) else ConfigError(_plain(error)) from None
+        raise cause if isinstance(cause, ConfigError) else ConfigError(plain_message(error)) from None
     values = {item.name: config[item.name] for item in dataclasses.fields(Config)}
     return Config(**values)
 
@@ -544,8 +554,8 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.to_dict(), sort_keys=False)
 
 
-def _plain(error: BaseException) -> str:
-    """One line from the parser's message, without its own preamble."""
+def plain_message(error: BaseException) -> str:
+    """One line from a parser's message, without its own preamble."""
     text = " ".join(str(error).split())
     found = re.search(r'[Kk]ey "?([\w.]+)"?:? ?(.*)', text)
     text = f"{found[1]}: {found[2]}" if found else text

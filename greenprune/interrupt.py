@@ -6,7 +6,9 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 
@@ -29,6 +31,9 @@ class InterruptRequest:
 
     A second Ctrl-C ends it at once. What a launcher passes on of the first one is not a second one.
 
+    Args:
+        at_second: Called before a second Ctrl-C ends the process, if there is something to be ended with it.
+
     Attributes:
         signal: The first signal that came, or 0.
     """
@@ -36,15 +41,18 @@ class InterruptRequest:
     _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     _ECHO_S = 1.0  # launchers forward within milliseconds
 
-    def __init__(self) -> None:
+    def __init__(self, at_second: Callable[[], None] | None = None) -> None:
         self.signal = 0
         self._came = 0.0
+        self._at_second = at_second
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if not self.signal:
             self.signal = number
             self._came = time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._came > self._ECHO_S:
+            if self._at_second is not None:
+                self._at_second()
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -54,6 +62,23 @@ class InterruptRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def outlive_signals() -> None:
+    """Have a helper process ignore the signals that stop a run, but for the SIGTERM that its parent sends (Linux)."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that are started from here on have it too
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A handler is not told who sent a signal.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def end_with_launcher() -> None:

@@ -27,6 +27,13 @@ class ProcessLoad:
         with self._process.oneshot():
             return [self._process.memory_info().rss / 2**20, self._process.cpu_percent(), device_memory / 2**20]
 
+    def among(self, rank: int, world_size: int, device_memory: int) -> list[float]:
+        """This process's figures in its place among those of all ranks, which are zero: their sum has all of them."""
+        figures = [0.0] * (len(NAMES) * min(world_size, MOST_RANKS))
+        if rank < MOST_RANKS:
+            figures[len(NAMES) * rank : len(NAMES) * (rank + 1)] = self.read(device_memory)
+        return figures
+
 
 def by_rank(figures: list[float]) -> dict[str, float]:
     """The figures of all ranks, one after the other, by the names that events have for them."""

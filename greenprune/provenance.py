@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,4 +83,26 @@ def collect_provenance(world_size: int, device: torch.device) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "device": str(device),
         "processes": world_size,
+        "slurm": slurm_job(os.environ),
     }
+
+
+_SLURM = {
+    "job": "SLURM_JOB_ID",
+    "array": "SLURM_ARRAY_JOB_ID",
+    "task": "SLURM_ARRAY_TASK_ID",
+    "nodes": "SLURM_JOB_NODELIST",
+    "partition": "SLURM_JOB_PARTITION",
+    "requeued": "SLURM_RESTART_COUNT",  # unset in a job's first attempt
+}
+
+
+def slurm_job(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """What Slurm tells a job of itself; None outside of one.
+
+    Args:
+        environment: The process's environment.
+    """
+    if "SLURM_JOB_ID" not in environment:
+        return None
+    return {key: environment[name] for key, name in _SLURM.items() if name in environment}

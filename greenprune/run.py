@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from greenprune.config import Config, ConfigError, UserError, load_config, shapi
 from greenprune.data import ImageData, open_data
 from greenprune.energy import Meter, carbon_intensity, node_id, open_meter, share_devices
 from greenprune.engine import Engine
+from greenprune.late_files import PATIENCE_S, await_attempt
 from greenprune.mirrors import start_mirrors
 from greenprune.network import prepare_network
 from greenprune.progress import Display
@@ -72,7 +74,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
             data = _open_data(config, environment.get("GREENPRUNE_DATA"), engine)
         with meter.window("setup"):
             network = engine.together(lambda: prepare_network(config, data))
-        claim = engine.together(lambda: _claim(config, stack), main_only=True)
+        claim = engine.together(lambda: _claim(config, stack, environment), main_only=True)
         folder = RunFolder(claim.path)
         if claim.finished:
             return RunResult(json.loads(folder.summary.read_text()), folder, engine.is_main)
@@ -176,8 +178,10 @@ class _Claim:
     notes: tuple[str, ...] = ()
 
 
-def _claim(config: Config, stack: ExitStack) -> _Claim:
+def _claim(config: Config, stack: ExitStack, environment: Mapping[str, str]) -> _Claim:
     """Take a folder for the run, new or to go on in, and hold it until the stack is closed.
+
+    In a Slurm job it waits for what an earlier attempt, maybe on another machine, has written or not let go of yet.
 
     Raises:
         UserError: The folder holds another run or is in use, cannot be written, or there is no such checkpoint.
@@ -185,12 +189,15 @@ def _claim(config: Config, stack: ExitStack) -> _Claim:
     """
     if config.resume not in ("auto", "never"):
         return _claim_checkpoint(config, stack, Path(config.resume))
+    in_job, requeued = "SLURM_JOB_ID" in environment, environment.get("SLURM_RESTART_COUNT", "0") != "0"
+    if in_job and config.resume == "auto" and config.run_name is not None:
+        await_attempt(RunFolder(Path(config.output_dir) / config.run_name), requeued=requeued)
     folder = _new_or_same_folder(config)
     if not folder.config.is_file():
         raise UserError(f"run_name: {str(folder.path)!r} is not the folder of a run; expected another run_name")
     if folder.summary.exists():
         return _Claim(folder.path, finished=True)
-    _hold(folder, stack)
+    _hold(folder, stack, PATIENCE_S if requeued else 0.0)
     newest = load_newest(folder.checkpoints)
     if newest is None:
         return _Claim(folder.path)
@@ -222,8 +229,16 @@ def _new_or_same_folder(config: Config) -> RunFolder:
     return folder
 
 
-def _hold(folder: RunFolder, stack: ExitStack) -> None:
-    stack.callback(FolderLock(folder).release)
+def _hold(folder: RunFolder, stack: ExitStack, patience_s: float = 0.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            stack.callback(FolderLock(folder).release)
+            return
+        except UserError:  # a file server takes a minute to see that a node is gone, and its locks with it
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(1.0)
 
 
 def _claim_checkpoint(config: Config, stack: ExitStack, path: Path) -> _Claim:

@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +25,26 @@ from greenprune.interrupt import Interrupted, InterruptRequest
 from greenprune.models import residual_blocks
 from greenprune.network import Network, units_present
 from greenprune.optimization import WeightAverage, build_optimizer, build_schedule
-from greenprune.process_load import MOST_RANKS, ProcessLoad, by_rank
-from greenprune.process_load import NAMES as LOADS
+from greenprune.process_load import ProcessLoad, by_rank
 from greenprune.surgery import Operation, Structure, carry_out, replay, update_optimizer
 from greenprune.timing import IntervalClock, StepTimes
 from greenprune.tracking import EventLog, Ledger, read_events, write_json
 
+_ASK_S = 1.0  # a question to all ranks waits for the device: once a second costs nothing that can be seen
+
 
 class TrainingDiverged(RuntimeError):
     """The loss is not a number any more; the message names the last good checkpoint."""
+
+
+class _Told(NamedTuple):
+    """What all ranks have told: loss and hits of the epoch so far, the price, a signal to stop or 0, their loads."""
+
+    loss: float
+    hits: float
+    price: float | None
+    signal: int
+    loads: list[float]
 
 
 class Trainer:
@@ -72,6 +83,8 @@ class Trainer:
         self.last_evaluation: Evaluation | None = None
         self.interrupt = InterruptRequest()
         self._load_of_process = ProcessLoad()
+        self._step_s = 0.0
+        self._ask_every = 1  # steps between two questions to all ranks whether to stop, the same on every rank
         self._totals = torch.zeros(2, dtype=torch.float64, device=engine.device)  # loss and hits of this epoch
         self.unit_table = network.table
         self.costs = network.costs
@@ -214,7 +227,10 @@ class Trainer:
             clock.steps += 1
             in_epoch = self.step % self.data.steps_per_epoch
             at_boundary = self.policy is not None and self.policy.at_boundary(self.step)
-            stop = self.interrupt.signal if self.engine.world_size == 1 else 0
+            if self.engine.world_size == 1:
+                stop = self.interrupt.signal
+            else:  # ranks must stop after the same step
+                stop = self.step % self._ask_every == 0 and self._stop_agreed()
             if stop or in_epoch == 0 or self.step % self.config.tracking.log_every == 0:
                 stop = self._record_train(clock)
             if at_boundary:
@@ -335,60 +351,54 @@ class Trainer:
         Returns:
             The signal that asked any rank to stop, or 0.
         """
-        loss, hits, price, stop, loads = self._read()
-        step_s = clock.seconds_per_step()
+        told = self._read()
+        step_s = self._step_s = clock.seconds_per_step()
         self.step_times.add(step_s)
         clock.restart()
         samples = self._samples_in_epoch()
-        if not math.isfinite(loss):
-            self._diverged(loss / samples)
+        if not math.isfinite(told.loss):
+            self._diverged(told.loss / samples)
         self.events.record(
             "train",
             self.step,
             epoch=self.step / self.data.steps_per_epoch,
-            train__loss=loss / samples,
-            train__accuracy=hits / samples,
+            train__loss=told.loss / samples,
+            train__accuracy=told.hits / samples,
             train__lr=self.schedule.get_last_lr()[0],
             train__samples_per_s=self.config.data.batch_size / step_s,
             train__step_time_s=step_s,
-            gate__price=price,
+            gate__price=told.price,
             **self._structure_numbers,
             **self.accounts.numbers(),
-            **by_rank(loads),
+            **by_rank(told.loads),
         )
-        return stop
+        return told.signal
 
     def _samples_in_epoch(self) -> int:
         in_epoch = self.step % self.data.steps_per_epoch or self.data.steps_per_epoch
         return in_epoch * self.config.data.batch_size
 
-    def _read(self) -> tuple[float, float, float | None, int, list[float]]:
-        """What all ranks have to tell since they were last read, in one collective; waits for the device.
-
-        Returns:
-            Loss and hits of this epoch, the price, any rank's stop signal, and the load of each rank's process.
-        """
+    def _read(self) -> _Told:
+        """What all ranks have to tell since the epoch began, in one collective; waits for the device."""
         engine = self.engine
         price = self.policy.controller.price if self.policy is not None else torch.zeros((), device=engine.device)
-        told = torch.zeros(1 + len(LOADS) * min(engine.world_size, MOST_RANKS), dtype=torch.float64)
-        told[0] = self.interrupt.signal
-        if engine.rank < MOST_RANKS:
-            mine = 1 + len(LOADS) * engine.rank
-            told[mine : mine + len(LOADS)] = torch.tensor(self._load_of_process.read(engine.device_memory))
-        shared = engine.sum(torch.cat([self._totals, told.to(engine.device)]))
-        loss, hits, stop, *loads, price_now = torch.cat([shared, price.double().view(1)]).tolist()
-        return loss, hits, price_now if self.policy is not None else None, int(stop), loads
+        loads = self._load_of_process.among(engine.rank, engine.world_size, engine.device_memory)
+        mine = torch.tensor([self.interrupt.signal, self._step_s, *loads], dtype=torch.float64, device=engine.device)
+        shared = engine.sum(torch.cat([self._totals, mine]))
+        loss, hits, stop, step_s, *loads, price_now = torch.cat([shared, price.double().view(1)]).tolist()
+        self._ask_every = max(1, int(_ASK_S * engine.world_size / step_s)) if step_s else 1
+        return _Told(loss, hits, price_now if self.policy is not None else None, int(stop), loads)
 
     def _record_epoch(self, epoch: int) -> None:
         assert self.last_evaluation is not None
-        loss, hits, *_ = self._read()
+        told = self._read()
         samples = self._samples_in_epoch()
         self.events.record(
             "epoch",
             self.step,
             epoch=epoch + 1,
-            train__loss=loss / samples,
-            train__accuracy=hits / samples,
+            train__loss=told.loss / samples,
+            train__accuracy=told.hits / samples,
             eval__loss=self.last_evaluation.loss,
             eval__accuracy=self.last_evaluation.accuracy,
             **self._structure_numbers,
@@ -456,8 +466,10 @@ class Trainer:
 
     def _stop_agreed(self) -> bool:
         """Whether any rank was asked to stop, known to all."""
-        asked = torch.tensor(float(self.interrupt.signal), device=self.engine.device)
-        return bool(self.engine.sum(asked).item())
+        mine = torch.tensor([self.interrupt.signal, self._step_s], dtype=torch.float64, device=self.engine.device)
+        stop, step_s = self.engine.sum(mine).tolist()
+        self._ask_every = max(1, int(_ASK_S * self.engine.world_size / step_s)) if step_s else 1
+        return bool(stop)
 
     def _stop(self) -> None:
         path = self._checkpoint()

@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 
 from greenprune.config import DataConfig, UserError
 from greenprune.data.image_data import Batch, ImageData, derive_seed, hold_out, per_channel
+from greenprune.interrupt import outlive_signals
 
 # Mean and deviation of ImageNet's channels in [0, 1], as in torchvision's reference training.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -223,6 +224,15 @@ def _tickets(rows: Tensor, batches: Iterator[slice], key: tuple[int, int] | None
         yield [_Ticket(row, seed) for row, seed in zip(rows[batch].tolist(), seeds, strict=True)]
 
 
+def _outlive_signals(worker: int) -> None:
+    """Leave it to the training process to end its loader processes.
+
+    Who stops a job (Slurm, a terminal) sends the signal to all of its processes. A loader that dies of it raises an
+    error in the training process, in the middle of the step that it wants to finish.
+    """
+    outlive_signals()
+
+
 class FolderData(ImageData):
     """A set of image files; loader processes decode and augment, the device normalises."""
 
@@ -286,6 +296,7 @@ class FolderData(ImageData):
                 collate_fn=_collate,
                 pin_memory=self._device.type == "cuda",
                 persistent_workers=self._workers > 0,
+                worker_init_fn=_outlive_signals,
                 # Without one a loader draws from the global generator and changes what the run draws next.
                 generator=torch.Generator(),
             )

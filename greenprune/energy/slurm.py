@@ -32,7 +32,9 @@ def slurm_energy(job_id: str) -> SlurmEnergy:
     Args:
         job_id: The job, as in SLURM_JOB_ID.
     """
-    command = ["sacct", "-j", job_id, "--noheader", "--parsable2", "--format=JobID,ConsumedEnergyRaw"]
+    # With the attempts before the job queued itself again, which sacct else leaves out.
+    command = ["sacct", "--duplicates", "-j", job_id]
+    command += ["--noheader", "--parsable2", "--format=JobID,ConsumedEnergyRaw"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
     except FileNotFoundError:
@@ -42,10 +44,14 @@ def slurm_energy(job_id: str) -> SlurmEnergy:
     except (OSError, subprocess.TimeoutExpired) as error:
         return SlurmEnergy(None, f"sacct: {error}")
     rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 1]
-    joules = {job: int(raw) for job, raw in rows if raw.isdecimal() and int(raw) not in _NO_VALUES}
-    # The first row is the job's own; where it is not filled in yet, its steps are.
-    steps = sum(value for job, value in joules.items() if "." in job)
-    energy_j = sum(value for job, value in joules.items() if "." not in job) or steps
+    # The first row of an attempt is the job's own; where it is not filled in yet, its steps are.
+    attempts: list[list[int]] = []
+    for job, raw in rows:
+        joules = int(raw) if raw.isdecimal() and int(raw) not in _NO_VALUES else 0
+        if "." not in job or not attempts:
+            attempts.append([0, 0])
+        attempts[-1]["." in job] += joules
+    energy_j = sum(own or steps for own, steps in attempts)
     if not energy_j:
         return SlurmEnergy(None, "sacct tells no joules: no step has ended yet, or the cluster gathers no energy")
     return SlurmEnergy(float(energy_j), None)

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from greenprune.config import UserError
+from greenprune.config import UserError, load_yaml, shaping_values
 from greenprune.progress import UNKNOWN, format_joules, format_percent, format_seconds, format_si, worst_quality
 from greenprune.timing import StepTimes
 from greenprune.tracking import Event, RunFolder, read_events
@@ -32,6 +33,7 @@ class ComparedRun:
         summary: Content of summary.json; of a run that is not finished, what its events tell under the same keys.
         state: ``finished``, or how far it came.
         hardware: What it ran on, as its provenance tells; None if that is missing.
+        dense_config: All that shapes the result of its dense twin, as its config.yaml tells; None if that is missing.
         twin: Name of its dense twin among the compared runs, if there is one.
         against_twin: Differences and ratios to the twin by name; None where one is unknown or would compare machines.
     """
@@ -41,6 +43,7 @@ class ComparedRun:
     summary: dict[str, Any]
     state: str
     hardware: tuple[str, ...] | None
+    dense_config: dict[str, Any] | None = None
     twin: str | None = None
     against_twin: dict[str, float | None] | None = None
 
@@ -129,8 +132,8 @@ class Comparison:
 def compare_runs(paths: Sequence[Path], to_accuracy: float | None = None) -> Comparison:
     """Read runs and set each gated one against its dense twin.
 
-    The twin is the run that differs in its gating alone: ``gated`` is false, and model, data, seed, epochs, batch size
-    and precision are the same.
+    The twin is the run that differs in its gating alone: ``gated`` is false, and all else that shapes the result is the
+    same; where a config.yaml is missing, model, data, seed, epochs, batch size and precision.
 
     Args:
         paths: Runs' folders, their summary.json, or folders that hold runs.
@@ -229,11 +232,20 @@ def read_run(path: Path, name: str) -> ComparedRun:
         UserError: A file of it cannot be read.
     """
     folder = RunFolder(path)
-    hardware = _hardware(read_provenance(path))
+    hardware, dense_config = _hardware(read_provenance(path)), _dense_config(folder.config)
     if folder.summary.is_file():
-        return ComparedRun(path, name, _read_object(folder.summary), "finished", hardware)
+        return ComparedRun(path, name, _read_object(folder.summary), "finished", hardware, dense_config)
     summary, state = _unfinished(read_run_events(path))
-    return ComparedRun(path, name, summary, state, hardware)
+    return ComparedRun(path, name, summary, state, hardware, dense_config)
+
+
+def _dense_config(path: Path) -> dict[str, Any] | None:
+    """What shapes the result of the dense twin of a run with this config; None if it cannot be read."""
+    try:
+        values = load_yaml(path.read_text())
+        return shaping_values({**values, "gate": {"enabled": False}})
+    except (OSError, ValueError, yaml.YAMLError, TypeError):
+        return None
 
 
 def read_run_events(path: Path) -> list[Event]:
@@ -355,6 +367,9 @@ def _set_against_twin(run: ComparedRun, runs: list[ComparedRun], notes: list[str
 
 def _is_twin(other: ComparedRun, run: ComparedRun) -> bool:
     same = all(other.summary.get(key) == run.summary.get(key) for key in _TWIN_KEYS)
+    if run.dense_config is not None and other.dense_config is not None:
+        mine, theirs = run.dense_config, other.dense_config  # of an older version one may lack fields
+        same = same and all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys())
     return other.is_finished and other.summary.get("gated") is False and same
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from greenprune.config import UserError, shaping_values
-from greenprune.progress import format_percent
+from greenprune.progress import format_joules, format_percent
 from greenprune.report.comparison import (
     ComparedRun,
     find_runs,
@@ -226,13 +226,14 @@ def _plain_spreads(spreads: dict[str, Spread | None]) -> dict[str, dict[str, Any
     return {key: asdict(spread) if spread else None for key, spread in spreads.items()}
 
 
-def build_report(paths: Sequence[Path]) -> Report:
+def build_report(paths: Sequence[Path], notes: Sequence[str] = ()) -> Report:
     """Read runs, finished or not, and put together all that a report says of them.
 
     A run with a file that cannot be read is shown as such, and is in no comparison.
 
     Args:
         paths: Runs' folders, their summary.json, or folders that hold runs.
+        notes: What else a reader must know of the runs; it comes first.
 
     Raises:
         UserError: There is no run at a path.
@@ -248,7 +249,7 @@ def build_report(paths: Sequence[Path]) -> Report:
     groups = {
         f"{task.data}: {group.label}" if several else group.label: group for task in tasks for group in task.groups
     }
-    return Report(tasks, _differences(groups), (*comparison.notes, *_notes(runs)))
+    return Report(tasks, _differences(groups), (*notes, *comparison.notes, *_notes(runs)))
 
 
 def _read(path: Path, name: str) -> ReportedRun:
@@ -424,6 +425,11 @@ def _mean(group: Group, key: str) -> float:
 # Caveats.
 
 
+def _lost(run: ReportedRun) -> str:
+    lost_j = run.compared.summary.get("energy_lost_j")
+    return f" ({format_joules(lost_j)} for work that was lost or done again)" if lost_j else ""
+
+
 def _notes(runs: Sequence[ReportedRun]) -> list[str]:
     """What the runs themselves say about their figures, each once, and what follows from their states."""
     notes: list[str] = []
@@ -438,6 +444,10 @@ def _notes(runs: Sequence[ReportedRun]) -> list[str]:
     incomplete = [run.name for run in runs if run.compared.summary.get("energy_complete") is False]
     if incomplete:
         notes.append(f"Joules are a lower bound, because some could not be read: {', '.join(incomplete)}.")
+    several = [run for run in runs if run.history.attempts > 1]
+    if several:
+        told_each = (f"{run.name} in {run.history.attempts}{_lost(run)}" for run in several)
+        notes.append(f"Done in several attempts, whose joules all count: {', '.join(told_each)}.")
     lost = [run.name for run in runs if run.compared.summary.get("energy_lost_j")]
     if lost:
         notes.append(f"Joules include work that was lost and done again; FLOPs do not: {', '.join(lost)}.")

@@ -17,7 +17,9 @@ FORMATS = ("html", "md", "csv", "json", "png")
 _TEXT = {"md": render_markdown, "csv": render_csv, "json": render_json}
 
 
-def write_report(paths: Sequence[Path], output: Path | None, form: str | None) -> Path | None:
+def write_report(
+    paths: Sequence[Path], output: Path | None, form: str | None, notes: Sequence[str] = ()
+) -> Path | None:
     """Read runs and write a report of them.
 
     Args:
@@ -25,6 +27,7 @@ def write_report(paths: Sequence[Path], output: Path | None, form: str | None) -
         output: The file, ``-`` for standard output; None: ``report.html`` or ``report.png``, or standard output for
             the other forms.
         form: One of :data:`FORMATS`; None: what the file's name ends in, or html.
+        notes: What else a reader must know of the runs.
 
     Returns:
         The file that was written; None if it was standard output.
@@ -34,7 +37,7 @@ def write_report(paths: Sequence[Path], output: Path | None, form: str | None) -
             written.
     """
     form = form or _form_of(output)
-    report = build_report(paths)
+    report = build_report(paths, notes)
     content = _render(report, form)
     if output is None and form in ("html", "png"):
         output = Path(f"report.{form}")
@@ -60,12 +63,17 @@ def write_run_report(run: RunFolder, folder: Path) -> list[Path]:
         The files.
     """
     report = build_report([run.path])
-    written = [folder / "report.md"]
-    written[0].write_text(render_markdown(report))
-    if importlib.util.find_spec("plotly") and importlib.util.find_spec("jinja2"):
-        written.append(folder / "report.html")
-        written[1].write_bytes(_render(report, "html"))
+    written = []
+    for form in report_forms():
+        written.append(folder / f"report.{form}")
+        written[-1].write_bytes(_render(report, form))
     return written
+
+
+def report_forms() -> list[str]:
+    """The forms that a report can be kept in here: Markdown, and HTML where its libraries are there."""
+    html = importlib.util.find_spec("plotly") and importlib.util.find_spec("jinja2")
+    return ["md", "html"] if html else ["md"]
 
 
 def _form_of(output: Path | None) -> str:

@@ -29,6 +29,7 @@ def answer(sacct: Path, text: str, code: int = 0) -> None:
         ("42|0\n42.batch|0", None),
         ("42|18446744073709551614\n42.0|700", 700),
         ("42+0|100\n42+1|200\n42+0.0|90", 300),
+        ("42|1000\n42.batch|900\n42|\n42.batch|300", 1300),  # queued again once, the second attempt goes on
         ("", None),
         ("error: something\n42|12|7", None),
     ],
@@ -43,8 +44,12 @@ def test_the_job_is_told_or_else_its_steps(sacct: Path, rows: str, energy_j: flo
     assert "ConsumedEnergyRaw" in asked
 
 
-def test_without_sacct_or_with_a_broken_one_there_is_a_reason_and_no_error(sacct: Path) -> None:
-    missing = slurm_energy("42")
+def test_without_sacct_or_with_a_broken_one_there_is_a_reason_and_no_error(
+    sacct: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as without:
+        without.setenv("PATH", str(sacct.parent))  # this machine may have a Slurm
+        missing = slurm_energy("42")
     assert missing.energy_j is None
     assert "not installed" in str(missing.reason)
     answer(sacct, "42|1", code=1)

@@ -1,0 +1,65 @@
+"""The report of a sweep: its runs beside their dense twins, and which of them have no result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from greenprune.config import UserError
+from greenprune.report.writing import report_forms, write_report
+from greenprune.sweep.folder import PlannedRun, SweepFolder
+from greenprune.sweep.slurm import QueuedTask
+from greenprune.sweep.states import RunState, read_states
+
+Queue = Callable[[], Mapping[int, QueuedTask]]
+
+
+def collect_report(
+    folder: SweepFolder, runs: Sequence[PlannedRun], queue: Queue, patience_s: float
+) -> tuple[list[RunState], list[Path]]:
+    """Write ``report.md``, and ``report.html`` where its libraries are there, into a sweep's folder.
+
+    Args:
+        folder: The sweep's folder.
+        runs: Its runs.
+        queue: Asks for the runs that are in Slurm's queue.
+        patience_s: Most seconds to wait for files that were written on other machines and are not to be seen yet.
+
+    Returns:
+        The states of the runs, and the files.
+
+    Raises:
+        UserError: No run has left anything that could be reported.
+    """
+    states = settle(folder, runs, queue, patience_s)
+    places = [folder.run_folder(state.run).path for state in states]
+    there = [path for path in places if path.is_dir() and any(path.iterdir())]
+    if not there:
+        raise UserError(f"DIR: no run of {str(folder.path)!r} has begun; expected one to report on")
+    notes = [_note(state) for state in states if state.state != "finished"]
+    written = []
+    for form in report_forms():
+        path = write_report(there, folder.path / f"report.{form}", form, notes)
+        assert path is not None
+        written.append(path)
+    return states, written
+
+
+def _note(state: RunState) -> str:
+    why = f" ({state.why})" if state.why else ""
+    return f"{state.run.name} has no result: {state.state}{why}."
+
+
+def settle(folder: SweepFolder, runs: Sequence[PlannedRun], queue: Queue, patience_s: float) -> list[RunState]:
+    """Read the states once all that other machines wrote can be seen here, or the patience is over.
+
+    A run whose files do not tell how it ended may have ended on another machine a moment ago.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        states = read_states(folder, runs, queue())
+        unclear = [state for state in states if state.is_to_do and not folder.exit_of(state.run).exists()]
+        if not unclear or time.monotonic() >= deadline:
+            return states
+        time.sleep(1.0)

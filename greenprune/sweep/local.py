@@ -1,0 +1,105 @@
+"""A sweep's runs on this machine, some at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from greenprune.interrupt import InterruptRequest
+from greenprune.sweep.folder import PlannedRun, SweepFolder
+
+_POLL_S = 0.1
+
+
+@dataclass
+class _Started:
+    run: PlannedRun
+    process: subprocess.Popen[bytes]
+    since: float
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def run_here(
+    folder: SweepFolder,
+    runs: Sequence[PlannedRun],
+    at_once: int,
+    processes: int,
+    tell: Callable[[PlannedRun, int | None, float], None],
+) -> int:
+    """Do runs as processes of their own; on a signal stop them all in good order.
+
+    Args:
+        folder: The sweep's folder.
+        runs: What to do, in this order.
+        at_once: How many at the same time.
+        processes: Processes of each run.
+        tell: Called with a run when it starts (exit code None) and when it has ended, and the seconds that it took.
+
+    Returns:
+        The signal that stopped it, or 0.
+    """
+    waiting, going = list(runs), list[_Started]()
+
+    def kill_all() -> None:
+        for started in going:
+            started.kill()
+
+    request, told = InterruptRequest(at_second=kill_all), False
+    with request:
+        while going or (waiting and not request.signal):
+            while waiting and len(going) < at_once and not request.signal:
+                run = waiting.pop(0)
+                going.append(_start(folder, run, processes))
+                tell(run, None, 0.0)
+            if request.signal and not told:
+                told = True
+                for started in going:
+                    started.process.send_signal(signal.SIGTERM)
+            going[:] = [started for started in going if not _has_ended(folder, started, tell)]
+            time.sleep(_POLL_S)
+    return request.signal
+
+
+def command_of(config: str, processes: int) -> list[str]:
+    """The command line of one run.
+
+    Args:
+        config: Its config file.
+        processes: How many processes it has.
+    """
+    launcher = ["-m", "accelerate.commands.launch", "--quiet", "--multi_gpu", "--num_machines=1"]
+    launcher += [f"--num_processes={processes}", "--main_process_port=0"]
+    launcher += ["--mixed_precision=no", "--dynamo_backend=no", "--max_restarts=0"]
+    return [sys.executable, *(launcher if processes > 1 else []), "-m", "greenprune.train", "--config", config]
+
+
+def _start(folder: SweepFolder, run: PlannedRun, processes: int) -> _Started:
+    folder.exit_of(run).unlink(missing_ok=True)
+    with folder.log_of(run).open("ab") as log:
+        process = subprocess.Popen(
+            command_of(str(folder.config_of(run)), processes),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches them through this process alone, once
+        )
+    return _Started(run, process, time.monotonic())
+
+
+def _has_ended(folder: SweepFolder, started: _Started, tell: Callable[[PlannedRun, int | None, float], None]) -> bool:
+    code = started.process.poll()
+    if code is None:
+        return False
+    code = code if code >= 0 else 128 - code
+    folder.exit_of(started.run).write_text(f"{code}\n")
+    tell(started.run, code, time.monotonic() - started.since)
+    return True

@@ -1,0 +1,160 @@
+"""Slurm's commands as sweeps use them: submit, look at the queue, take back. Arguments never pass a shell."""
+
+from __future__ import annotations
+
+import getpass
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from greenprune.config import UserError
+
+_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class QueuedTask:
+    """A task of an array that is in Slurm's queue.
+
+    Attributes:
+        array: Id of the array.
+        number: Its number in it.
+        state: Slurm's word for its state.
+        where: The node that it runs on, or why it waits.
+    """
+
+    array: str
+    number: int
+    state: str
+    where: str
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has begun and not ended."""
+        return self.state in ("RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING")
+
+    def __str__(self) -> str:
+        return f"job {self.array}_{self.number} {self.where}"
+
+
+def missing_commands() -> list[str]:
+    """Those of Slurm's commands that are needed and not on the PATH."""
+    return [name for name in ("sbatch", "squeue", "scontrol", "scancel") if shutil.which(name) is None]
+
+
+def array_numbers(numbers: Sequence[int], at_once: int) -> str:
+    """Numbers as sbatch's ``--array`` takes them: ``0-3,7%2``.
+
+    Args:
+        numbers: Numbers of the tasks, ascending.
+        at_once: How many may run at the same time.
+    """
+    ranges = []
+    for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        members = [number for _, number in group]
+        ranges.append(str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}")
+    return f"{','.join(ranges)}%{at_once}"
+
+
+def array_command(folder: Path, job: Path, numbers: Sequence[int], at_once: int) -> list[str]:
+    """The command that submits runs of a sweep as one array, held back until it is released.
+
+    Args:
+        folder: The sweep's folder.
+        job: The job file.
+        numbers: Numbers of the runs.
+        at_once: How many may run at the same time.
+    """
+    return [
+        *_sbatch(folder, "%4a.log"),
+        "--hold",
+        f"--array={array_numbers(numbers, at_once)}",
+        str(job),
+        str(folder.absolute()),
+    ]
+
+
+def collect_command(folder: Path, job: Path, after: Sequence[str]) -> list[str]:
+    """The command that submits the job which writes a sweep's report once arrays have ended, however they did.
+
+    Args:
+        folder: The sweep's folder.
+        job: The job file.
+        after: Ids of the arrays.
+    """
+    return [
+        *_sbatch(folder, "collect.log"),
+        f"--dependency=afterany:{':'.join(after)}",
+        str(job),
+        str(folder.absolute()),
+    ]
+
+
+def _sbatch(folder: Path, log: str) -> list[str]:
+    # In the name of a log % starts a placeholder; it is doubled where it is part of the folder's name.
+    logs = str(folder.absolute() / "logs").replace("%", "%%")
+    options = [f"--chdir={Path.cwd()}", f"--job-name={folder.name}", f"--output={logs}/{log}"]
+    return ["sbatch", "--parsable", *options]
+
+
+def submit(command: Sequence[str]) -> str:
+    """Submit a job.
+
+    Returns:
+        Its id.
+
+    Raises:
+        UserError: Slurm refuses it; the message is Slurm's.
+    """
+    return _ask(command).strip().partition(";")[0]
+
+
+def release(job: str) -> None:
+    """Let a held job start.
+
+    Raises:
+        UserError: Slurm refuses it.
+    """
+    _ask(["scontrol", "release", job])
+
+
+def cancel(job: str) -> None:
+    """Take a job back.
+
+    Raises:
+        UserError: Slurm refuses it.
+    """
+    _ask(["scancel", job])
+
+
+def queued_tasks(arrays: Sequence[str]) -> dict[int, QueuedTask]:
+    """The tasks of arrays that are in the queue, by number.
+
+    Args:
+        arrays: Ids of the arrays.
+
+    Raises:
+        UserError: Slurm does not answer.
+    """
+    if not arrays:
+        return {}
+    listed = _ask(["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F|%K|%T|%R"])
+    rows = [line.strip().split("|", maxsplit=3) for line in listed.splitlines()]
+    mine = [row for row in rows if row[0] in arrays and row[1].isdecimal()]
+    return {int(number): QueuedTask(array, int(number), state, where) for array, number, state, where in mine}
+
+
+def _ask(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+    except FileNotFoundError:
+        raise UserError(f"{command[0]} is not on the PATH; expected Slurm's commands, or --local") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]} has not answered for {_TIMEOUT_S:.0f} s; expected a running Slurm") from None
+    except subprocess.CalledProcessError as error:
+        said = " ".join(str(error.stderr).split()) or f"exit code {error.returncode}"
+        raise UserError(f"{command[0]} refuses: {said}") from None
+    return done.stdout

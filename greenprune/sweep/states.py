@@ -1,0 +1,155 @@
+"""How far each run of a sweep is, from its files and from what Slurm has in its queue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from greenprune.config import UserError
+from greenprune.progress import UNKNOWN, format_joules, format_percent, format_seconds
+from greenprune.report.comparison import read_run, read_run_events
+from greenprune.sweep.folder import PlannedRun, SweepFolder
+from greenprune.sweep.slurm import QueuedTask
+from greenprune.tracking import is_held
+
+State = Literal["finished", "running", "waiting", "stopped", "failed", "missing"]
+_STYLES: dict[State, str] = {"finished": "green", "running": "cyan", "failed": "red", "stopped": "yellow"}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run is.
+
+    Attributes:
+        run: The run.
+        state: ``finished``; ``running``; ``waiting`` in Slurm's queue; ``stopped`` by a signal, with a checkpoint;
+            ``failed``: ended by itself or was killed; ``missing``: never started.
+        why: More about it, in a few words; may be empty.
+        figures: Its summary, or what its events tell under the same keys.
+        attempts: Times it was started.
+        steps: Steps of the whole run; None if not known.
+    """
+
+    run: PlannedRun
+    state: State
+    why: str
+    figures: dict[str, Any]
+    attempts: int
+    steps: int | None
+
+    @property
+    def progress(self) -> float | None:
+        """Share of its steps that are done; None if not known."""
+        done = self.figures.get("steps")
+        if self.state == "finished":
+            return 1.0
+        return done / self.steps if done is not None and self.steps else None
+
+    @property
+    def is_to_do(self) -> bool:
+        """Whether it has to be started, again or for the first time."""
+        return self.state in ("stopped", "failed", "missing")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "number": self.run.number,
+            "name": self.run.name,
+            "changes": self.run.changes,
+            "state": self.state,
+            "why": self.why,
+            "progress": self.progress,
+            "attempts": self.attempts,
+            **{key: self.figures.get(key) for key in ("accuracy", "energy_j", "energy_lost_j", "time_s")},
+        }
+
+
+def read_states(
+    folder: SweepFolder, runs: Sequence[PlannedRun], queue: Mapping[int, QueuedTask] = {}
+) -> list[RunState]:
+    """Read the state of each run.
+
+    Args:
+        folder: The sweep's folder.
+        runs: Its runs.
+        queue: Those of them that are in Slurm's queue, by number.
+    """
+    return [_read_state(folder, run, queue.get(run.number)) for run in runs]
+
+
+def _read_state(folder: SweepFolder, run: PlannedRun, queued: QueuedTask | None) -> RunState:
+    place = folder.run_folder(run)
+    figures, attempts, steps, last = _read_figures(folder, run)
+    state, why = _judge(folder, run, queued, last)
+    if place.summary.is_file() and figures.get("accuracy") is not None:
+        state, why = "finished", ""
+    return RunState(run, state, why, figures, attempts, steps)
+
+
+def _read_figures(folder: SweepFolder, run: PlannedRun) -> tuple[dict[str, Any], int, int | None, str]:
+    """A run's figures, its attempts, the steps of the whole run, and the kind of its last event."""
+    path = folder.run_folder(run).path
+    try:
+        figures, events = read_run(path, run.name).summary, read_run_events(path)
+    except UserError:  # half a file, which another machine is writing
+        return {}, 0, None, ""
+    starts = [event for event in events if event["kind"] == "start"]
+    steps = starts[-1]["epochs"] * starts[-1]["steps_per_epoch"] if starts else None
+    return figures, len(starts), steps, events[-1]["kind"] if events else ""
+
+
+def _judge(folder: SweepFolder, run: PlannedRun, queued: QueuedTask | None, last_event: str) -> tuple[State, str]:
+    """The state of a run without a summary."""
+    if queued is not None:
+        return ("running" if queued.is_running else "waiting"), str(queued)
+    if is_held(folder.run_folder(run)):
+        return "running", "on this machine"
+    try:
+        code = folder.exit_of(run).read_text().strip()
+    except OSError:
+        code = ""
+    if last_event == "interrupt":
+        return "stopped", "it has a checkpoint"
+    if code:
+        return "failed", f"exit code {code}; see {folder.log_of(run)}"
+    if last_event or folder.log_of(run).exists():
+        return "failed", f"it was killed; see {folder.log_of(run)}"
+    return "missing", ""
+
+
+def states_table(states: Sequence[RunState]) -> RenderableType:
+    """The states as a table, with a line of totals."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("run", overflow="fold")
+    for header in ("state", "progress", "accuracy", "joules", "time", "attempts"):
+        table.add_column(header, justify="left" if header == "state" else "right", no_wrap=True)
+    table.add_column("", overflow="fold", style="dim")
+    for state in states:
+        figures = state.figures
+        accuracy = figures.get("accuracy")
+        table.add_row(
+            Text(state.run.name),
+            Text(state.state, style=_STYLES.get(state.state, "")),
+            "-" if state.progress is None else format_percent(state.progress),
+            "-" if accuracy is None else format_percent(accuracy, 2),
+            "-" if figures.get("energy_j") is None else format_joules(figures["energy_j"]),
+            "-" if figures.get("time_s") is None else format_seconds(figures["time_s"]),
+            str(state.attempts or "-"),
+            Text(state.why),
+        )
+    return Group(table, Text(totals(states)))
+
+
+def totals(states: Sequence[RunState]) -> str:
+    """How many runs are in which state, and what all took together."""
+    counts = {state.state: 0 for state in states}
+    for state in states:
+        counts[state.state] += 1
+    known = [state.figures["energy_j"] for state in states if state.figures.get("energy_j") is not None]
+    words = ", ".join(f"{count} {name}" for name, count in counts.items())
+    return f"{len(states)} runs: {words}; {format_joules(sum(known)) if known else UNKNOWN} so far"

@@ -1,0 +1,200 @@
+"""greenprune sweep as a user gives it, without Slurm: folders, states, runs on this machine, wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+from launching import ROOT, environment
+
+from greenprune.config import load_config
+from greenprune.sweep.command import main
+
+BASE = """
+model: {name: resnet20}
+data: {name: digits, batch_size: 64}
+optim: {epochs: 2, lr: 0.05}
+gate: {warmup: 0.1}
+removal: {window: 11, decide_by: 0.6}
+tracking: {log_every: 2}
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a sweep of two runs in it, on a machine without Slurm."""
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "two.yaml").write_text("base: base.yaml\ntargets: [0.5]\n")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def sweep(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    code = main(args)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_dry_run_shows_all_and_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(place.rglob("*"))
+    code, out, _ = sweep(capsys, "two.yaml", "--dry-run", "--at-once", "3")
+    assert code == 0
+    assert "0000-digits-resnet20-dense-seed0" in out
+    assert "0001-digits-resnet20-block-0.5-seed0" in out
+    assert "#SBATCH --signal=B:USR1@120" in out
+    assert "--array=0-1%3" in out
+    assert "--dependency=afterany:ARRAY" in out
+    assert sorted(place.rglob("*")) == before
+
+
+def test_configs_are_numbered_and_complete(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(capsys, "two.yaml")[0] == 0
+    folder = place / "runs" / "sweeps" / "two"
+    dense, gated = (load_config(folder / "configs" / name) for name in ("0000.yaml", "0001.yaml"))
+    assert (dense.gate.enabled, gated.gate.enabled) == (False, True)
+    assert gated.run_name == "0001-digits-resnet20-block-0.5-seed0"
+    code, out, _ = sweep(capsys, "status", str(folder), "--json")
+    assert code == 0
+    assert [(state["state"], state["progress"]) for state in json.loads(out)] == [("missing", None)] * 2
+
+
+def test_what_does_not_change_results_may_change(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(capsys, "two.yaml")[0] == 0
+    (place / "base.yaml").write_text(BASE + "energy: {country: FRA}\n")
+    assert sweep(capsys, "two.yaml")[0] == 0
+    assert load_config(place / "runs" / "sweeps" / "two" / "configs" / "0001.yaml").energy.country == "FRA"
+
+
+@pytest.mark.parametrize("how", [(), ("--submit",), ("--local",), ("--dry-run",)])
+def test_the_folder_of_another_sweep_is_left_alone(
+    place: Path, capsys: pytest.CaptureFixture[str], how: tuple[str, ...]
+) -> None:
+    assert sweep(capsys, "two.yaml")[0] == 0
+    before = {path: path.read_bytes() for path in (place / "runs").rglob("*") if path.is_file()}
+    for change, difference in (
+        ("base: base.yaml\ntargets: [0.4]\n", "run 0001 is 0001-digits-resnet20-block-0.4-seed0 here"),
+        ("base: base.yaml\ntargets: [0.5]\nseeds: [0, 1]\n", "run 0002 is new"),
+        ("base: base.yaml\ntargets: [0.5]\nsettings: {optim.lr: 0.1}\n", "run 0000 differs in optim.lr"),
+    ):
+        (place / "two.yaml").write_text(change)
+        code, _, err = sweep(capsys, "two.yaml", *how)
+        assert code == 2
+        assert err.startswith("greenprune: error: name: ")
+        assert "holds another sweep of 2 runs" in err
+        assert difference in err
+        assert err.count("\n") == 1
+    assert {path: path.read_bytes() for path in (place / "runs").rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_of_something_else_is_left_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = place / "runs" / "sweeps" / "two"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    code, _, err = sweep(capsys, "two.yaml")
+    assert code == 2
+    assert "holds something other than a sweep" in err
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_without_slurm_submit_says_what_is_missing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = sweep(capsys, "two.yaml", "--submit")
+    assert code == 2
+    assert err.startswith("greenprune: error: --submit: Slurm is not here (sbatch, squeue, scontrol, scancel not on")
+    assert not (place / "runs").exists()
+
+
+WRONG = {
+    "no file": (["nowhere.yaml"], "sweep 'nowhere.yaml': cannot be read"),
+    "no site": (["two.yaml", "--dry-run", "--site", "nowhere.yaml"], "site 'nowhere.yaml': cannot be read"),
+    "unknown site key": (["two.yaml", "--submit", "--site", "bad.yaml"], "acount: unknown key"),
+    "none at a time": (["two.yaml", "--local", "0"], "--local: 0 is not valid"),
+    "no sweep": (["status", "."], "holds no sweep.json"),
+    "nothing to report": (["collect", "runs", "--patience", "0"], "holds no sweep.json"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line(case: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args, message = WRONG[case]
+    (place / "bad.yaml").write_text("acount: a\n")
+    code, out, err = sweep(capsys, *args)
+    assert (code, out) == (2, "")
+    assert err.startswith("greenprune: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (place / "runs").exists()
+
+
+def test_what_slurm_refuses_leaves_nothing_in_the_queue(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The report's job is refused: the array that was held for it is taken back."""
+    called = place / "called"
+    for name, body in {
+        "sbatch": "case \"$*\" in *dependency*) echo 'sbatch: error: invalid account' >&2; exit 1;; *) echo 77;; esac",
+        "squeue": ":",
+        "scontrol": ":",
+        "scancel": ":",
+    }.items():
+        program = place / "programs" / name
+        program.write_text(f'#!/bin/sh\necho {name} "$@" >>"{called}"\n{body}\n')
+        program.chmod(0o755)
+    code, _, err = sweep(capsys, "two.yaml", "--submit")
+    assert code == 2
+    assert "sbatch refuses: sbatch: error: invalid account" in err
+    calls = called.read_text().splitlines()
+    assert "--hold" in calls[0]
+    assert calls[-1] == "scancel 77"
+    assert not any(call.startswith("scontrol") for call in calls)
+    assert not (place / "runs" / "sweeps" / "two" / "submissions.jsonl").exists()
+
+
+def here(place: Path, *args: str) -> subprocess.Popen[str]:
+    variables = environment() | {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "greenprune.cli", "sweep", *args]
+    return subprocess.Popen(
+        command, cwd=place, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_here_it_is_stopped_in_good_order_and_goes_on(place: Path) -> None:
+    (place / "base.yaml").write_text(BASE.replace("epochs: 2", "epochs: 8"))
+    folder = place / "runs" / "sweeps" / "two"
+    first = here(place, "two.yaml", "--local", "2")
+    names = ["0000-digits-resnet20-dense-seed0", "0001-digits-resnet20-block-0.5-seed0"]
+    events = [folder / "runs" / name / "events.jsonl" for name in names]
+    deadline = time.monotonic() + 100
+    while not all(path.exists() and '"train"' in path.read_text() for path in events):
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 128 + signal.SIGINT
+    assert "go on with the same command" in err
+    states = json.loads(here(place, "status", str(folder), "--json").communicate(timeout=60)[0])
+    assert [(state["state"], state["attempts"]) for state in states] == [("stopped", 1)] * 2
+    assert all(0 < state["progress"] < 1 for state in states)
+    assert all(state["energy_j"] > 0 for state in states)
+
+    again = here(place, "two.yaml", "--local", "2")
+    out, err = again.communicate(timeout=200)
+    assert again.returncode == 0, err
+    assert "2/2" in out
+    states = json.loads(here(place, "status", str(folder), "--json").communicate(timeout=60)[0])
+    assert [(state["state"], state["attempts"], state["progress"]) for state in states] == [("finished", 2, 1.0)] * 2
+    assert all(name in (folder / "report.md").read_text() for name in names)
+
+    nothing = here(place, "two.yaml", "--local")
+    out, _ = nothing.communicate(timeout=60)
+    assert nothing.returncode == 0
+    assert "started" not in out

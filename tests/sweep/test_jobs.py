@@ -1,0 +1,234 @@
+"""Job files: what they say for a site, and what their shell does, run by bash with stand-ins for the programs."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from greenprune.config import ConfigError
+from greenprune.sweep.command import job_files
+from greenprune.sweep.jobs import Shape, render_job
+from greenprune.sweep.reading import read_settings
+from greenprune.sweep.site import Site
+from greenprune.sweep.slurm import array_command, array_numbers, collect_command
+
+ROOT = Path(__file__).parents[2]
+HOSTILE = "a b $(touch pwned) `touch pwned` 'q' \"d\" ; touch pwned #%j"
+
+
+def test_the_files_in_slurm_are_those_of_the_example_site() -> None:
+    site = read_settings(ROOT / "slurm" / "site.example.yaml", Site, "site")
+    files = job_files(site)
+    assert {path.name for path in (ROOT / "slurm").glob("*.sbatch")} == files.keys()
+    for name, text in files.items():
+        assert (ROOT / "slurm" / name).read_text() == text, f"greenprune sweep jobs slurm writes {name} anew"
+
+
+def test_what_a_site_says_is_in_the_head() -> None:
+    site = Site(
+        account="proj",
+        partition="a,b",
+        qos="high",
+        constraint="[x|y]",
+        gres="gpu:h100:{processes}",
+        cpus_per_process=4,
+        mem_per_process="16G",
+        time="1-00:00:00",
+        warning_s=300,
+    )
+    text = render_job("many_nodes", site, Shape(3, 2))
+    for option in (
+        "nodes=3",
+        "ntasks-per-node=1",
+        "account=proj",
+        "partition=a,b",
+        "qos=high",
+        "constraint=[x|y]",
+        "gres=gpu:h100:2",
+        "cpus-per-task=8",
+        "mem=32G",
+        "time=1-00:00:00",
+        "signal=B:USR1@300",
+        "requeue",
+        "open-mode=append",
+    ):
+        assert f"#SBATCH --{option}\n" in text
+    assert "localhost" not in text
+    bare = render_job("collect", Site())
+    assert "account" not in bare
+    assert "gres" not in render_job("collect", site)
+
+
+@pytest.mark.parametrize("kind", ["array", "single_node", "many_nodes", "collect"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_job_is_bash(kind: str, processes: int) -> None:
+    site = Site(modules=[HOSTILE], environment={"A": HOSTILE})
+    text = render_job(kind, site, Shape(2 if kind == "many_nodes" else 1, processes))  # type: ignore[arg-type]
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_numbers_of_an_array() -> None:
+    assert array_numbers([0, 1, 2, 3], 2) == "0-3%2"
+    assert array_numbers([0, 2, 3, 4, 9], 1) == "0,2-4,9%1"
+
+
+def test_arguments_are_passed_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / HOSTILE.replace("/", "")
+    command = array_command(folder, folder / "array.sbatch", [0, 1], 2)
+    assert command[-2:] == [str(folder / "array.sbatch"), str(folder)]
+    assert f"--output={folder}/logs/".replace("%j", "%%j") + "%4a.log" in command
+    assert "--dependency=afterany:1:2" in collect_command(folder, folder / "collect.sbatch", ["1", "2"])
+
+
+BAD_SITES = {
+    "unknown key": ("acount: a", "acount: unknown key; did you mean account?"),
+    "two words": ("account: a b", "account: 'a b' is not valid"),
+    "another option": ('partition: "gpu\\n#SBATCH --uid=0"', "partition: "),
+    "time": ("time: tomorrow", "time: 'tomorrow' is not valid"),
+    "a number as a time": ("warning_s: soon", "warning_s: "),
+    "no warning": ("warning_s: 0", "warning_s: 0 is not valid"),
+    "memory": ("mem_per_process: much", "mem_per_process: 'much' is not valid"),
+    "gres": ("gres: gpu:{gpus}", "gres: 'gpu:{gpus}' is not valid"),
+    "variable": ("environment: {A-B: x}", "environment: 'A-B' is not valid"),
+    "secret": ("environment: {WANDB_API_KEY: abc}", "environment: WANDB_API_KEY looks like a secret"),
+    "secret in a line": ("setup: ['export HF_TOKEN=abc']", "setup: HF_TOKEN looks like a secret"),
+    "list": ("modules: cuda", "modules: "),
+    "no mapping": ("- a", "holds no keys"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SITES)
+def test_what_is_wrong_in_a_site_is_named(case: str, tmp_path: Path) -> None:
+    text, message = BAD_SITES[case]
+    path = tmp_path / "site.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_settings(path, Site, "site")
+    assert message in str(error.value)
+    assert "site.yaml" in str(error.value)
+    assert "abc" not in str(error.value)
+
+
+# The shell of the jobs.
+
+
+class Shell:
+    """Runs job files with stand-ins for greenprune and Slurm, which write down how they were called."""
+
+    def __init__(self, folder: Path) -> None:
+        self.programs = folder / "bin"
+        self.programs.mkdir()
+        self.called = folder / "called"
+        for name in ("bash", "ls", "seq", "sleep", "rm", "touch"):
+            (self.programs / name).symlink_to(str(shutil.which(name)))
+        self.program("squeue", "echo ${STATE:-RUNNING}")
+        self.program("scontrol", ":")
+        self.program("module", ":")
+
+    def program(self, name: str, body: str) -> None:
+        path = self.programs / name
+        path.write_text(f'#!/bin/bash\nprintf "%s|" {name} "$@" >>"{self.called}"; echo >>"{self.called}"\n{body}\n')
+        path.chmod(0o755)
+
+    def calls(self) -> list[list[str]]:
+        return [line.split("|")[:-1] for line in self.called.read_text().splitlines()] if self.called.exists() else []
+
+    def start(self, text: str, *args: str, **variables: str) -> subprocess.Popen[bytes]:
+        job = self.called.with_name("job.sbatch")
+        job.write_text(text)
+        environment = {"PATH": str(self.programs), "SLURM_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": "7"}
+        return subprocess.Popen([str(self.programs / "bash"), str(job), *args], env=environment | variables)
+
+    def run(self, text: str, *args: str) -> int:
+        return self.start(text, *args).wait(timeout=30)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    folder = tmp_path / HOSTILE.replace("/", "")
+    for name in ("configs", "exits"):
+        (folder / name).mkdir(parents=True)
+    (folder / "configs" / "0007.yaml").write_text("")
+    return folder
+
+
+def test_a_task_runs_its_config_and_leaves_its_exit_code(shell: Shell, sweep: Path) -> None:
+    site = Site(modules=[HOSTILE], environment={"SAID": HOSTILE})
+    shell.program("greenprune", 'printf "%s" "$SAID" >"$3.said"; exit 3')
+    (sweep / "exits" / "0007").write_text("of the attempt before\n")
+    assert shell.run(render_job("array", site), str(sweep)) == 3
+    config = str(sweep / "configs" / "0007.yaml")
+    assert shell.calls() == [["module", "load", HOSTILE], ["greenprune", "train", "--config", config]]
+    assert Path(f"{config}.said").read_text() == HOSTILE
+    assert (sweep / "exits" / "0007").read_text() == "3\n"
+    assert not list(sweep.parent.rglob("pwned"))
+    assert not (Path.cwd() / "pwned").exists()
+
+
+def test_a_config_that_is_seen_late_is_waited_for(shell: Shell, sweep: Path) -> None:
+    config = sweep / "configs" / "0007.yaml"
+    config.unlink()
+    shell.program("greenprune", 'test -e "$3"')
+    appear = threading.Timer(1.5, lambda: config.write_text(""))
+    appear.start()
+    assert shell.run(render_job("array", Site()), str(sweep)) == 0
+    appear.join()
+
+
+STOPS = 'trap "sleep .3; exit 143" TERM; touch "$3.started"; for _ in $(seq 100); do sleep .1; done'
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("variables", "requeued"),
+    [
+        ({}, True),
+        ({"SLURM_RESTART_COUNT": "4"}, True),
+        ({"SLURM_RESTART_COUNT": "5"}, False),
+        ({"STATE": "COMPLETING"}, False),
+    ],
+)
+def test_told_to_stop_it_waits_for_the_program_and_queues_itself(
+    shell: Shell, sweep: Path, number: int, variables: dict[str, str], requeued: bool
+) -> None:
+    shell.program("greenprune", STOPS)
+    job = shell.start(render_job("array", Site(requeues=5)), str(sweep), **variables)
+    wait_for(sweep / "configs" / "0007.yaml.started")
+    job.send_signal(number)
+    assert job.wait(timeout=20) == 143
+    assert (sweep / "exits" / "0007").read_text() == "143\n"
+    assert (["scontrol", "requeue", "42"] in shell.calls()) == requeued
+
+
+def test_one_that_ends_by_itself_is_not_queued_again(shell: Shell, sweep: Path) -> None:
+    for code in (0, 1):
+        shell.program("greenprune", f"exit {code}")
+        assert shell.run(render_job("array", Site()), str(sweep)) == code
+    assert not any(call[0] == "scontrol" for call in shell.calls())
+
+
+def test_one_that_finishes_although_told_to_stop_is_done(shell: Shell, sweep: Path) -> None:
+    shell.program("greenprune", 'trap : TERM; touch "$3.started"; sleep 1; sleep 1; exit 0')
+    job = shell.start(render_job("array", Site()), str(sweep))
+    wait_for(sweep / "configs" / "0007.yaml.started")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=20) == 0
+    assert not any(call[0] == "scontrol" for call in shell.calls())

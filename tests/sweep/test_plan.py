@@ -1,0 +1,157 @@
+"""Sweeps' files: what they expand to, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from greenprune.config import ConfigError, load_config
+from greenprune.sweep.plan import Sweep, read_sweep
+
+ROOT = Path(__file__).parents[2]
+BASE = "model: {name: resnet20}\noptim: {epochs: 3}\n"
+
+
+def write(folder: Path, text: str, base: str = BASE) -> Path:
+    (folder / "base.yaml").write_text(base)
+    path = folder / "some.yaml"
+    path.write_text("base: base.yaml\n" + text)
+    return path
+
+
+def expand(folder: Path, text: str, base: str = BASE) -> Sweep:
+    return read_sweep(write(folder, text, base))
+
+
+def table(sweep: Sweep, *keys: str) -> list[tuple]:
+    rows = []
+    for task in sweep.tasks:
+        values = task.config.to_dict()
+        row = [
+            values[section][name] if name else values[section] for section, _, name in (k.partition(".") for k in keys)
+        ]
+        rows.append((*row, task.is_twin))
+    return rows
+
+
+def test_seeds_by_targets_beside_their_twins(tmp_path: Path) -> None:
+    sweep = expand(tmp_path, "targets: [0.5, 0.3]\nseeds: [0, 7]\n")
+    assert table(sweep, "seed", "gate.enabled", "budget.target") == [
+        (0, False, 0.5, True),
+        (0, True, 0.5, False),
+        (0, True, 0.3, False),
+        (7, False, 0.5, True),
+        (7, True, 0.5, False),
+        (7, True, 0.3, False),
+    ]
+    assert [task.number for task in sweep.tasks] == list(range(6))
+    assert sweep.folder == Path("runs/sweeps/some")
+
+
+def test_a_grid_has_a_twin_for_everything_that_shapes_it(tmp_path: Path) -> None:
+    sweep = expand(tmp_path, "grid: {optim.lr: [0.1, 0.2], gate.kind: [conditional, static]}\n")
+    rows = table(sweep, "gate.enabled", "optim.lr", "gate.kind")
+    assert [row[:2] for row in rows if row[-1]] == [(False, 0.1), (False, 0.2)]
+    assert {row[1:3] for row in rows if not row[-1]} == {
+        (lr, kind) for lr in (0.1, 0.2) for kind in ("conditional", "static")
+    }
+    assert len(rows) == 6
+
+
+def test_a_list_with_settings_for_all(tmp_path: Path) -> None:
+    settings = "settings: {optim.epochs: 5, budget.target: 0.4}\n"
+    sweep = expand(tmp_path, settings + "runs:\n  - {gate.units: [channel]}\n  - {budget.target: 0.6}\n")
+    assert table(sweep, "optim.epochs", "budget.target", "gate.units") == [
+        (5, 0.4, ["channel"], True),
+        (5, 0.4, ["channel"], False),
+        (5, 0.6, ["block"], False),
+    ]
+
+
+def test_dense_runs_that_are_asked_for_are_the_twins(tmp_path: Path) -> None:
+    sweep = expand(tmp_path, "grid: {gate.enabled: [true, false], budget.target: [0.5, 0.3]}\n")
+    assert [task.config.gate.enabled for task in sweep.tasks] == [False, True, True]
+
+
+def test_every_task_is_a_complete_run_that_goes_on_by_itself(tmp_path: Path) -> None:
+    sweep = expand(tmp_path, "seeds: [0, 1]\noutput_dir: somewhere\nname: other\n")
+    for task in sweep.tasks:
+        assert task.config.output_dir == "somewhere/other/runs"
+        assert task.config.run_name == f"{task.number:04d}-{task.config.run_name[5:]}"
+        assert task.config.resume == "auto"
+        assert task.config.optim.epochs == 3
+    assert len({task.name for task in sweep.tasks}) == len(sweep.tasks)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_sweep_that_is_there_expands(path: Path) -> None:
+    sweep = read_sweep(path)
+    assert any(task.is_twin for task in sweep.tasks)
+    assert any(task.config.gate.enabled for task in sweep.tasks)
+
+
+BAD = {
+    "unknown key": ("sweeds: [1]", "sweeds: unknown key; did you mean seeds?"),
+    "unknown field": ("grid: {optim.lrr: [1]}", "optim.lrr: unknown key; did you mean optim.lr?"),
+    "section": ("grid: {optim: [1]}", "optim: unknown key"),
+    "unknown field in a list": ("runs: [{gate.kynd: static}]", "gate.kynd: unknown key; did you mean gate.kind?"),
+    "field of the sweep": ("grid: {run_name: [a, b]}", "run_name: is not valid in a sweep"),
+    "wrong type": ("grid: {optim.epochs: [many]}", "optim.epochs: Expected a value of type int. Got value: many"),
+    "wrong value": ("targets: [1.5]", "budget.target: 1.5 is not valid; expected a share in (0, 1]"),
+    "wrong word": ("grid: {gate.kind: [statik]}", "gate.kind"),
+    "null": ("grid: {optim.lr: [null]}", "optim.lr"),
+    "not a list": ("seeds: 3", "seeds"),
+    "empty axis": ("grid: {optim.lr: []}", "grid.optim.lr: [] has no value"),
+    "value twice": ("seeds: [1, 2, 1]", "seeds: [1, 2, 1] has a value twice"),
+    "run twice": ("runs: [{seed: 1}, {seed: 1}]", "runs: number 2 (seed 1) is the same as number 1"),
+    "given twice": ("targets: [0.5]\ngrid: {budget.target: [0.3]}", "targets: is also given as grid.budget.target"),
+    "nothing": ("at_once: 2", "runs: there are none"),
+    "nothing at once": ("seeds: [1]\nat_once: 0", "at_once: 0 is not valid"),
+    "name": ("seeds: [1]\nname: a b", "name: 'a b' is not valid"),
+    "name with a command": ("seeds: [1]\nname: $(touch x)", "name: '$(touch x)' is not valid"),
+    "no YAML": ("seeds: [1", "is not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_is_named_with_the_file(case: str, tmp_path: Path) -> None:
+    text, message = BAD[case]
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as error:
+        read_sweep(path)
+    assert message in str(error.value)
+    assert "some.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_base_that_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "seeds: [1]", base="optim: {epoch: 3}")
+    with pytest.raises(ConfigError, match=r"optim.epoch: unknown key; did you mean optim.epochs\?"):
+        read_sweep(path)
+    (tmp_path / "base.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"cannot read .*base\.yaml"):
+        read_sweep(path)
+
+
+def test_the_same_configs_as_the_command_line_would_give(tmp_path: Path) -> None:
+    sweep = expand(tmp_path, "grid: {optim.clip_norm: [null, 1], data.batch_size: [32]}\n")
+    for clip_norm in (None, 1.0):
+        alone = load_config(tmp_path / "base.yaml", {"optim.clip_norm": clip_norm, "data.batch_size": 32})
+        assert sum(task.config.identity() == alone.identity() for task in sweep.tasks) == 1
+
+
+def test_200_runs_expand_within_two_seconds(tmp_path: Path) -> None:
+    from greenprune.sweep.command import main
+
+    path = write(tmp_path, f"targets: [0.7, 0.5, 0.4, 0.3]\nseeds: {list(range(40))}\noutput_dir: {tmp_path}/sweeps\n")
+    started = time.perf_counter()
+    assert main([str(path), "--dry-run"]) == 0
+    shown_s = time.perf_counter() - started
+    started = time.perf_counter()
+    assert main([str(path)]) == 0
+    written_s = time.perf_counter() - started
+    print(f"200 runs: shown in {shown_s:.2f} s, written in {written_s:.2f} s")
+    assert len(list((tmp_path / "sweeps" / "some" / "configs").iterdir())) == 200
+    assert max(shown_s, written_s) < 2

@@ -1,0 +1,121 @@
+"""Being asked to stop: by a signal to one process or to all, at once or twice, within a long epoch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+from launching import ROOT, TRAIN, command, environment
+
+
+def read_events(folder: Path) -> list[dict]:
+    path = folder / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def wait_for_training(process: subprocess.Popen, folder: Path, kind: str = "train") -> None:
+    deadline = time.monotonic() + 100
+    while not any(event["kind"] == kind for event in read_events(folder)):
+        assert process.poll() is None, "it ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def start(args: list[str], folder: Path, processes: int = 1) -> subprocess.Popen:
+    own = ["--output_dir", str(folder.parent), "--run_name", folder.name, "--resume", "auto"]
+    return subprocess.Popen(
+        command(TRAIN, [*args, *own], processes), env=environment(), start_new_session=True, stderr=subprocess.PIPE
+    )
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of small images."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.RandomState(0)
+    for part, count in (("train", 40), ("val", 5)):
+        for label in ("n01", "n02"):
+            (root / part / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.randint(0, 256, (40, 40, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(root / part / label / f"{number}.JPEG")
+    return root
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_leaves_the_loaders_until_the_step_is_done(
+    images: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """scancel signals every process of a job, Ctrl-C every process of a terminal."""
+    folder = tmp_path / "run"
+    data = ["--data.name", "image_folder", "--data.root", str(images), "--data.image_size", "32"]
+    data += ["--data.workers", "2", "--data.batch_size", "8", "--model.name", "resnet20"]
+    process = start([*data, "--optim.epochs", "500", "--tracking.log_every", "1"], folder)
+    wait_for_training(process, folder, "epoch")  # the loaders have been at work
+    time.sleep(0.5)
+    os.killpg(process.pid, number)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, message.decode()[-2000:]
+    assert b"Traceback" not in message
+    last = read_events(folder)[-1]
+    assert (last["kind"], last["signal"]) == ("interrupt", number.name)
+    assert Path(last["checkpoint"], "manifest.json").exists()
+
+
+def test_two_processes_stop_within_a_long_epoch(tmp_path: Path) -> None:
+    """However seldom they report: the time does not depend on the length of an epoch."""
+    folder = tmp_path / "run"
+    # 718 steps an epoch, and no report before its end.
+    args = ["--data.batch_size", "2", "--optim.epochs", "100", "--tracking.log_every", "100000"]
+    args += ["--removal.window", "20", "--model.name", "resnet20"]
+    process = start(args, folder, processes=2)
+    wait_for_training(process, folder, "window")
+    asked = time.time()
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    stopped = read_events(folder)[-1]
+    assert stopped["kind"] == "interrupt"
+    assert stopped["step"] % 718 != 0
+    assert stopped["time"] - asked < 5
+
+
+TWICE = """
+import os, signal, sys, time
+from greenprune.interrupt import InterruptRequest
+
+request = InterruptRequest(at_second=lambda: print("ending all", flush=True))
+with request:
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.05)
+"""
+
+
+def test_a_second_ctrl_c_ends_it_at_once_and_what_a_launcher_passes_on_does_not() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TWICE],
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):  # the launcher's echo of the first
+        process.send_signal(number)
+        time.sleep(0.2)
+    assert process.poll() is None
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+    assert process.stdout.read() == "ending all\n"
+    process.stdout.close()
