@@ -303,11 +303,14 @@ class CheckpointConfig:
     every: int = 1
     """Epochs between two checkpoints; the last epoch and an interrupt always write one."""
     keep_last: int = 2
-    """How many checkpoints stay on disk."""
+    """How many of the newest checkpoints stay on disk."""
+    keep_best: int = 0
+    """How many checkpoints with the highest accuracy stay besides; those of epochs before all removals count too."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "checkpoint.every", self.every, "a whole number of at least 1")
         _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "a whole number of at least 1")
+        _require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "a whole number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -321,7 +324,8 @@ class Config:
     run_name: str | None = None
     """Name of the run's folder. Unset: made from data, model, budget and seed, with a number if it is taken."""
     resume: str = "never"
-    """never: start anew; auto: go on from the run's last checkpoint if there is one; or the path of a checkpoint."""
+    """never: start anew; auto: go on from the run's last checkpoint if there is one; or the path of a checkpoint. All
+    fields that shape the result have to be those the run was started with."""
     precision: Precision = "no"
     """Mixed precision of the network: no (fp32), bf16 or fp16 (GPU only). Gates and penalties are always fp32."""
     device: Literal["auto", "cpu"] = "auto"
@@ -370,6 +374,8 @@ class Config:
 
 _NOT_SHAPING = ("output_dir", "run_name", "resume", "device", "energy", "tracking", "checkpoint")
 _NOT_SHAPING_DATA = ("data.root", "data.download", "data.workers", "data.eval_batch_size")
+MAY_CHANGE = ", ".join((*_NOT_SHAPING[:4], *(f"{section}.*" for section in _NOT_SHAPING[4:]), *_NOT_SHAPING_DATA))
+"""What may be changed when a run goes on, for people: nothing of it shapes the result."""
 
 
 def shaping_values(values: dict[str, Any]) -> dict[str, Any]:

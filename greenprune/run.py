@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from greenprune.accounts import Records
-from greenprune.checkpoint import load_checkpoint, load_newest
-from greenprune.config import Config, ConfigError, UserError, load_config, shaping_values
+from greenprune.checkpoint import Checkpoint, CheckpointCorrupt, load_checkpoint, load_newest
+from greenprune.config import MAY_CHANGE, Config, ConfigError, UserError, load_config, shaping_values
 from greenprune.data import ImageData, open_data
 from greenprune.energy import Meter, carbon_intensity, node_id, open_meter, share_devices
 from greenprune.engine import Engine
+from greenprune.locking import FolderLock
 from greenprune.mirrors import start_mirrors
-from greenprune.network import prepare_network
+from greenprune.network import Network, prepare_network
 from greenprune.progress import Display
 from greenprune.provenance import collect_provenance
 from greenprune.report.writing import write_run_report
-from greenprune.tracking import Event, FolderLock, RunFolder, default_run_name
+from greenprune.tracking import Event, EventLog, RunFolder, default_run_name, salvage_events
 from greenprune.trainer import Trainer
+from greenprune.verify import check_fits
 from greenprune.wandb_mirror import wandb_goes_online
 
 
@@ -54,6 +56,8 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         UserError: The run cannot be done as asked; nothing was written.
         Interrupted: A signal asked to stop; a checkpoint is written.
         TrainingDiverged: The loss is not finite.
+        CheckpointCorrupt: None of the run's checkpoints can be used.
+        StorageFailed: A file of the run cannot be written any more.
     """
     carbon = carbon_intensity(
         config.energy.country,
@@ -71,7 +75,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
             data = _open_data(config, environment.get("GREENPRUNE_DATA"), engine)
         with meter.window("setup"):
             network = engine.together(lambda: prepare_network(config, data))
-        claim = engine.together(lambda: _claim(config, stack), main_only=True)
+        claim = engine.together(lambda: _claim(config, network, stack), main_only=True)
         folder = RunFolder(claim.path)
         if claim.finished:
             return RunResult(json.loads(folder.summary.read_text()), folder, engine.is_main)
@@ -89,6 +93,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         with meter.window("setup"):
             trainer = Trainer(config, data, engine, network, records, resume)
         stack.callback(trainer.events.close)
+        stack.callback(trainer.writer.close)
         return RunResult(trainer.fit(), folder, engine.is_main)
 
 
@@ -157,27 +162,43 @@ class _Claim:
     notes: tuple[str, ...] = ()
 
 
-def _claim(config: Config, stack: ExitStack) -> _Claim:
+def _claim(config: Config, network: Network, stack: ExitStack) -> _Claim:
     """Take a folder for the run, new or to go on in, and hold it until the stack is closed.
 
     Raises:
         UserError: The folder holds another run or is in use, cannot be written, or there is no such checkpoint.
-        CheckpointCorrupt: No checkpoint of the run is whole.
+        CheckpointCorrupt: No checkpoint of the run can be used.
     """
+
+    def check(checkpoint: Checkpoint) -> None:
+        check_fits(checkpoint, config, network.model)
+
     if config.resume not in ("auto", "never"):
-        return _claim_checkpoint(config, stack, Path(config.resume))
+        return _claim_checkpoint(config, stack, Path(config.resume), check)
     folder = _new_or_same_folder(config)
     if not folder.config.is_file():
         raise UserError(f"run_name: {str(folder.path)!r} is not the folder of a run; expected another run_name")
     if folder.summary.exists():
+        _end_log(folder, stack)
         return _Claim(folder.path, finished=True)
-    _hold(folder, stack)
-    newest = load_newest(folder.checkpoints)
+    notes = _hold(folder, stack)
+    newest = load_newest(folder.checkpoints, check)
     if newest is None:
-        return _Claim(folder.path)
+        return _Claim(folder.path, notes=notes)
     path, _, damaged = newest
-    notes = tuple(f"going on from {path.name}, because {line}" for line in damaged)
+    notes += tuple(f"going on from {path.name}, because {line}" for line in damaged)
     return _Claim(folder.path, checkpoint=path, notes=notes)
+
+
+def _end_log(folder: RunFolder, stack: ExitStack) -> None:
+    """Record the end of a run that was killed between its summary and its last event."""
+    events, _ = salvage_events(folder.events)
+    if events and events[-1]["kind"] != "end":
+        _hold(folder, stack)
+        summary = json.loads(folder.summary.read_text())
+        log = EventLog(folder.events, [])
+        log.record("end", summary["steps"], summary=summary)
+        log.close()
 
 
 def _new_or_same_folder(config: Config) -> RunFolder:
@@ -203,11 +224,14 @@ def _new_or_same_folder(config: Config) -> RunFolder:
     return folder
 
 
-def _hold(folder: RunFolder, stack: ExitStack) -> None:
-    stack.callback(FolderLock(folder).release)
+def _hold(folder: RunFolder, stack: ExitStack) -> tuple[str, ...]:
+    """Hold a folder until the stack is closed; a note if its last owner ended without letting go."""
+    lock = FolderLock(folder.path)
+    stack.callback(lock.release)
+    return (f"the lock was left behind by {lock.left_by}, which is gone",) if lock.left_by else ()
 
 
-def _claim_checkpoint(config: Config, stack: ExitStack, path: Path) -> _Claim:
+def _claim_checkpoint(config: Config, stack: ExitStack, path: Path, check: Callable[[Checkpoint], None]) -> _Claim:
     if not (path / "manifest.json").is_file():
         raise UserError(f"resume: {config.resume!r} is not a checkpoint; expected never, auto or a folder step-<n>")
     folder = RunFolder(path.resolve().parent.parent)
@@ -216,8 +240,12 @@ def _claim_checkpoint(config: Config, stack: ExitStack, path: Path) -> _Claim:
         raise UserError(
             f"resume: the run in {str(folder.path)!r} is finished; expected a checkpoint of one that is not"
         )
-    _hold(folder, stack)
-    return _Claim(folder.path, checkpoint=path.resolve())
+    notes = _hold(folder, stack)
+    try:
+        check(load_checkpoint(path))
+    except CheckpointCorrupt as error:
+        raise CheckpointCorrupt(f"{error}; --resume auto goes on from the newest that is whole") from None
+    return _Claim(folder.path, checkpoint=path.resolve(), notes=notes)
 
 
 def _check_same_run(config: Config, folder: RunFolder) -> None:
@@ -225,7 +253,7 @@ def _check_same_run(config: Config, folder: RunFolder) -> None:
     if different:
         raise UserError(
             f"run_name: {str(folder.path)!r} holds a different run (it differs in {', '.join(different)}); "
-            "expected the same config, or another run_name"
+            f"expected the same config, or another run_name; what may be changed is {MAY_CHANGE}"
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from greenprune.accounts import Accounts, Records
-from greenprune.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
-from greenprune.config import Config
+from greenprune.checkpoint import Checkpoint, CheckpointCorrupt, CheckpointWriter, Written, list_checkpoints
+from greenprune.config import Config, shaping_values
 from greenprune.data import ImageData
 from greenprune.energy import co2_g
 from greenprune.engine import Engine
@@ -27,11 +29,21 @@ from greenprune.network import Network, units_present
 from greenprune.optimization import build_optimizer, build_schedule
 from greenprune.surgery import Operation, Structure, carry_out, replay, update_optimizer
 from greenprune.timing import IntervalClock, StepTimes
-from greenprune.tracking import EventLog, Ledger, read_events, write_json
+from greenprune.tracking import Event, EventLog, Ledger, salvage_events, write_json
 
 
 class TrainingDiverged(RuntimeError):
     """The loss is not a number any more; the message names the last good checkpoint."""
+
+
+class StorageFailed(OSError):
+    """A file of the run cannot be written any more; the message names the last good checkpoint.
+
+    Attributes:
+        known_to_all: Whether all ranks have the same to say.
+    """
+
+    known_to_all = False
 
 
 class Trainer:
@@ -72,11 +84,22 @@ class Trainer:
         self._totals = torch.zeros(2, dtype=torch.float64, device=engine.device)  # loss and hits of this epoch
         self.unit_table = network.table
         self.costs = network.costs
-        self._build(network.model, resume[1] if resume else None)
-        previous = read_events(self.folder.events)
+        kept = config.checkpoint
+        self.writer = CheckpointWriter(self.folder.checkpoints, kept.keep_last, kept.keep_best, self.folder.events)
+        self._pause_s: float | None = None  # of the checkpoint that is being written
+        try:
+            self._build(network.model, resume[1] if resume else None)
+        except (LookupError, TypeError, ValueError) as error:
+            if resume is None:
+                raise
+            raise CheckpointCorrupt(f"{resume[0]}: does not fit this run ({' '.join(str(error).split())})") from error
+        previous, damaged = salvage_events(self.folder.events)
         self.events = EventLog(self.folder.events if engine.is_main else None, records.mirrors)
-        self.accounts.add_earlier_attempts(previous)
+        self.accounts.add_earlier_attempts(previous, complete=not damaged)
+        self.notes += self._notes_on_resuming(previous, damaged)
         self._record_start(resume[0] if resume else None)
+        if resume is not None:
+            self._catch_up(resume[0], previous)
 
     # Setting up.
 
@@ -126,6 +149,22 @@ class Trainer:
             self.last_evaluation = Evaluation(**state["evaluation"])
         torch.set_rng_state(training["random"][min(self.engine.rank, len(training["random"]) - 1)])
 
+    def _notes_on_resuming(self, previous: list[Event], damaged: list[str]) -> list[str]:
+        """What going on costs: steps that are done again, lines of the log that tell nothing any more."""
+        notes = [f"{self.folder.events}: {line}; what was spent is a lower bound now" for line in damaged]
+        reached = max((event["step"] for event in previous), default=0)
+        if reached > self.step:
+            since = "the beginning" if self.step == 0 else f"the checkpoint at step {self.step}"
+            notes.append(f"the run had come to step {reached}: the {reached - self.step} steps since {since} are lost")
+        return notes
+
+    def _catch_up(self, path: Path, previous: list[Event]) -> None:
+        """Bring the files of the run to the checkpoint: an attempt that was killed may have been behind or ahead."""
+        if self.engine.is_main and self.folder.structure.exists():
+            write_json(self.folder.structure, self.structure.to_dict())
+        if not any(event["kind"] == "checkpoint" and event["step"] == self.step for event in previous):
+            self.events.record("checkpoint", self.step, path=str(path), pause_s=None, write_s=None)
+
     def _record_start(self, resumed_from: Path | None) -> None:
         config = self.config
         self.events.record(
@@ -173,8 +212,9 @@ class Trainer:
         Raises:
             Interrupted: A signal asked to stop; a checkpoint is written.
             TrainingDiverged: The loss is not finite.
+            StorageFailed: A file of the run cannot be written.
         """
-        with self.interrupt:
+        with self.interrupt, self._naming_the_last_checkpoint():
             for epoch in range(self.step // self.data.steps_per_epoch, self.config.optim.epochs):
                 with self.meter.window("train"):
                     self._train_epoch(epoch)
@@ -188,7 +228,7 @@ class Trainer:
                     self._checkpoint()
                 if not last and self._stop_agreed():
                     self._stop()
-        return self._finish()
+            return self._finish()
 
     def _train_epoch(self, epoch: int) -> None:
         """All batches of an epoch, or those that a resumed run still has to do."""
@@ -302,6 +342,7 @@ class Trainer:
             The signal that asked any rank to stop, or 0.
         """
         loss, hits, price, stop = self._read()
+        self._record_written(self.writer.take())
         step_s = clock.seconds_per_step()
         self.step_times.add(step_s)
         clock.restart()
@@ -328,11 +369,18 @@ class Trainer:
         return in_epoch * self.config.data.batch_size
 
     def _read(self) -> tuple[float, float, float | None, int]:
-        """Loss and hits of this epoch over all ranks, the price, any rank's stop signal; waits for the device."""
+        """Loss and hits of this epoch over all ranks, the price, any rank's stop signal; waits for the device.
+
+        Raises:
+            OSError: A checkpoint could not be written, known to all ranks.
+        """
         price = self.policy.controller.price if self.policy is not None else torch.zeros((), device=self.engine.device)
-        asked = torch.tensor(float(self.interrupt.signal), device=self.engine.device)
-        shared = self.engine.sum(torch.cat([self._totals, asked.double().view(1)]))
-        loss, hits, stop, price_now = torch.cat([shared, price.double().view(1)]).tolist()
+        here = [float(self.interrupt.signal), float(self.writer.failed)]
+        asked = torch.tensor(here, dtype=torch.float64, device=self.engine.device)
+        shared = self.engine.sum(torch.cat([self._totals, asked]))
+        loss, hits, stop, failed, price_now = torch.cat([shared, price.double().view(1)]).tolist()
+        if failed:
+            self._await_checkpoint()
         return loss, hits, price_now if self.policy is not None else None, int(stop)
 
     def _record_epoch(self, epoch: int) -> None:
@@ -353,26 +401,26 @@ class Trainer:
         self._totals.zero_()
 
     def _diverged(self, loss: float) -> None:
-        good = list_checkpoints(self.folder.checkpoints)
-        where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
         raise TrainingDiverged(
-            f"the loss or a weight is {loss} after step {self.step}; {where}. "
+            f"the loss or a weight is {loss} after step {self.step}; {self._last_checkpoint()}. "
             "A smaller optim.lr or optim.clip_norm may help"
         )
 
     # Saving and stopping.
 
     def _checkpoint(self) -> Path:
-        """Write a checkpoint, unless this step has one; rank 0 writes, the others wait.
+        """Take a checkpoint, unless this step has one; rank 0 writes it while all go on.
 
         Raises:
             TrainingDiverged: A parameter is not finite.
+            OSError: The one before could not be written.
         """
         path = self.folder.checkpoints / f"step-{self.step:09d}"
         if self._saved_step == self.step:
             return path
         started = time.monotonic()
         with self.meter.window("checkpoint"):
+            self._await_checkpoint()
             size = float(torch.nn.utils.get_total_norm(self.engine.module.parameters()))
             if not math.isfinite(size):
                 self._diverged(size)
@@ -380,14 +428,49 @@ class Trainer:
             random = self.engine.gather_objects(torch.get_rng_state())
             totals = self.engine.sum(self._totals)
             snapshot = self._snapshot(random, totals, self.accounts.ledger_now())
-            keep = self.config.checkpoint.keep_last
-            self.engine.together(
-                lambda: save_checkpoint(self.folder.checkpoints, self.step, snapshot, keep), main_only=True
-            )
+            if self.engine.is_main:
+                self.writer.begin(self.step, snapshot, self._score())
         self._saved_step = self.step
-        pause_s = time.monotonic() - started
-        self.events.record("checkpoint", self.step, path=str(path), pause_s=pause_s, **self.accounts.numbers())
+        self._pause_s = time.monotonic() - started
         return path
+
+    def _score(self) -> float | None:
+        """Accuracy of the network as it is; None within an epoch, where it is not known."""
+        within = self.step % self.data.steps_per_epoch != 0
+        return None if within or self.last_evaluation is None else self.last_evaluation.accuracy
+
+    def _await_checkpoint(self) -> None:
+        """Wait until the checkpoint in hand is on disk; all ranks call it.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        self._record_written(self.engine.together(self.writer.wait, main_only=True))
+
+    def _record_written(self, written: Written | None) -> None:
+        if written is not None:
+            self.events.record(
+                "checkpoint", written.step, path=str(written.path), pause_s=self._pause_s, write_s=written.write_s
+            )
+
+    def _last_checkpoint(self) -> str:
+        self.writer.close()
+        good = list_checkpoints(self.folder.checkpoints)
+        return f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+
+    @contextmanager
+    def _naming_the_last_checkpoint(self) -> Iterator[None]:
+        """Have an error of the file system say where the run can go on from."""
+        try:
+            yield
+        except OSError as error:
+            failed = StorageFailed(
+                f"{error.filename or self.folder.path}: {error.strerror or error} after step {self.step}; "
+                f"{self._last_checkpoint()}. Once there is room to write, go on with the same command and "
+                f"--resume auto --run_name {self.folder.path.name}"
+            )
+            failed.known_to_all = getattr(error, "known_to_all", False)
+            raise failed from error
 
     def _snapshot(self, random: list[Tensor], totals: Tensor, ledger: Ledger) -> Checkpoint:
         training = {
@@ -400,6 +483,7 @@ class Trainer:
         }
         state = {
             "step": self.step,
+            "config": shaping_values(self.config.to_dict()),
             "structure": self.structure.to_dict(),
             "ledger": ledger.to_dict(),
             "step_times": vars(self.step_times),
@@ -414,6 +498,7 @@ class Trainer:
 
     def _stop(self) -> None:
         path = self._checkpoint()
+        self._await_checkpoint()
         number = max(self.engine.gather_objects(self.interrupt.signal)) or signal.SIGTERM
         name = signal.Signals(number).name
         self.events.record("interrupt", self.step, signal=name, checkpoint=str(path), **self.accounts.numbers())
@@ -425,6 +510,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Write the structure and the summary, and say that the run is done."""
+        self._await_checkpoint()
         summary = self._summary(self.accounts.ledger_now())
         if self.engine.is_main:
             write_json(self.folder.structure, self.structure.to_dict())
