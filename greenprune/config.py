@@ -141,6 +141,9 @@ class OptimConfig:
     """Share of the target's weight spread over all classes."""
     clip_norm: float | None = None
     """Largest norm of the whole gradient; larger ones are scaled down. Unset: no clipping."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What all processes do together about a loss or gradient that is not a finite number on any of them: stop when the
+    loss is read next (tracking.log_every), or skip the step; after 20 steps skipped in a row they stop."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optim.lr", self.lr, "a number above 0")

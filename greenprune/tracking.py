@@ -343,6 +343,7 @@ class Ledger:
         energy_complete: Whether nothing is missing; else the joules are a lower bound.
         attempts: Times the run was started.
         energy_lost_j: Joules of attempts spent after their last checkpoint: the work was done again.
+        skipped_steps: Steps up to the last whole epoch that were left out because a gradient was not finite.
     """
 
     flops_train: int = 0
@@ -358,6 +359,7 @@ class Ledger:
     energy_complete: bool = True
     attempts: int = 0
     energy_lost_j: float = 0.0
+    skipped_steps: int = 0
 
     @property
     def energy_j(self) -> float | None:

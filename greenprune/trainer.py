@@ -27,6 +27,7 @@ from greenprune.interrupt import Interrupted, InterruptRequest
 from greenprune.models import residual_blocks
 from greenprune.network import Network, units_present
 from greenprune.optimization import build_optimizer, build_schedule
+from greenprune.skipping import MOST_IN_A_ROW, StepSkipper
 from greenprune.surgery import Operation, Structure, carry_out, replay, update_optimizer
 from greenprune.timing import IntervalClock, StepTimes
 from greenprune.tracking import Event, EventLog, Ledger, salvage_events, write_json
@@ -81,7 +82,8 @@ class Trainer:
         self.step_times = StepTimes()
         self.last_evaluation: Evaluation | None = None
         self.interrupt = InterruptRequest()
-        self._totals = torch.zeros(2, dtype=torch.float64, device=engine.device)  # loss and hits of this epoch
+        # Loss and hits of this epoch, and its steps that were skipped.
+        self._totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
         self.unit_table = network.table
         self.costs = network.costs
         kept = config.checkpoint
@@ -116,6 +118,7 @@ class Trainer:
         self.engine.prepare(model, optimizer)
         self.schedule = build_schedule(config, self.engine.optimizer, self.total_steps)
         self.policy = self._new_policy() if config.gate.enabled else None
+        self.skipper = self._new_skipper() if config.optim.nonfinite == "skip" else None
         self._structure_changed()
         if checkpoint is not None:
             self._load(checkpoint)
@@ -132,6 +135,10 @@ class Trainer:
             device=self.engine.device,
         )
 
+    def _new_skipper(self) -> StepSkipper:
+        engine = self.engine
+        return StepSkipper(engine.optimizer, self.policy, scaled=engine.loss_scale is not None, device=engine.device)
+
     def _load(self, checkpoint: Checkpoint) -> None:
         """Take up everything but the network's tensors from a checkpoint."""
         training, state = checkpoint.training, checkpoint.state
@@ -140,8 +147,11 @@ class Trainer:
         self.schedule.load_state_dict(training["schedule"])
         if self.policy is not None:
             self.policy.load_state_dict(training["policy"])
-        if self.engine.is_main:  # sums over all ranks
-            self._totals.copy_(training["totals"])
+        totals = training["totals"]
+        if len(totals) == self.engine.world_size:
+            self._totals.copy_(totals[self.engine.rank])
+        elif self.engine.is_main:
+            self._totals.copy_(torch.stack(totals).sum(0))
         self.step = self._saved_step = state["step"]
         self.accounts.ledger = Ledger(**state["ledger"])
         self.step_times = StepTimes(**state["step_times"])
@@ -252,18 +262,26 @@ class Trainer:
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         """Forward, backward and one optimizer step on this rank's slice of a global batch."""
+        if self.skipper is not None:
+            self.skipper.begin(self.engine.module)
         logits = self.engine.model(images)
         task = functional.cross_entropy(logits, labels, label_smoothing=self.config.optim.label_smoothing)
         loss = task
         if self.policy is not None and self.policy.active:
             penalty = self.policy.penalty(self.step, self.config.data.batch_size, self.engine.mean)
             loss = task if penalty is None else task + penalty
-        self.engine.backward(loss)
+        self.engine.backward(loss if self.skipper is None else self.skipper.marked(loss))
+        if self.skipper is not None:
+            self.skipper.judge(self.engine.module)
         self.engine.step()
         if self.policy is not None and self.policy.active:
             self.policy.after_step()
         self.schedule.step()
-        self._totals += torch.stack([task.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+        seen = torch.stack([task.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+        if self.skipper is None:
+            self._totals[:2] += seen
+        else:
+            self._totals += self.skipper.end(seen.double())
         self.step += 1
         self.accounts.ledger.add_step(
             self.config.data.batch_size, self.cost.flops_train, self.unit_table.dense.flops_train
@@ -274,7 +292,10 @@ class Trainer:
     def _at_boundary(self) -> None:
         """End a window: record what the gates did, and carry out what follows from it."""
         assert self.policy is not None
+        self._check_skipped(self.policy.window)
         window, verdicts = self.policy.close_window(self.step)
+        if not all(math.isfinite(unit.openness) for unit in window.values()):
+            self._diverged(math.nan)
         self.events.record(
             "window",
             self.step,
@@ -341,12 +362,13 @@ class Trainer:
         Returns:
             The signal that asked any rank to stop, or 0.
         """
-        loss, hits, price, stop = self._read()
+        loss, hits, skipped, price, stop = self._read()
+        self._check_skipped(self.total_steps)
         self._record_written(self.writer.take())
         step_s = clock.seconds_per_step()
         self.step_times.add(step_s)
         clock.restart()
-        samples = self._samples_in_epoch()
+        samples = self._samples_in_epoch(skipped)
         if not math.isfinite(loss):
             self._diverged(loss / samples)
         self.events.record(
@@ -358,18 +380,29 @@ class Trainer:
             train__lr=self.schedule.get_last_lr()[0],
             train__samples_per_s=self.config.data.batch_size / step_s,
             train__step_time_s=step_s,
+            **self._skipped_numbers(skipped),
             gate__price=price,
             **self._structure_numbers,
             **self.accounts.numbers(),
         )
         return stop
 
-    def _samples_in_epoch(self) -> int:
+    def _samples_in_epoch(self, skipped: int) -> int:
         in_epoch = self.step % self.data.steps_per_epoch or self.data.steps_per_epoch
-        return in_epoch * self.config.data.batch_size
+        return max(1, in_epoch - skipped) * self.config.data.batch_size
 
-    def _read(self) -> tuple[float, float, float | None, int]:
-        """Loss and hits of this epoch over all ranks, the price, any rank's stop signal; waits for the device.
+    def _skipped_numbers(self, skipped: int) -> dict[str, int]:
+        return {} if self.skipper is None else {"train__skipped_steps": self.accounts.ledger.skipped_steps + skipped}
+
+    def _check_skipped(self, window: int) -> None:
+        """Stop, on every rank alike, where skipping steps does not help; the device is read beside it anyway."""
+        if self.skipper is not None and self.skipper.in_a_row >= min(window, MOST_IN_A_ROW):
+            self._diverged(math.nan)
+
+    def _read(self) -> tuple[float, float, int, float | None, int]:
+        """Loss, hits and skipped steps of this epoch over all ranks, the price, any rank's stop signal.
+
+        Waits for the device.
 
         Raises:
             OSError: A checkpoint could not be written, known to all ranks.
@@ -378,15 +411,17 @@ class Trainer:
         here = [float(self.interrupt.signal), float(self.writer.failed)]
         asked = torch.tensor(here, dtype=torch.float64, device=self.engine.device)
         shared = self.engine.sum(torch.cat([self._totals, asked]))
-        loss, hits, stop, failed, price_now = torch.cat([shared, price.double().view(1)]).tolist()
+        loss, hits, skipped, stop, failed, price_now = torch.cat([shared, price.double().view(1)]).tolist()
         if failed:
             self._await_checkpoint()
-        return loss, hits, price_now if self.policy is not None else None, int(stop)
+        price_known = price_now if self.policy is not None else None
+        return loss, hits, round(skipped / self.engine.world_size), price_known, int(stop)
 
     def _record_epoch(self, epoch: int) -> None:
         assert self.last_evaluation is not None
-        loss, hits, _, _ = self._read()
-        samples = self._samples_in_epoch()
+        loss, hits, skipped, _, _ = self._read()
+        samples = self._samples_in_epoch(skipped)
+        self.accounts.ledger.skipped_steps += skipped
         self.events.record(
             "epoch",
             self.step,
@@ -425,9 +460,8 @@ class Trainer:
             if not math.isfinite(size):
                 self._diverged(size)
             self.engine.sync_buffers()
-            random = self.engine.gather_objects(torch.get_rng_state())
-            totals = self.engine.sum(self._totals)
-            snapshot = self._snapshot(random, totals, self.accounts.ledger_now())
+            of_ranks = self.engine.gather_objects((torch.get_rng_state(), self._totals.cpu()))
+            snapshot = self._snapshot(of_ranks, self.accounts.ledger_now())
             if self.engine.is_main:
                 self.writer.begin(self.step, snapshot, self._score())
         self._saved_step = self.step
@@ -472,14 +506,14 @@ class Trainer:
             failed.known_to_all = getattr(error, "known_to_all", False)
             raise failed from error
 
-    def _snapshot(self, random: list[Tensor], totals: Tensor, ledger: Ledger) -> Checkpoint:
+    def _snapshot(self, of_ranks: list[tuple[Tensor, Tensor]], ledger: Ledger) -> Checkpoint:
         training = {
             "optimizer": self.engine.optimizer.state_dict(),
             "scaler": self.engine.scaler_state(),
             "schedule": self.schedule.state_dict(),
             "policy": self.policy.state_dict() if self.policy is not None else None,
-            "totals": totals,
-            "random": random,
+            "random": [random for random, _ in of_ranks],
+            "totals": [totals for _, totals in of_ranks],
         }
         state = {
             "step": self.step,
@@ -569,6 +603,7 @@ class Trainer:
             "attempts": ledger.attempts,
             "samples": ledger.samples,
             "steps": self.step,
+            "skipped_steps": ledger.skipped_steps,
             "epochs": config.optim.epochs,
             "batch_size": config.data.batch_size,
             "precision": config.precision,
