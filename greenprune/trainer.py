@@ -195,6 +195,8 @@ class Trainer:
             train_samples=self.data.train_samples,
             eval_samples=self.data.eval_samples,
             accuracy_kind=self.data.accuracy_kind,
+            classes=self.data.classes,
+            image_shape=[self.data.channels, self.data.image_size, self.data.image_size],
             epochs=config.optim.epochs,
             steps_per_epoch=self.data.steps_per_epoch,
             units=list(self.costs.units),

@@ -27,6 +27,7 @@ from launching import TRAIN, command, environment
 from greenprune.checkpoint import list_checkpoints, load_checkpoint
 from greenprune.command import run_command
 from greenprune.tracking import course_of, read_events
+from greenprune.verify import verify_run
 
 CONFIG = """
 model: {name: resnet20}
@@ -284,6 +285,7 @@ def differences(whole: Path, cut: Path) -> Iterator[str]:
         yield from _unequal(last.state["ledger"][key], same.state["ledger"][key], f"ledger.{key}")
     yield from _unequal_courses(read_events(whole / "events.jsonl"), read_events(cut / "events.jsonl"))
     yield from _too_little(read_events(cut / "events.jsonl"), twice)
+    yield from (str(finding) for finding in verify_run(cut) if finding.good is False)
     left = [str(path) for path in cut.rglob("*.tmp")]
     if left:
         yield f"left behind: {', '.join(left)}"
