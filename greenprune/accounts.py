@@ -64,18 +64,20 @@ class Accounts:
         self._lost_j: list[tuple[float, float]] = []
         self._resumed_at_j = 0.0
 
-    def add_earlier_attempts(self, events: Iterable[Event]) -> None:
+    def add_earlier_attempts(self, events: Iterable[Event], *, complete: bool = True) -> None:
         """Add what earlier attempts spent after the checkpoint, if any, that this one goes on from.
 
         Args:
             events: All events of the run so far; call once, after the checkpoint's ledger was taken up.
+            complete: Whether these are all events; else some could not be read.
         """
         ledger = self.ledger
+        ledger.energy_complete &= complete
         self._resumed_at_j = ledger.energy_j or 0.0
         last: Event = {}
         time_s = 0.0
         for event in events:
-            if event["kind"] == "start":
+            if event["kind"] == "start" or not self._ended_j:  # a first line may be damaged
                 self._end_attempt(last.get("kind"), event.get("energy/resumed_at_j"))
                 self._ended_j.append(None)
             if event.get("energy/total_j") is not None:

@@ -19,6 +19,7 @@ commands:
   compare      set runs side by side, each against its dense twin
   report       the same as one HTML file with figures, or as md, csv, json, png
   watch        follow a run from another terminal or machine
+  verify       check a run's files, its books and its checkpoints
   sync         bring a run to W&B or TensorBoard after the fact, from its events
   dashboard    lay out a W&B workspace for comparing energy, or print its layout
   export       write a finished run's network so that it runs without greenprune
@@ -86,6 +87,8 @@ def _build_parser() -> argparse.ArgumentParser:
     watch = commands.add_parser("watch", description="Show a run as train does, from another terminal or machine.")
     watch.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     watch.add_argument("--once", action="store_true", help="show what there is and do not wait for more")
+    verify = commands.add_parser("verify", description="Check a run's files, recompute its books, load its weights.")
+    verify.add_argument("run", type=Path, metavar="RUN", help="the run's folder; the run may still go on")
     sync = commands.add_parser("sync", description="Bring all of a run's events to a tracker, in place of what it has.")
     sync.add_argument("run", type=Path, metavar="RUN", help="the folder of a run that has stopped")
     sync.add_argument("--to", choices=("wandb", "tensorboard"), default="wandb", help="the tracker (wandb)")
@@ -95,7 +98,7 @@ def _build_parser() -> argparse.ArgumentParser:
     dashboard.add_argument("--project", default="greenprune", metavar="NAME", help="the W&B project (greenprune)")
     dashboard.add_argument("--print", action="store_true", help="print the layout as JSON and send nothing")
     doctor = commands.add_parser("doctor", description="Say what this machine has and what is missing.")
-    for command in (compare, evaluate, benchmark, doctor):
+    for command in (compare, evaluate, benchmark, verify, doctor):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -237,6 +240,18 @@ def _watch(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    from greenprune.verify import verify_run
+
+    findings = verify_run(arguments.run)
+    whole = all(finding.good is not False for finding in findings)
+    if arguments.json:
+        print(json.dumps({"whole": whole, "findings": [vars(finding) for finding in findings]}, indent=2))
+    else:
+        print(*findings, "The run is whole." if whole else "The run is NOT whole.", sep="\n")
+    return 0 if whole else 1
+
+
 def _sync(arguments: argparse.Namespace) -> int:
     from greenprune.config import UserError
     from greenprune.sync import sync_run
@@ -312,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return measure(args[1:], os.environ)
     arguments = parser.parse_args(args)
-    exporting = {"export": _export, "eval": _evaluate, "infer-bench": _benchmark}
+    exporting = {"export": _export, "eval": _evaluate, "infer-bench": _benchmark, "verify": _verify}
     if arguments.command in exporting:
         return _carry_out(exporting[arguments.command], arguments)
     commands = {

@@ -158,6 +158,9 @@ class OptimConfig:
     ema: float | None = None
     """Decay of a moving average of the weights, such as 0.999, that is then evaluated and exported in their place.
     Unset: none."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What all processes do together about a loss or gradient that is not a finite number on any of them: stop when the
+    loss is read next (tracking.log_every), or skip the step; after 20 steps skipped in a row they stop."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optim.lr", self.lr, "a number above 0")
@@ -322,11 +325,14 @@ class CheckpointConfig:
     every: int = 1
     """Epochs between two checkpoints; the last epoch and an interrupt always write one."""
     keep_last: int = 2
-    """How many checkpoints stay on disk."""
+    """How many of the newest checkpoints stay on disk."""
+    keep_best: int = 0
+    """How many checkpoints with the highest accuracy stay besides; those of epochs before all removals count too."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "checkpoint.every", self.every, "a whole number of at least 1")
         _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "a whole number of at least 1")
+        _require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "a whole number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -340,7 +346,8 @@ class Config:
     run_name: str | None = None
     """Name of the run's folder. Unset: made from data, model, budget and seed, with a number if it is taken."""
     resume: str = "never"
-    """never: start anew; auto: go on from the run's last checkpoint if there is one; or the path of a checkpoint."""
+    """never: start anew; auto: go on from the run's last checkpoint if there is one; or the path of a checkpoint. All
+    fields that shape the result have to be those the run was started with."""
     precision: Precision = "no"
     """Mixed precision of the network: no (fp32), bf16 or fp16 (GPU only). Gates and penalties are always fp32."""
     device: Literal["auto", "cpu"] = "auto"
@@ -398,6 +405,8 @@ class Config:
 
 _NOT_SHAPING = ("output_dir", "run_name", "resume", "device", "stall_s", "energy", "tracking", "checkpoint")
 _NOT_SHAPING_PARTS = ("data.root", "data.download", "data.workers", "data.eval_batch_size", "model.compile")
+MAY_CHANGE = ", ".join((*_NOT_SHAPING[:5], *(f"{section}.*" for section in _NOT_SHAPING[5:]), *_NOT_SHAPING_PARTS))
+"""What may be changed when a run goes on, for people: nothing of it shapes the result."""
 
 
 def shaping_values(values: dict[str, Any]) -> dict[str, Any]:

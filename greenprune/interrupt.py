@@ -29,7 +29,8 @@ class Interrupted(Exception):
 class InterruptRequest:
     """While entered, a SIGTERM, SIGINT, SIGHUP or SIGUSR1 is remembered instead of ending the process.
 
-    A second Ctrl-C ends it at once. What a launcher passes on of the first one is not a second one.
+    A second Ctrl-C ends it at once. What a launcher passes on of the first one is not a second one. A signal that the
+    process was started to ignore, as nohup does with SIGHUP, stays ignored.
 
     Args:
         at_second: Called before a second Ctrl-C ends the process, if there is something to be ended with it.
@@ -57,7 +58,8 @@ class InterruptRequest:
             os.kill(os.getpid(), number)
 
     def __enter__(self) -> None:
-        self._previous = {number: signal.signal(number, self._remember) for number in self._NUMBERS}
+        heard = [number for number in self._NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._remember) for number in heard}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, SurgeryConfig
-from greenprune.data import ImageData
 from greenprune.flops import Cost, count_costs, subtract
 from greenprune.gating import CostTerm, UnitCosts, attach_gates, channel_unit, find_gates, split_unit
 from greenprune.models import BlockError, ChannelSet, PlainBlock, build_model, find_channels, residual_blocks
@@ -198,7 +198,23 @@ class Network:
     notes: list[str] = field(default_factory=list)
 
 
-def prepare_network(config: Config, data: ImageData) -> Network:
+class ImageShape(Protocol):
+    """What a network has to know of its images; a data set tells it."""
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images in pixels."""
+
+
+def prepare_network(config: Config, data: ImageShape) -> Network:
     """Build the network for a data set, seeded, gate it, and count what it costs.
 
     Raises:

@@ -87,10 +87,20 @@ class WeightAverage:
         self._values = [theirs for mine, theirs in pairs if mine.is_floating_point()]
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after an optimizer step, the step-th of the run, from 0."""
+    def update(self, step: int, skipped: torch.Tensor | None = None) -> None:
+        """Take in the weights after an optimizer step.
+
+        Args:
+            step: Number of the step in the run, from 0.
+            skipped: 1 if the step was left out, else 0, a scalar on the device; None if steps are not left out.
+        """
         kept = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._averages, self._values, 1.0 - kept)
+        if skipped is None:
+            torch._foreach_lerp_(self._averages, self._values, 1.0 - kept)
+            return
+        share = (1.0 - kept) * (1.0 - skipped)
+        for average, value in zip(self._averages, self._values, strict=True):
+            average.lerp_(value, share.to(average.dtype))
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:

@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from greenprune.accounts import Records
-from greenprune.checkpoint import list_checkpoints, load_checkpoint, load_newest
-from greenprune.config import Config, ConfigError, UserError, load_config, shaping_values
+from greenprune.checkpoint import Checkpoint, CheckpointCorrupt, list_checkpoints, load_checkpoint, load_newest
+from greenprune.config import MAY_CHANGE, Config, ConfigError, UserError, load_config, shaping_values
 from greenprune.data import ImageData, open_data
 from greenprune.energy import Meter, carbon_intensity, node_id, open_meter, share_devices
 from greenprune.engine import Engine
 from greenprune.late_files import PATIENCE_S, await_attempt
+from greenprune.locking import FolderLock
 from greenprune.mirrors import start_mirrors
-from greenprune.network import prepare_network
+from greenprune.network import Network, prepare_network
 from greenprune.progress import Display
 from greenprune.provenance import collect_provenance
 from greenprune.report.writing import write_run_report
-from greenprune.tracking import Event, FolderLock, RunFolder, default_run_name
+from greenprune.tracking import Event, EventLog, RunFolder, default_run_name, salvage_events
 from greenprune.trainer import Trainer
+from greenprune.verify import check_fits
 from greenprune.wandb_mirror import wandb_goes_online
 
 
@@ -57,6 +59,8 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         Interrupted: A signal asked to stop; a checkpoint is written.
         TrainingDiverged: The loss is not finite.
         PeerLost: Another process of the run is gone.
+        CheckpointCorrupt: None of the run's checkpoints can be used.
+        StorageFailed: A file of the run cannot be written any more.
     """
     carbon = carbon_intensity(
         config.energy.country,
@@ -74,7 +78,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
             data = _open_data(config, environment.get("GREENPRUNE_DATA"), engine)
         with meter.window("setup"):
             network = engine.together(lambda: prepare_network(config, data))
-        claim = engine.together(lambda: _claim(config, stack, environment), main_only=True)
+        claim = engine.together(lambda: _claim(config, network, stack, environment), main_only=True)
         folder = RunFolder(claim.path)
         if claim.finished:
             return RunResult(json.loads(folder.summary.read_text()), folder, engine.is_main)
@@ -92,6 +96,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         with meter.window("setup"):
             trainer = Trainer(config, data, engine, network, records, resume)
         stack.callback(trainer.events.close)
+        stack.callback(trainer.writer.close)
         with engine.watching(config.stall_s, lambda: _advice(folder)):
             return RunResult(trainer.fit(), folder, engine.is_main)
 
@@ -178,17 +183,21 @@ class _Claim:
     notes: tuple[str, ...] = ()
 
 
-def _claim(config: Config, stack: ExitStack, environment: Mapping[str, str]) -> _Claim:
+def _claim(config: Config, network: Network, stack: ExitStack, environment: Mapping[str, str]) -> _Claim:
     """Take a folder for the run, new or to go on in, and hold it until the stack is closed.
 
     In a Slurm job it waits for what an earlier attempt, maybe on another machine, has written or not let go of yet.
 
     Raises:
         UserError: The folder holds another run or is in use, cannot be written, or there is no such checkpoint.
-        CheckpointCorrupt: No checkpoint of the run is whole.
+        CheckpointCorrupt: No checkpoint of the run can be used.
     """
+
+    def check(checkpoint: Checkpoint) -> None:
+        check_fits(checkpoint, config, network.model)
+
     if config.resume not in ("auto", "never"):
-        return _claim_checkpoint(config, stack, Path(config.resume))
+        return _claim_checkpoint(config, stack, Path(config.resume), check)
     in_job, requeued = "SLURM_JOB_ID" in environment, environment.get("SLURM_RESTART_COUNT", "0") != "0"
     if in_job and config.resume == "auto" and config.run_name is not None:
         await_attempt(RunFolder(Path(config.output_dir) / config.run_name), requeued=requeued)
@@ -196,14 +205,26 @@ def _claim(config: Config, stack: ExitStack, environment: Mapping[str, str]) -> 
     if not folder.config.is_file():
         raise UserError(f"run_name: {str(folder.path)!r} is not the folder of a run; expected another run_name")
     if folder.summary.exists():
+        _end_log(folder, stack)
         return _Claim(folder.path, finished=True)
-    _hold(folder, stack, PATIENCE_S if requeued else 0.0)
-    newest = load_newest(folder.checkpoints)
+    notes = _hold(folder, stack, PATIENCE_S if requeued else 0.0)
+    newest = load_newest(folder.checkpoints, check)
     if newest is None:
-        return _Claim(folder.path)
+        return _Claim(folder.path, notes=notes)
     path, _, damaged = newest
-    notes = tuple(f"going on from {path.name}, because {line}" for line in damaged)
+    notes += tuple(f"going on from {path.name}, because {line}" for line in damaged)
     return _Claim(folder.path, checkpoint=path, notes=notes)
+
+
+def _end_log(folder: RunFolder, stack: ExitStack) -> None:
+    """Record the end of a run that was killed between its summary and its last event."""
+    events, _ = salvage_events(folder.events)
+    if events and events[-1]["kind"] != "end":
+        _hold(folder, stack)
+        summary = json.loads(folder.summary.read_text())
+        log = EventLog(folder.events, [])
+        log.record("end", summary["steps"], summary=summary)
+        log.close()
 
 
 def _new_or_same_folder(config: Config) -> RunFolder:
@@ -229,19 +250,22 @@ def _new_or_same_folder(config: Config) -> RunFolder:
     return folder
 
 
-def _hold(folder: RunFolder, stack: ExitStack, patience_s: float = 0.0) -> None:
+def _hold(folder: RunFolder, stack: ExitStack, patience_s: float = 0.0) -> tuple[str, ...]:
+    """Hold a folder until the stack is closed; a note if its last owner ended without letting go."""
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            stack.callback(FolderLock(folder).release)
-            return
+            lock = FolderLock(folder.path)
+            break
         except UserError:  # a file server takes a minute to see that a node is gone, and its locks with it
             if time.monotonic() >= deadline:
                 raise
         time.sleep(1.0)
+    stack.callback(lock.release)
+    return (f"the lock was left behind by {lock.left_by}, which is gone",) if lock.left_by else ()
 
 
-def _claim_checkpoint(config: Config, stack: ExitStack, path: Path) -> _Claim:
+def _claim_checkpoint(config: Config, stack: ExitStack, path: Path, check: Callable[[Checkpoint], None]) -> _Claim:
     if not (path / "manifest.json").is_file():
         raise UserError(f"resume: {config.resume!r} is not a checkpoint; expected never, auto or a folder step-<n>")
     folder = RunFolder(path.resolve().parent.parent)
@@ -250,8 +274,12 @@ def _claim_checkpoint(config: Config, stack: ExitStack, path: Path) -> _Claim:
         raise UserError(
             f"resume: the run in {str(folder.path)!r} is finished; expected a checkpoint of one that is not"
         )
-    _hold(folder, stack)
-    return _Claim(folder.path, checkpoint=path.resolve())
+    notes = _hold(folder, stack)
+    try:
+        check(load_checkpoint(path))
+    except CheckpointCorrupt as error:
+        raise CheckpointCorrupt(f"{error}; --resume auto goes on from the newest that is whole") from None
+    return _Claim(folder.path, checkpoint=path.resolve(), notes=notes)
 
 
 def _check_same_run(config: Config, folder: RunFolder) -> None:
@@ -259,7 +287,7 @@ def _check_same_run(config: Config, folder: RunFolder) -> None:
     if different:
         raise UserError(
             f"run_name: {str(folder.path)!r} holds a different run (it differs in {', '.join(different)}); "
-            "expected the same config, or another run_name"
+            f"expected the same config, or another run_name; what may be changed is {MAY_CHANGE}"
         )
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from greenprune.config import Config, UserError, load_config
+from greenprune.locking import is_held
 from greenprune.report.writing import write_run_report
-from greenprune.tracking import Event, RunFolder, is_held, read_events
+from greenprune.tracking import Event, RunFolder, read_events
 
 SYNCED = ("wandb", "tensorboard")
 """Trackers that a run can be brought to."""
@@ -33,7 +34,7 @@ def sync_run(path: Path, tracker: str, environment: Mapping[str, str], *, offlin
     folder = RunFolder(path)
     if not folder.config.is_file() or not folder.events.is_file():
         raise UserError(f"RUN: {str(path)!r} is not a run with events; expected the folder of one")
-    if is_held(folder):
+    if is_held(folder.path):
         raise UserError(
             f"RUN: {str(path)!r} still goes on and tells its trackers itself; expected one that has stopped"
         )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import math
 import netrc
 import os
 import re
-import socket
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 from greenprune.config import Config, UserError, dump_config
 
 Event = dict[str, Any]
+
+_BLOCK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -63,76 +65,29 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def create(self, config: Config) -> None:
-        """Make the folder, which must not be there, and write the resolved config into it.
+        """Make the folder, which must not be there or be empty, with the resolved config in it: both or neither.
 
         Raises:
             FileExistsError: The folder is there; another process may have made it just now.
             UserError: The folder cannot be written.
         """
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
-            self.path.mkdir(parents=True)
-            write_atomically(self.config, dump_config(config))
-        except FileExistsError:
-            if not self.path.is_dir():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            write_atomically(temporary / self.config.name, dump_config(config))
+            temporary.rename(self.path)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if self.path.is_dir() and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise FileExistsError(error.errno, error.strerror, str(self.path)) from None
+            if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"output_dir: {str(self.path)!r} is a file; expected a folder") from None
-            raise
-        except OSError as error:
+            reason = os.strerror(errno.ENOTDIR) if isinstance(error, FileExistsError) else error.strerror
             raise UserError(
-                f"output_dir: cannot write {str(self.path)!r} ({error.strerror}); expected a folder you can write to"
+                f"output_dir: cannot write {str(self.path)!r} ({reason}); expected a folder you can write to"
             ) from None
-
-
-class FolderLock:
-    """Holds a run's folder for this process and its host; the system lets go of it when the process ends, however.
-
-    Args:
-        folder: The run's folder.
-
-    Raises:
-        UserError: Another process holds it, or it cannot be written.
-    """
-
-    def __init__(self, folder: RunFolder) -> None:
-        path = folder.path / ".lock"
-        try:
-            self._file = path.open("a+")
-        except OSError as error:
-            raise UserError(f"output_dir: cannot write {str(path)!r} ({error.strerror})") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.seek(0)
-            owner = self._file.read().strip()
-            self._file.close()
-            raise UserError(
-                f"run_name: {str(folder.path)!r} is in use by another process ({owner}); expected one that has stopped"
-            ) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
-
-    def release(self) -> None:
-        """Let go of the folder."""
-        self._file.close()
-
-
-def is_held(folder: RunFolder) -> bool | None:
-    """Whether a process of this machine has a run's folder in hand, found without touching its lock.
-
-    Args:
-        folder: The run's folder.
-
-    Returns:
-        None if that cannot be told: the system shows no locks. A process on another machine is not seen.
-    """
-    try:
-        locks, status = Path("/proc/locks").read_text(), (folder.path / ".lock").stat()
-    except FileNotFoundError:
-        return False if Path("/proc/locks").exists() else None
-    except OSError:
-        return None
-    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    return any(words[1] == "FLOCK" and place in words for words in map(str.split, locks.splitlines()) if len(words) > 1)
 
 
 def default_run_name(config: Config) -> str:
@@ -176,30 +131,49 @@ class EventLog:
     Args:
         path: The file events.jsonl, or None on processes that only take part.
         mirrors: Called with each event after it is on disk.
+
+    Raises:
+        OSError: The file cannot be written.
     """
 
     def __init__(self, path: Path | None, mirrors: list[Callable[[Event], None]]) -> None:
         self.mirrors = mirrors
-        self._file: TextIOWrapper | None = None
+        self._descriptor: int | None = None
         if path is not None:
             _end_last_line(path)
-            self._file = path.open("a", buffering=1)
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._path = path
 
     def record(self, kind: str, step: int, **values: object) -> None:
-        """Append one event with the present time (seconds since the epoch, UTC)."""
-        if self._file is None:
+        """Append one event with the present time (seconds since the epoch, UTC).
+
+        Raises:
+            OSError: It cannot be written; the log ends with the event before it.
+        """
+        if self._descriptor is None:
             return
         event: Event = {"time": time.time(), "step": step, "kind": kind}
         event.update({key.replace("__", "/"): _plain(value) for key, value in values.items()})
-        self._file.write(json.dumps(event) + "\n")
+        self._append(self._descriptor, (json.dumps(event) + "\n").encode())
         for mirror in self.mirrors:
             mirror(event)
 
+    def _append(self, descriptor: int, line: bytes) -> None:
+        written = 0
+        try:
+            while written < len(line):
+                written += os.write(descriptor, line[written:])
+        except OSError as error:
+            if written:  # the disk was full in the middle of the line
+                with suppress(OSError):
+                    os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+
     def close(self) -> None:
         """Close the file; may be called twice."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def _end_last_line(path: Path) -> None:
@@ -207,16 +181,105 @@ def _end_last_line(path: Path) -> None:
     if not path.exists():
         return
     with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+        end = start = file.seek(0, os.SEEK_END)
+        while start > 0:
+            start = max(0, start - _BLOCK_BYTES)
+            file.seek(start)
+            found = file.read(min(_BLOCK_BYTES, end - start)).rfind(b"\n")
+            if found >= 0:
+                start += found + 1
+                break
+        if start < end:
+            file.truncate(start)
+
+
+class EventsCorrupt(ValueError):
+    """A log with a line that is no event; the message says which and why."""
 
 
 def read_events(path: Path) -> list[Event]:
-    """All whole events of a log, in order."""
+    """All whole events of a log, in order; a last line without its end is not one yet.
+
+    Raises:
+        EventsCorrupt: A line is no event.
+    """
+    events, damaged = salvage_events(path)
+    if damaged:
+        raise EventsCorrupt(damaged[0])
+    return events
+
+
+def salvage_events(path: Path) -> tuple[list[Event], list[str]]:
+    """The events of a log that may be damaged, and what is wrong with each line that is none."""
+    events: list[Event] = []
+    damaged: list[str] = []
+    for number, value in _json_lines(path):
+        wrong = value if isinstance(value, str) else _wrong_with(value)
+        if wrong:
+            damaged.append(f"line {number} is no event: {wrong}")
+        else:
+            events.append(value)
+    return events, damaged
+
+
+def read_attempts(path: Path) -> list[dict[str, Any]]:
+    """The attempts that a provenance.jsonl tells of; lines that are not whole are left out."""
+    return [value for _, value in _json_lines(path) if isinstance(value, dict)]
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Number and value of each whole line that is not empty: an object, or text that says why it is none."""
     if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n") or not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield number, " ".join(str(error).split())[:200]
+            else:
+                yield number, value if isinstance(value, dict) else "expected a JSON object"
+
+
+def _wrong_with(event: Event) -> str:
+    """What keeps a JSON object from being an event; empty if nothing does."""
+    step = event.get("step")
+    if not isinstance(event.get("kind"), str):
+        return "it has no kind"
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        return f"step {step!r} is no number of steps"
+    if not _is_number(event.get("time")):
+        return f"time {event.get('time')!r} is no number of seconds"
+    for key in ("energy/total_j", "energy/resumed_at_j", "time_s"):
+        if event.get(key) is not None and not _is_number(event[key]):
+            return f"{key} {event[key]!r} is no number"
+    return ""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_OF_AN_ATTEMPT = ("start", "interrupt", "end")
+
+
+def course_of(events: Iterable[Event]) -> list[Event]:
+    """The events of the course that a run took in the end, without its attempts: no step twice.
+
+    An attempt goes on from a checkpoint; what the one before did after that checkpoint was done again, and is left out.
+
+    Args:
+        events: All events of a run, in order.
+    """
+    course: list[Event] = []
+    for event in events:
+        if event["kind"] == "start":
+            course = [earlier for earlier in course if earlier["step"] <= event["step"]]
+        elif event["kind"] not in _OF_AN_ATTEMPT:
+            course.append(event)
+    return course
 
 
 _DEVICE = re.compile(r"^(?P<device>.*?) \((?P<source>[^:()]*(?:: [^:()]*)?)")
@@ -280,6 +343,7 @@ class Ledger:
         energy_complete: Whether nothing is missing; else the joules are a lower bound.
         attempts: Times the run was started.
         energy_lost_j: Joules of attempts spent after their last checkpoint: the work was done again.
+        skipped_steps: Steps up to the last whole epoch that were left out because a gradient was not finite.
     """
 
     flops_train: int = 0
@@ -295,6 +359,7 @@ class Ledger:
     energy_complete: bool = True
     attempts: int = 0
     energy_lost_j: float = 0.0
+    skipped_steps: int = 0
 
     @property
     def energy_j(self) -> float | None:

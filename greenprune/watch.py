@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from greenprune.config import UserError
-from greenprune.tracking import Event, RunFolder, is_held
+from greenprune.locking import is_held
+from greenprune.tracking import Event, RunFolder
 
 _POLL_S = 0.5
 _LAST = ("end", "interrupt")
@@ -51,7 +52,7 @@ def _events(folder: RunFolder, follow: bool) -> Iterator[Event]:
     last, rest = "", ""
     with folder.events.open() as file:
         while True:
-            held = is_held(folder)  # asked before the read: once let go of, nothing more comes after it
+            held = is_held(folder.path)  # asked before the read: once let go of, nothing more comes after it
             text = file.read()
             *lines, rest = (rest + text).split("\n")
             for line in filter(None, lines):

@@ -21,6 +21,7 @@ from greenprune.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_newest,
+    manifest_text,
     save_checkpoint,
 )
 
@@ -42,11 +43,12 @@ def names(folder: Path) -> list[str]:
 
 def sign_again(path: Path) -> None:
     """Make the manifest match files that were changed after it."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    for name in FILES:
-        content = (path / name).read_bytes()
-        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    contents = {name: (path / name).read_bytes() for name in FILES}
+    files = {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
+    }
+    (path / "manifest.json").write_text(manifest_text(files))
 
 
 def assert_equal(one: Any, other: Any) -> None:
@@ -283,7 +285,7 @@ def test_another_format_is_refused_as_such(tmp_path: Path) -> None:
     (path,) = save(tmp_path, 10)
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**manifest, "format": 7}))
-    with pytest.raises(CheckpointCorrupt, match="format 7 is not 1"):
+    with pytest.raises(CheckpointCorrupt, match="format 7 is not 2"):
         load_checkpoint(path)
 
 

@@ -19,7 +19,8 @@ from launching import TRAIN, command, environment, run
 
 from greenprune.checkpoint import Checkpoint, save_checkpoint
 from greenprune.late_files import await_attempt
-from greenprune.tracking import FolderLock, RunFolder
+from greenprune.locking import FolderLock
+from greenprune.tracking import RunFolder
 
 SMALL = "model: {name: resnet20}\noptim: {epochs: 3, lr: 0.05}\nremoval: {window: 11}\ntracking: {log_every: 1}\n"
 
@@ -79,7 +80,7 @@ def test_a_job_that_queued_itself_goes_on_from_what_it_sees_late(tmp_path: Path)
     assert first.wait(timeout=60) == 143
     stopped = json.loads(folder.events.read_text().splitlines()[-1])
     newest = Path(stopped["checkpoint"])
-    aside, lock = newest.rename(tmp_path / "aside"), FolderLock(folder)
+    aside, lock = newest.rename(tmp_path / "aside"), FolderLock(folder.path)
     comes = [threading.Timer(12, lambda: aside.rename(newest)), threading.Timer(14, lock.release)]
     for timer in comes:
         timer.start()

@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from greenprune.config import BudgetConfig, Config, DataConfig, GateConfig, ModelConfig, UserError
+from greenprune.locking import FolderLock
 from greenprune.tracking import (
     Event,
     EventLog,
-    FolderLock,
     Ledger,
     RunFolder,
     default_run_name,
@@ -237,11 +237,11 @@ def test_a_folder_is_made_once(tmp_path: Path) -> None:
 def test_a_folder_is_held_by_one_at_a_time(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "one")
     folder.create(Config())
-    lock = FolderLock(folder)
+    lock = FolderLock(folder.path)
     with pytest.raises(UserError, match=rf"in use by another process \(process {os.getpid()} on "):
-        FolderLock(folder)
+        FolderLock(folder.path)
     lock.release()
-    FolderLock(folder).release()
+    FolderLock(folder.path).release()
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:

@@ -26,10 +26,11 @@ from wandb.proto import wandb_internal_pb2
 
 from greenprune.cli import main
 from greenprune.config import Config, ConfigError, GateConfig, ModelConfig, OptimConfig, TrackingConfig
+from greenprune.locking import FolderLock
 from greenprune.mirrors import GuardedMirror
 from greenprune.progress import Display
 from greenprune.run import train
-from greenprune.tracking import FolderLock, RunFolder
+from greenprune.tracking import RunFolder
 
 BLOCK = 32768
 HEADER = 7
@@ -273,7 +274,7 @@ def test_a_killed_run_that_goes_on_is_one_run(tmp_path: Path, monkeypatch: pytes
 def test_a_run_that_goes_on_is_not_synced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     (tmp_path / "events.jsonl").write_text("")
-    lock = FolderLock(RunFolder(tmp_path))
+    lock = FolderLock(tmp_path)
     assert main(["sync", str(tmp_path)]) == 2
     lock.release()
     assert "still goes on" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from recording import record_run, stop_before, write_events
 
 from greenprune.cli import main
 from greenprune.config import UserError
-from greenprune.tracking import FolderLock, RunFolder
+from greenprune.locking import FolderLock
 from greenprune.watch import watch_run
 
 Event = dict[str, Any]
@@ -39,7 +39,7 @@ def test_events_are_shown_as_they_come_and_only_whole_lines(tmp_path: Path) -> N
     events = record_run(tmp_path / "it")
     first, second = events[:3], events[3:]
     (tmp_path / "it" / "summary.json").unlink()
-    lock = FolderLock(RunFolder(tmp_path / "it"))
+    lock = FolderLock(tmp_path / "it")
     cut = json.dumps(second[0])
     write_events(tmp_path / "it", first, rest=cut[:20])
     seen: list[Event] = []
@@ -61,7 +61,7 @@ def test_events_are_shown_as_they_come_and_only_whole_lines(tmp_path: Path) -> N
 
 def test_a_killed_run_is_not_waited_for(tmp_path: Path) -> None:
     stop_before(tmp_path / "it", record_run(tmp_path / "it"), 20, rest='{"time": 1')
-    lock = FolderLock(RunFolder(tmp_path / "it"))
+    lock = FolderLock(tmp_path / "it")
     timer = threading.Timer(1.0, lock.release)
     timer.start()
     seen: list[Event] = []

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +26,8 @@ from greenprune.interrupt import outlive_signals
 # Mean and deviation of ImageNet's channels in [0, 1], as in torchvision's reference training.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_MOST_TEXT_BYTES = 1 << 26
 
 Files = list[tuple[Path, int]]
 """Image files with their labels."""
@@ -67,6 +72,10 @@ def scan_tiny_imagenet(root: Path) -> Tree:
         "val/images/*.JPEG; tiny_imagenet cannot be downloaded with data.download"
     )
     label_of = {wnid: label for label, wnid in enumerate(_text(base / "wnids.txt", layout).split())}
+    strange = [wnid for wnid in label_of if re.fullmatch(r"\w+", wnid) is None]
+    if strange or not label_of:
+        told = f"{strange[0]!r} is no name of a class" if strange else "it names no class"
+        raise UserError(f"data.root: {str(base / 'wnids.txt')!r} is truncated or corrupt ({told}); {layout}")
     train = [
         (path, label) for wnid, label in label_of.items() for path in _images(base / "train" / wnid / "images", layout)
     ]
@@ -93,7 +102,12 @@ def _missing(path: Path, layout: str) -> UserError:
 def _text(path: Path, layout: str) -> str:
     if not path.is_file():
         raise _missing(path, layout)
-    return path.read_text()
+    if path.stat().st_size > _MOST_TEXT_BYTES:
+        raise UserError(f"data.root: {str(path)!r} is too large for such a list; {layout}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.root: {str(path)!r} is truncated or corrupt ({error}); {layout}") from None
 
 
 def _entries(folder: Path, layout: str) -> list[os.DirEntry[str]]:
@@ -158,7 +172,22 @@ class _Ticket(NamedTuple):
 
 
 # What Pillow raises for a file it cannot decode, by format and by place.
-BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+BROKEN_IMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+# Those of IMG_EXTENSIONS. Pillow goes by content, not by name: it would hand PostScript to an interpreter.
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+_MOST_PIXELS = 1 << 26  # of an image to train on; three bytes each are taken before anything is decoded
 
 Loaded = tuple[Tensor, int] | str
 """Image uint8 [C, H, W] and its label, or what is wrong with the file.
@@ -179,8 +208,7 @@ class _Decoder(Dataset[Loaded]):
     def __getitem__(self, ticket: _Ticket) -> Loaded:
         path = os.fsdecode(self._paths[ticket.row])
         try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
+            image = _decoded(path)
         except BROKEN_IMAGE as error:
             return f"data.root: {path!r} is truncated, corrupt or missing ({error}); expected an image"
         label = int(self._labels[ticket.row])
@@ -189,6 +217,18 @@ class _Decoder(Dataset[Loaded]):
         with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
             torch.default_generator.manual_seed(ticket.seed)
             return self._train(image), label
+
+
+def _decoded(path: str) -> Image.Image:
+    """An image in RGB; one that says that it is huge is refused before memory is taken for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        file = Image.open(path, formats=_FORMATS)
+    with file:
+        width, height = file.size
+        if width * height > _MOST_PIXELS:
+            raise ValueError(f"it is said to have {width} x {height} pixels, more than {_MOST_PIXELS:,}")
+        return file.convert("RGB")
 
 
 def _collate(samples: list[Loaded]) -> Batch | str:

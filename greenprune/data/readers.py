@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 import tarfile
 import warnings
 from collections.abc import Callable
@@ -73,24 +75,35 @@ def read_fashion_mnist(root: Path, train: bool) -> Samples:
     raw = root / "FashionMNIST" / "raw"
     part = "train" if train else "t10k"
     images_file, labels_file = raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"
-    for path, dimensions in ((images_file, 3), (labels_file, 1)):
-        _check_idx(path, dimensions)
+    counts = [_check_idx(images_file, (28, 28)), _check_idx(labels_file, ())]
+    if counts[0] != counts[1]:
+        raise _corrupt(labels_file, f"{counts[1]} labels for {counts[0]} images")
     images, labels = read_image_file(str(images_file)), read_label_file(str(labels_file))
-    if len(images) != len(labels) or labels.max() > 9:
+    if labels.max() > 9:
         raise _corrupt(labels_file, f"{len(labels)} labels up to {labels.max()} for {len(images)} images of 10 classes")
     return Samples(images.unsqueeze(1), labels)
 
 
-def _check_idx(path: Path, dimensions: int) -> None:
-    """Compare a file of bytes in IDX format with its own header, which torchvision's reader does not."""
-    data = np.fromfile(path, dtype=np.uint8)
-    header = 4 * (dimensions + 1)
-    if len(data) < header or data[:4].tolist() != [0, 0, 8, dimensions]:
+def _check_idx(path: Path, item: tuple[int, ...]) -> int:
+    """Compare a file of bytes in IDX format with its own header, which torchvision's reader does not.
+
+    Only the header is read, so that a file of any size costs nothing before it is known to be right.
+
+    Returns:
+        The number of items, which have the shape ``item``.
+    """
+    dimensions = len(item) + 1
+    with path.open("rb") as file:
+        header = file.read(4 * (dimensions + 1))
+    if len(header) < 4 * (dimensions + 1) or list(header[:4]) != [0, 0, 8, dimensions]:
         raise _corrupt(path, "its header is not that of an IDX file of bytes")
-    shape = data[4:header].view(">u4").tolist()
-    expected = header + int(np.prod(shape))
-    if len(data) != expected:
-        raise _corrupt(path, f"{len(data)} bytes instead of {expected}")
+    count, *shape = struct.unpack(f">{dimensions}I", header[4:])
+    if tuple(shape) != item or count == 0:
+        raise _corrupt(path, f"{count} items of shape {tuple(shape)} instead of {item}")
+    expected, found = len(header) + math.prod((count, *item)), path.stat().st_size
+    if found != expected:
+        raise _corrupt(path, f"{found} bytes instead of {expected}")
+    return int(count)
 
 
 def _read_cifar(reader: Any, root: Path, train: bool) -> Samples:

@@ -65,6 +65,11 @@ def _check_launch(config: Config, stage: int | None, processes: int) -> None:
             "device: 'cpu' is not valid with DeepSpeed on a machine with GPUs; expected auto, or an environment with "
             "CUDA_VISIBLE_DEVICES= that hides them"
         )
+    if stage is not None and config.optim.nonfinite == "skip":
+        raise ConfigError(
+            "optim.nonfinite: 'skip' is not valid with DeepSpeed, whose optimizer takes every step; expected stop, or "
+            "a file in launch/ without DeepSpeed"
+        )
     if config.model.sync_batchnorm and processes > 1 and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError(
             "model.sync_batchnorm: True is not valid on CPUs, where torch has no synchronised BatchNorm; expected false"

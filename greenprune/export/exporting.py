@@ -27,7 +27,7 @@ from greenprune.export.plain import NoPlainForm, fold_batch_norm, plain_network
 from greenprune.gating import find_gates
 from greenprune.models import build_model
 from greenprune.surgery import Structure, StructureMismatch, replay
-from greenprune.tracking import RunFolder, read_events, write_json
+from greenprune.tracking import RunFolder, read_attempts, write_json
 
 TOLERANCE = 1e-5
 """Largest difference of a logit from the trained network's, relative to the largest logit, in fp32."""
@@ -396,8 +396,8 @@ def _hardware(folder: RunFolder) -> str | None:
     if not folder.provenance.is_file():
         return None
     try:
-        attempts = read_events(folder.provenance)  # also one JSON object a line
-    except ValueError:
+        attempts = read_attempts(folder.provenance)
+    except OSError:
         return None
     if not attempts:
         return None

@@ -48,6 +48,8 @@ class Consensus:
         self._openness = torch.zeros(len(units), device=device)
         self._steps = 0
         self._samples = 0
+        self._taken_back = torch.zeros(1, dtype=torch.int64, device=device)  # steps that do not count
+        self._before: list[Tensor] = []
         self._always_on = dict.fromkeys(units, 0)
 
     def observe(self, rates: Tensor, openness: Tensor, samples: int) -> None:
@@ -64,6 +66,21 @@ class Consensus:
         self._steps += 1
         self._samples += samples
 
+    def remember(self) -> None:
+        """Keep the counts as they are, for :meth:`take_back` after the next step."""
+        self._before = [self._on.clone(), self._openness.clone()]
+
+    def take_back(self, skipped: Tensor, passes: int = 1) -> None:
+        """Leave the last step out of the counts if it was skipped.
+
+        Args:
+            skipped: Whether it was, a boolean scalar on the device.
+            passes: Passes of the step, each of which was observed.
+        """
+        for counts, before in zip((self._on, self._openness), self._before, strict=True):
+            counts.copy_(torch.where(skipped, before, counts))
+        self._taken_back += skipped * passes
+
     @property
     def has_steps(self) -> bool:
         """Whether anything was counted since the last window was closed."""
@@ -72,14 +89,18 @@ class Consensus:
     def close_window(self) -> dict[str, UnitWindow]:
         """Read the counts (one transfer from the device) and start the next window."""
         assert self._samples > 0, "a window without a step"
-        on = self._on.tolist()
-        openness = (self._openness / max(1, self._steps)).tolist()
+        *on, taken_back = torch.cat([self._on, self._taken_back]).tolist()
+        self._samples -= taken_back * (self._samples // self._steps)
+        self._steps -= taken_back
+        assert self._steps > 0, "a window whose steps were all skipped"
+        openness = (self._openness / self._steps).tolist()
         window = {}
         for name, count, mean in zip(self.units, on, openness, strict=True):
             self._always_on[name] = self._always_on[name] + 1 if count == self._samples else 0
             window[name] = UnitWindow(count, self._samples, mean, self._always_on[name])
         self._on.zero_()
         self._openness.zero_()
+        self._taken_back.zero_()
         self._steps = self._samples = 0
         return window
 
@@ -96,6 +117,7 @@ class Consensus:
         return {
             "on": self._on,
             "openness": self._openness,
+            "taken_back": self._taken_back,
             "steps": self._steps,
             "samples": self._samples,
             "always_on": dict(self._always_on),
@@ -104,6 +126,9 @@ class Consensus:
     def load_state_dict(self, state: dict[str, Tensor | int | dict[str, int]]) -> None:
         """Take up a state saved by :meth:`state_dict` with the same units."""
         on, openness, always_on = state["on"], state["openness"], state["always_on"]
+        taken_back = state.get("taken_back", torch.zeros(1))
+        assert isinstance(taken_back, Tensor)
+        self._taken_back.copy_(taken_back)
         assert isinstance(on, Tensor)
         assert isinstance(openness, Tensor)
         assert isinstance(always_on, dict)

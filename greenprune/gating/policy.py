@@ -146,6 +146,22 @@ class GatePolicy:
         """Keep the gates within their bounds after an optimizer step."""
         hold_within_bounds(self._gates)
 
+    def remember_step(self) -> None:
+        """Keep what the next step's penalty changes, for :meth:`forget_step`."""
+        self.consensus.remember()
+        self._before = (self.controller.integral.clone(), self.controller.price)
+
+    def forget_step(self, skipped: Tensor) -> None:
+        """Put back what the last step changed if it was skipped.
+
+        Args:
+            skipped: Whether it was, a boolean scalar on the device.
+        """
+        self.consensus.take_back(skipped, self._parts)
+        integral, price = self._before
+        self.controller.integral.copy_(torch.where(skipped, integral, self.controller.integral))
+        self.controller.price = torch.where(skipped, price, self.controller.price)
+
     def scale_losses_by(self, loss_scale: Tensor | None) -> None:
         """Tell the gates the factor by which mixed precision scales the loss, if it does."""
         for gate in self._gates:

@@ -16,7 +16,7 @@ from rich.text import Text
 from greenprune.config import UserError, load_yaml, shaping_values
 from greenprune.progress import UNKNOWN, format_joules, format_percent, format_seconds, format_si, worst_quality
 from greenprune.timing import StepTimes
-from greenprune.tracking import Event, RunFolder, read_events
+from greenprune.tracking import Event, RunFolder, read_attempts, read_events
 
 _TWIN_KEYS = ("model", "data", "seed", "epochs", "batch_size", "precision")
 _RUN_FILES = ("summary.json", "events.jsonl", "config.yaml")
@@ -274,8 +274,8 @@ def _read_object(path: Path) -> dict[str, Any]:
 def read_provenance(path: Path) -> dict[str, Any]:
     """Versions and hardware of the last attempt of the run in a folder; empty if that is not known."""
     try:
-        attempts = read_events(RunFolder(path).provenance)  # also one JSON object a line
-    except (OSError, ValueError):
+        attempts = read_attempts(RunFolder(path).provenance)
+    except OSError:
         return {}
     return attempts[-1] if attempts else {}
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from greenprune.config import UserError, shaping_values
+from greenprune.locking import is_held
 from greenprune.progress import format_joules, format_percent
 from greenprune.report.comparison import (
     ComparedRun,
@@ -22,7 +23,7 @@ from greenprune.report.comparison import (
     set_against_twins,
 )
 from greenprune.report.history import History, read_history
-from greenprune.tracking import RunFolder, is_held
+from greenprune.tracking import RunFolder
 
 _ALWAYS_DIFFERENT = ("output_dir", "run_name", "seed", "resume")
 _ENVIRONMENT = {
@@ -260,7 +261,7 @@ def _read(path: Path, name: str) -> ReportedRun:
     except UserError as error:
         state = f"cannot be read: {str(error).removeprefix('RUN: ')}"
         return ReportedRun(ComparedRun(path, name, {}, state, None), read_history([]), config, provenance, None)
-    return ReportedRun(compared, history, config, provenance, is_held(RunFolder(path)))
+    return ReportedRun(compared, history, config, provenance, is_held(path))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from greenprune.config import UserError
+from greenprune.locking import is_held
 from greenprune.progress import UNKNOWN, format_joules, format_percent, format_seconds
 from greenprune.report.comparison import read_run, read_run_events
 from greenprune.sweep.folder import PlannedRun, SweepFolder
 from greenprune.sweep.slurm import QueuedTask
-from greenprune.tracking import is_held
 
 State = Literal["finished", "running", "waiting", "stopped", "failed", "missing"]
 _STYLES: dict[State, str] = {"finished": "green", "running": "cyan", "failed": "red", "stopped": "yellow"}
@@ -107,7 +107,7 @@ def _judge(folder: SweepFolder, run: PlannedRun, queued: QueuedTask | None, last
     """The state of a run without a summary."""
     if queued is not None:
         return ("running" if queued.is_running else "waiting"), str(queued)
-    if is_held(folder.run_folder(run)):
+    if is_held(folder.run_folder(run).path):
         return "running", "on this machine"
     try:
         code = folder.exit_of(run).read_text().strip()

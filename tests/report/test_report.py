@@ -20,13 +20,13 @@ import pytest
 
 from greenprune.cli import main
 from greenprune.config import UserError
+from greenprune.locking import FolderLock
 from greenprune.progress import format_joules, format_percent, format_si
 from greenprune.report.contents import Report, build_report
 from greenprune.report.figures import gate_map_figure, overview
 from greenprune.report.history import REMOVED, read_history
 from greenprune.report.page import render_page
 from greenprune.report.words import render_csv, render_json, render_markdown
-from greenprune.tracking import FolderLock, RunFolder
 
 sys.path.insert(0, str(Path(__file__).parent))
 from recording import STEPS, config, record_run, stop_before, write_events
@@ -231,7 +231,7 @@ def test_a_killed_run_with_a_truncated_last_line_is_shown_as_far_as_it_came(tmp_
 def test_a_run_that_a_process_has_in_hand_is_running(tmp_path: Path) -> None:
     recorded = record_run(tmp_path / "it")
     stop_before(tmp_path / "it", recorded, 20)
-    lock = FolderLock(RunFolder(tmp_path / "it"))
+    lock = FolderLock(tmp_path / "it")
     try:
         assert build_report([tmp_path]).runs[0].state.startswith("running: step 20 of 40")
     finally:

@@ -1,0 +1,114 @@
+"""Try to break a run in full count: kills, corruptions, generated input, removals without end, pauses.
+
+    python benchmarks/faults.py kills --cases 100 --processes 1 2
+
+The default suite runs a handful of each; results of the full counts are kept in docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "faults"))
+import generating
+import killing
+from hypothesis import HealthCheck, given, seed, settings
+
+import greenprune.run  # noqa: F401 - what a run needs is there before it is forked
+from greenprune.provenance import collect_provenance
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def kills(arguments: argparse.Namespace) -> dict[str, Any]:
+    """SIGKILL at random instants, resume until done, compare to the bit."""
+    chance = random.Random(arguments.seed)
+    cases: list[killing.Case] = []
+    for processes in arguments.processes:
+        for variant in killing.VARIANTS:
+            share = len(range(list(killing.VARIANTS).index(variant), arguments.cases, len(killing.VARIANTS)))
+            folder = Path(tempfile.mkdtemp(prefix="kills-"))
+            runs = killing.Runs(folder, variant, processes, forked=True)
+            for number in range(share):
+                case = runs.kill_and_finish(f"run{number}", chance)
+                cases.append(case)
+                print(len(cases), variant, processes, case.kills, case.wrong or "exact", flush=True)
+            if not any(case.wrong for case in cases):
+                shutil.rmtree(folder)
+    by_processes = {
+        str(processes): {
+            "cases": len(chosen := [case for case in cases if case.processes == processes]),
+            "exact": sum(not case.wrong for case in chosen),
+            "kills": sum(len(case.kills) for case in chosen),
+            "killed_before_the_first_step": sum(kill["last_step"] is None for case in chosen for kill in case.kills),
+        }
+        for processes in arguments.processes
+    }
+    return {"by_processes": by_processes, "cases": [vars(case) for case in cases]}
+
+
+def _recorded(takes: Callable[[Any], bool], taken: list[bool]) -> Callable[..., None]:
+    def all_of_it(value: Any) -> None:
+        taken.append(takes(value))
+
+    return all_of_it
+
+
+def inputs(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Generated input for every reader and parser."""
+    counts: dict[str, dict[str, int]] = {}
+    for kind, (strategy, takes) in generating.KINDS.items():
+        taken: list[bool] = []
+        profile = settings(
+            max_examples=arguments.examples // len(generating.KINDS) + 1,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        seed(arguments.seed)(profile(given(value=strategy)(_recorded(takes, taken))))()
+        counts[kind] = {"generated": len(taken), "taken": sum(taken), "refused": len(taken) - sum(taken)}
+        print(kind, counts[kind], flush=True)
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    total = sum(count["generated"] for count in counts.values())
+    return {"generated": total, "by_kind": counts, "peak_resident_mib": round(peak_mib)}
+
+
+def main() -> int:
+    """Carry out one of the trials and keep its result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    trials = parser.add_subparsers(dest="trial", required=True)
+    killed = trials.add_parser("kills", help="SIGKILL at random instants of digits runs")
+    killed.add_argument("--cases", type=int, default=100, metavar="N", help="runs killed, for each number of processes")
+    killed.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N")
+    generated = trials.add_parser("inputs", help="generated configs, command lines, structures, logs and data files")
+    generated.add_argument("--examples", type=int, default=10000, metavar="N")
+    for trial in (killed, generated):
+        trial.add_argument("--seed", type=int, default=0, metavar="N")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    found = {"kills": kills, "inputs": inputs}[arguments.trial](arguments)
+    record = {
+        "arguments": {key: value for key, value in vars(arguments).items() if key != "trial"},
+        "seconds": round(time.monotonic() - started, 1),
+        **found,
+    }
+    print(json.dumps({key: value for key, value in record.items() if key != "cases"}, indent=2))
+    import torch
+
+    record["provenance"] = collect_provenance(1, torch.device("cpu"))
+    (RESULTS / f"faults_{arguments.trial}.json").write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

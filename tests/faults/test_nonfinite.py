@@ -1,0 +1,154 @@
+"""Numbers that are not finite, on one rank only: all ranks stop together or skip the step together, as configured."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+from launching import run
+
+from greenprune.checkpoint import list_checkpoints, load_checkpoint
+from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, RemovalConfig
+from greenprune.gating import GatePolicy, UnitCosts, find_gates
+from greenprune.skipping import StepSkipper
+from greenprune.tracking import read_events
+
+WORKER = Path(__file__).with_name("nonfinite_worker.py")
+FLAGS = ["--model.name", "resnet20", "--optim.epochs", "2", "--optim.lr", "0.05", "--removal.window", "11"]
+FLAGS += ["--removal.decide_by", "0.9", "--tracking.log_every", "4", "--device", "cpu", "--run_name", "it"]
+
+
+def broken(folder: Path, *faults: str, flags: tuple[str, ...] = ()) -> tuple[Any, list[dict]]:
+    """A run on two processes with faults, each as FAULT:VALUE:RANK:STEP, and its events."""
+    done = run(WORKER, [",".join(faults), *FLAGS, "--output_dir", str(folder), *flags], 2)
+    return done, read_events(folder / "it" / "events.jsonl")
+
+
+@pytest.mark.parametrize("fault", ["loss:nan", "gradient:inf", "gate:nan"])
+def test_all_ranks_stop_together(fault: str, tmp_path: Path) -> None:
+    done, events = broken(tmp_path, f"{fault}:1:26")
+    assert done.returncode != 0
+    assert "trainer.py" not in done.stderr, done.stderr  # no traceback but the launcher's
+    found = re.findall(r"greenprune: error: the loss or a weight is (\w+) after step (\d+); the last good", done.stderr)
+    assert [step for _, step in found] == ["28"], done.stderr  # the next read of the loss, said once
+    assert "step-000000022" in done.stderr
+    assert [event["step"] for event in events if event["kind"] == "train"][-1] == 24
+
+
+def test_all_ranks_skip_together(tmp_path: Path) -> None:
+    flags = ("--optim.nonfinite", "skip")
+    done, events = broken(tmp_path, "loss:nan:1:26", "gradient:inf:0:30", "gate:nan:1:33", flags=flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [event["train/loss"] for event in events if event["kind"] == "train"]
+    assert len(losses) == 12
+    assert None not in losses
+    told = {event["step"]: event["train/skipped_steps"] for event in events if event["kind"] == "train"}
+    assert [told[step] for step in (24, 28, 32, 36, 44)] == [0, 1, 2, 3, 3]
+    assert json.loads((tmp_path / "it" / "summary.json").read_text())["skipped_steps"] == 3
+    last = load_checkpoint(list_checkpoints(tmp_path / "it" / "checkpoints")[-1])
+    assert all(tensor.isfinite().all() for tensor in last.model.values())
+
+
+def test_skipping_what_does_not_pass_ends_in_a_stop(tmp_path: Path) -> None:
+    """A weight that is broken on one rank makes every later step a bad one, for all."""
+    flags = ("--optim.nonfinite", "skip", "--removal.window", "100")
+    done, _ = broken(tmp_path, "weight:nan:1:2", flags=flags)
+    assert done.returncode != 0
+    assert "is nan after step 22; there is no checkpoint yet" in done.stderr
+
+
+class Step:
+    """One small gated network, its optimizer and its policy, which take steps with a skipper or without."""
+
+    def __init__(self, make_network: Callable[..., nn.Module], kind: str, *, skipping: bool) -> None:
+        torch.manual_seed(1)
+        self.model = make_network()
+        if kind == "sgd":
+            self.optimizer: Any = torch.optim.SGD(
+                self.model.parameters(), lr=0.05, momentum=0.9, nesterov=True, fused=True
+            )
+        else:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, fused=True)
+        blocks = list(find_gates(self.model))
+        self.policy = GatePolicy(
+            Config(gate=GateConfig(warmup=0.01), budget=BudgetConfig(0.5), removal=RemovalConfig(decide_by=0.9)),
+            self.model,
+            UnitCosts.of(dict.fromkeys(blocks, 1), len(blocks)),
+            set(blocks),
+            rounding={},
+            total_steps=100,
+            window=10,
+        )
+        device = torch.device("cpu")
+        self.skipper = StepSkipper(self.optimizer, self.policy, scaled=False, device=device) if skipping else None
+        self.step = 1
+
+    def take(self, images: torch.Tensor) -> None:
+        if self.skipper is not None:
+            self.skipper.begin(self.model)
+        loss = self.model(images).square().mean()
+        penalty = self.policy.penalty(self.step, len(images), lambda values: values)
+        loss = loss if penalty is None else loss + penalty
+        (loss if self.skipper is None else self.skipper.marked(loss)).backward()
+        if self.skipper is not None:
+            self.skipper.judge(self.model)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.skipper is not None:
+            self.skipper.end(torch.zeros(2))
+        self.step += 1
+
+    def state(self) -> dict[str, Any]:
+        buffers = {name: tensor for name, tensor in self.model.state_dict().items() if "num_batches" not in name}
+        moments = self.optimizer.state_dict()["state"]
+        return {"model": buffers, "optimizer": moments, "price": self.policy.controller.state_dict()}
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("bad_steps", [[0], [1], [2, 3]], ids=str)
+def test_a_skipped_step_leaves_nothing_behind(
+    make_network: Callable[..., nn.Module], kind: str, bad_steps: list[int]
+) -> None:
+    """Weights, moments, running statistics, price and counts are those of the same run without the bad batches."""
+    skipping, without = Step(make_network, kind, skipping=True), Step(make_network, kind, skipping=False)
+    for number in range(5):
+        images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+        if number in bad_steps:
+            skipping.take(images * torch.nan)
+            without.step += 1  # the target's ramp follows the step
+        else:
+            skipping.take(images)
+            without.take(images)
+    torch.testing.assert_close(skipping.state(), without.state(), rtol=0, atol=0)
+    windows = [each.policy.consensus.close_window() for each in (skipping, without)]
+    assert windows[0] == windows[1]
+    assert skipping.skipper is not None
+    assert skipping.skipper.in_a_row == 0
+
+
+def test_a_loss_that_is_infinite_with_a_finite_gradient_is_a_bad_step(make_network: Callable[..., nn.Module]) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1, fused=True)
+    skipper = StepSkipper(optimizer, None, scaled=False, device=torch.device("cpu"))
+    before = model.weight.detach().clone()
+    skipper.begin(model)
+    loss = model(torch.ones(1, 2)).sum() + torch.inf
+    skipper.marked(loss).backward()
+    skipper.judge(model)
+    optimizer.step()
+    assert torch.equal(model.weight, before)
+
+
+def test_an_optimizer_that_cannot_skip_is_named() -> None:
+    optimizer = torch.optim.Adagrad(nn.Linear(2, 2).parameters())
+    with pytest.raises(ConfigError, match=r"optim\.nonfinite: 'skip' is not valid with Adagrad"):
+        StepSkipper(optimizer, None, scaled=False, device=torch.device("cpu"))
