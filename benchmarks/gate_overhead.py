@@ -33,7 +33,7 @@ from greenprune.surgery import Structure
 RESULTS = Path(__file__).parent / "results"
 STEPS_A_TURN = 3
 WARMUP_TURNS = 1
-CONTESTANTS = 4
+CONTESTANTS = 6
 CASES = [
     ("block, conditional", ["block"], "conditional"),
     ("block, static", ["block"], "static"),
@@ -89,20 +89,24 @@ class Contestant:
         return (time.perf_counter() - start) / STEPS_A_TURN, (time.process_time() - busy) / STEPS_A_TURN
 
 
-def measure(config: Config, image_size: int, turns: int) -> list[dict[str, object]]:
+def measure(
+    config: Config, image_size: int, turns: int, cases: list[tuple[str, list[str], str]]
+) -> list[dict[str, object]]:
     """One row for each kind of gate."""
-    dense = Contestant(dataclasses.replace(config, gate=GateConfig(enabled=False)), image_size)
+    ungated = dataclasses.replace(config, gate=GateConfig(enabled=False))
+    dense = Contestant(ungated, image_size)
     device = dense.engine.device
     images = torch.randn(config.data.batch_size, 3, image_size, image_size, device=device)
     if config.model.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (config.data.batch_size,), device=device)
     rows: list[dict[str, object]] = []
-    for name, units, kind in CASES:
+    for name, units, kind in cases:
         gate = GateConfig(units=units, kind=kind)  # type: ignore[arg-type]
         pairs = []
         for _ in range(CONTESTANTS):  # where its tensors happen to lie in memory changes a network's speed by percents
             gated = Contestant(dataclasses.replace(config, gate=gate), image_size)
+            dense = Contestant(ungated, image_size)
             found = [(gated.turn(images, labels), dense.turn(images, labels)) for _ in range(WARMUP_TURNS + turns)]
             pairs += found[WARMUP_TURNS:]
         ratios = [one[0] / other[0] for one, other in pairs]
@@ -133,16 +137,19 @@ def main() -> None:
     parser.add_argument(
         "--turns", type=int, default=4, help=f"pairs of turns of a network, each of {STEPS_A_TURN} steps"
     )
+    parser.add_argument("--gates", default="", help="only gates whose description begins so, such as 'block, '")
+    parser.add_argument("--fp32", action="store_true", help="fp32 only")
     parser.add_argument("--name", default="gate_overhead", help="name of the result files; empty: none")
     args = parser.parse_args()
     rows: list[dict[str, object]] = []
     base = Config()
     data = dataclasses.replace(base.data, batch_size=args.batch_size)
-    for precision, channels_last in (("no", False), ("bf16", True)):
+    cases = [case for case in CASES if case[0].startswith(args.gates)]
+    for precision, channels_last in (("no", False), ("bf16", True))[: 1 if args.fp32 else 2]:
         print(f"precision {precision}, channels_last {channels_last}", flush=True)
         model = ModelConfig(name=args.model, channels_last=channels_last)
         config = dataclasses.replace(base, data=data, model=model, precision=precision)  # type: ignore[arg-type]
-        rows += measure(config, args.image_size, args.turns)
+        rows += measure(config, args.image_size, args.turns, cases)
     provenance = collect_provenance(1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     lines = [
         "| gates, all open | precision | layout | step, ms | ungated, ms | ratio (quartiles) | of processor time |",
@@ -159,7 +166,7 @@ def main() -> None:
     lines += [
         "",
         f"{args.model}, images of {args.image_size} x {args.image_size}, batch {args.batch_size}; median of "
-        f"{args.turns} pairs of {STEPS_A_TURN} steps for each of {CONTESTANTS} networks. "
+        f"{args.turns} pairs of {STEPS_A_TURN} steps for each of {CONTESTANTS} networks, gated and ungated. "
         f"{provenance['cpu']}, {provenance['threads']} threads, torch "
         f"{provenance['versions']['torch']}.",
     ]
