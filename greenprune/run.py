@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from greenprune.config import Config, ConfigError, UserError, load_config, shapi
 from greenprune.data import ImageData, open_data
 from greenprune.energy import Meter, carbon_intensity, node_id, open_meter, share_devices
 from greenprune.engine import Engine
-from greenprune.late_files import PATIENCE_S, await_attempt
+from greenprune.late_files import PATIENCE_S, await_attempt, take_lock
 from greenprune.mirrors import start_mirrors
 from greenprune.network import prepare_network
 from greenprune.progress import Display
 from greenprune.provenance import collect_provenance
 from greenprune.report.writing import write_run_report
-from greenprune.tracking import Event, FolderLock, RunFolder, default_run_name
+from greenprune.tracking import Event, RunFolder, default_run_name
 from greenprune.trainer import Trainer
 from greenprune.wandb_mirror import wandb_goes_online
 
@@ -211,15 +210,7 @@ def _new_or_same_folder(config: Config) -> RunFolder:
 
 
 def _hold(folder: RunFolder, stack: ExitStack, patience_s: float = 0.0) -> None:
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            stack.callback(FolderLock(folder).release)
-            return
-        except UserError:  # a file server takes a minute to see that a node is gone, and its locks with it
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(1.0)
+    stack.callback(take_lock(folder, patience_s).release)
 
 
 def _claim_checkpoint(config: Config, stack: ExitStack, path: Path) -> _Claim:
