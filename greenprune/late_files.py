@@ -1,10 +1,12 @@
-"""Files that another machine has written and that a shared file system shows late."""
+"""What another machine has written or let go of, and a shared file system shows late."""
 
 from __future__ import annotations
 
 import time
 
 from greenprune.checkpoint import CheckpointCorrupt, list_checkpoints, load_checkpoint
+from greenprune.config import UserError
+from greenprune.locking import FolderLock
 from greenprune.tracking import RunFolder, read_events
 
 PATIENCE_S = 120.0
@@ -23,6 +25,26 @@ def await_attempt(folder: RunFolder, *, requeued: bool, patience_s: float = PATI
     """
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline and not _is_seen(folder, requeued):
+        time.sleep(0.5)
+
+
+def take_lock(folder: RunFolder, patience_s: float) -> FolderLock:
+    """Take a run's folder, which the file server may still hold for a node that is gone.
+
+    Args:
+        folder: The run's folder.
+        patience_s: Most seconds to wait.
+
+    Raises:
+        UserError: Another process holds it after that, too.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return FolderLock(folder.path)
+        except UserError:
+            if time.monotonic() >= deadline:
+                raise
         time.sleep(0.5)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -17,8 +16,7 @@ from greenprune.config import MAY_CHANGE, Config, ConfigError, UserError, load_c
 from greenprune.data import ImageData, open_data
 from greenprune.energy import Meter, carbon_intensity, node_id, open_meter, share_devices
 from greenprune.engine import Engine
-from greenprune.late_files import PATIENCE_S, await_attempt
-from greenprune.locking import FolderLock
+from greenprune.late_files import PATIENCE_S, await_attempt, take_lock
 from greenprune.mirrors import start_mirrors
 from greenprune.network import Network, prepare_network
 from greenprune.progress import Display
@@ -252,15 +250,7 @@ def _new_or_same_folder(config: Config) -> RunFolder:
 
 def _hold(folder: RunFolder, stack: ExitStack, patience_s: float = 0.0) -> tuple[str, ...]:
     """Hold a folder until the stack is closed; a note if its last owner ended without letting go."""
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            lock = FolderLock(folder.path)
-            break
-        except UserError:  # a file server takes a minute to see that a node is gone, and its locks with it
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(1.0)
+    lock = take_lock(folder, patience_s)
     stack.callback(lock.release)
     return (f"the lock was left behind by {lock.left_by}, which is gone",) if lock.left_by else ()
 

@@ -75,7 +75,7 @@ def test_a_signal_to_all_processes_leaves_the_loaders_until_the_step_is_done(
 def test_two_processes_stop_within_a_long_epoch(tmp_path: Path) -> None:
     """However seldom they report: the time does not depend on the length of an epoch."""
     folder = tmp_path / "run"
-    # 718 steps an epoch, and no report before its end.
+    # 719 steps an epoch, and no report before its end.
     args = ["--data.batch_size", "2", "--optim.epochs", "100", "--tracking.log_every", "100000"]
     args += ["--removal.window", "20", "--model.name", "resnet20"]
     process = start(args, folder, processes=2)
@@ -85,7 +85,7 @@ def test_two_processes_stop_within_a_long_epoch(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     stopped = read_events(folder)[-1]
     assert stopped["kind"] == "interrupt"
-    assert stopped["step"] % 718 != 0
+    assert stopped["step"] % 719 != 0
     assert stopped["time"] - asked < 5
 
 

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launching import TRAIN, command, environment, run
 
 from greenprune.checkpoint import Checkpoint, save_checkpoint
-from greenprune.late_files import await_attempt
+from greenprune.config import UserError
+from greenprune.late_files import await_attempt, take_lock
 from greenprune.locking import FolderLock
 from greenprune.tracking import RunFolder
 
@@ -66,8 +67,18 @@ def test_what_never_comes_is_not_waited_for_forever(tmp_path: Path) -> None:
     assert 0.9 < seconds(lambda: await_attempt(gone, requeued=True, patience_s=1)) < 5
 
 
+def test_a_lock_that_goes_late_is_waited_for(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    goes = threading.Timer(1.5, FolderLock(folder.path).release)
+    goes.start()
+    with pytest.raises(UserError, match="in use by another process"):
+        take_lock(folder, 0.0)
+    lock = take_lock(folder, 20)
+    goes.join()
+    lock.release()
+
+
 def test_a_job_that_queued_itself_goes_on_from_what_it_sees_late(tmp_path: Path) -> None:
-    """Its checkpoint comes late, and the lock of its last node goes late."""
     (tmp_path / "config.yaml").write_text(SMALL)
     args = ["--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path), "--run_name", "run"]
     args += ["--resume", "auto"]
@@ -80,13 +91,11 @@ def test_a_job_that_queued_itself_goes_on_from_what_it_sees_late(tmp_path: Path)
     assert first.wait(timeout=60) == 143
     stopped = json.loads(folder.events.read_text().splitlines()[-1])
     newest = Path(stopped["checkpoint"])
-    aside, lock = newest.rename(tmp_path / "aside"), FolderLock(folder.path)
-    comes = [threading.Timer(12, lambda: aside.rename(newest)), threading.Timer(14, lock.release)]
-    for timer in comes:
-        timer.start()
+    aside = newest.rename(tmp_path / "aside")
+    comes = threading.Timer(14, lambda: aside.rename(newest))
+    comes.start()
     done = run(TRAIN, args, SLURM_JOB_ID="1", SLURM_RESTART_COUNT="1")
     assert done.returncode == 0, done.stderr
-    for timer in comes:
-        timer.join()
+    comes.join()
     starts = [event for event in map(json.loads, folder.events.read_text().splitlines()) if event["kind"] == "start"]
     assert [start["step"] for start in starts] == [0, stopped["step"]]

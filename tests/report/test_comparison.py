@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from greenprune.config import UserError
+from greenprune.config import Config, GateConfig, OptimConfig, UserError, dump_config
 from greenprune.report import Comparison, compare_runs
 
 DENSE: dict[str, Any] = {
@@ -60,6 +60,19 @@ def render(comparison: Comparison, width: int = 120) -> str:
     console.print(comparison)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def test_a_twin_agrees_in_all_that_shapes_it(tmp_path: Path) -> None:
+    """Their summaries are alike, but the learning rates are not."""
+    for lr in (0.1, 0.2):
+        for name, summary in (("dense", DENSE), ("gated", GATED)):
+            folder = write_run(tmp_path / f"{name}-{lr}", summary)
+            config = Config(optim=OptimConfig(lr=lr), gate=GateConfig(enabled=summary["gated"]))
+            (folder / "config.yaml").write_text(dump_config(config))
+    assert {run.name: run.twin for run in compare_runs([tmp_path]).runs if run.summary["gated"]} == {
+        "gated-0.1": "dense-0.1",
+        "gated-0.2": "dense-0.2",
+    }
 
 
 def test_a_gated_run_is_set_against_its_dense_twin(tmp_path: Path) -> None:

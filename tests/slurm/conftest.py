@@ -20,8 +20,9 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    if not all(shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("slurmctld", "munged", "ip")):
-        missing = "no Slurm: tests/slurm/install-slurm.sh"
+    there = all(shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("slurmctld", "munged", "ip"))
+    if not there or os.geteuid() != 0:
+        missing = "needs root" if there else "no Slurm: tests/slurm/install-slurm.sh"
         if os.environ.get("CI"):
             pytest.fail(missing)
         pytest.skip(missing)

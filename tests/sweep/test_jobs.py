@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from greenprune.config import ConfigError
 from greenprune.sweep.command import job_files
 from greenprune.sweep.jobs import Shape, render_job
+from greenprune.sweep.plan import SweepConfig
 from greenprune.sweep.reading import read_settings
 from greenprune.sweep.site import Site
 from greenprune.sweep.slurm import array_command, array_numbers, collect_command
@@ -28,6 +30,13 @@ def test_the_files_in_slurm_are_those_of_the_example_site() -> None:
     assert {path.name for path in (ROOT / "slurm").glob("*.sbatch")} == files.keys()
     for name, text in files.items():
         assert (ROOT / "slurm" / name).read_text() == text, f"greenprune sweep jobs slurm writes {name} anew"
+
+
+def test_the_documentation_names_every_key() -> None:
+    text = (ROOT / "docs" / "slurm.md").read_text()
+    for cls in (Site, SweepConfig):
+        for field in dataclasses.fields(cls):
+            assert f"`{field.name}`" in text or f"{field.name}:" in text, field.name
 
 
 def test_what_a_site_says_is_in_the_head() -> None:
