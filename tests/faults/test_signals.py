@@ -31,11 +31,10 @@ def test_a_closed_terminal(ignored: bool, last: str, tmp_path: Path) -> None:
     """The run stops in good order at SIGHUP with its output gone; one started by nohup goes on."""
     reader, writer = os.pipe()
     process = subprocess.Popen(
-        command(TRAIN, [*FLAGS, "--output_dir", str(tmp_path)], 1),
+        [*(["nohup"] if ignored else []), *command(TRAIN, [*FLAGS, "--output_dir", str(tmp_path)], 1)],
         env=environment(),
         stdout=writer,
         stderr=writer,
-        preexec_fn=(lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None,
     )
     os.close(writer)
     events = tmp_path / "it" / "events.jsonl"
