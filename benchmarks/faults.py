@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "faults"))
+import corrupting
 import generating
 import killing
+import pausing
+import soaking
 from hypothesis import HealthCheck, given, seed, settings
 
 import greenprune.run  # noqa: F401 - what a run needs is there before it is forked
@@ -55,6 +58,27 @@ def kills(arguments: argparse.Namespace) -> dict[str, Any]:
         for processes in arguments.processes
     }
     return {"by_processes": by_processes, "cases": [vars(case) for case in cases]}
+
+
+def corruptions(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Damages of every class of bytes of a checkpoint."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tally = corrupting.corrupt(Path(scratch), arguments.count, random.Random(arguments.seed))
+    totals = {key: sum(count[key] for count in tally.values()) for key in ("damages", "accepted", "lost")}
+    return {**totals, "by_place": tally}
+
+
+def soak(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Removals without end in one process."""
+    levels = soaking.soak(arguments.removals, arguments.warm_up, 9)
+    first, last = levels[0], levels[-1]
+    growth = {key: getattr(last, key) - getattr(first, key) for key in vars(first)}
+    return {"growth": growth, "levels": [vars(level) for level in levels]}
+
+
+def pause(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a checkpoint takes from training: on a thread, in line, and by PyTorch's own distributed checkpoints."""
+    return {"networks": [pausing.measure(name, arguments.turns) for name in ("resnet38", "resnet56")]}
 
 
 def _recorded(takes: Callable[[Any], bool], taken: list[bool]) -> Callable[..., None]:
@@ -92,11 +116,20 @@ def main() -> int:
     killed.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N")
     generated = trials.add_parser("inputs", help="generated configs, command lines, structures, logs and data files")
     generated.add_argument("--examples", type=int, default=10000, metavar="N")
-    for trial in (killed, generated):
+    corrupted = trials.add_parser("corruptions", help="damages of checkpoints")
+    corrupted.add_argument("--count", type=int, default=2000, metavar="N")
+    soaked = trials.add_parser("soak", help="removals and rebuilds in one process")
+    soaked.add_argument("--removals", type=int, default=500, metavar="N")
+    soaked.add_argument("--warm-up", type=int, default=99, metavar="N", help="removals before the first level")
+    paused = trials.add_parser("pause", help="what a checkpoint takes from training")
+    paused.add_argument("--turns", type=int, default=15, metavar="N", help="checkpoints of each kind")
+    for trial in (killed, generated, corrupted, soaked, paused):
         trial.add_argument("--seed", type=int, default=0, metavar="N")
     arguments = parser.parse_args()
     started = time.monotonic()
-    found = {"kills": kills, "inputs": inputs}[arguments.trial](arguments)
+    found = {"kills": kills, "inputs": inputs, "corruptions": corruptions, "soak": soak, "pause": pause}[
+        arguments.trial
+    ](arguments)
     record = {
         "arguments": {key: value for key, value in vars(arguments).items() if key != "trial"},
         "seconds": round(time.monotonic() - started, 1),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from greenprune.config import UserError, parse_config
+from greenprune.redaction import without_secrets
 
 
 def run_command(args: list[str], environment: Mapping[str, str], prog: str) -> int:
@@ -23,7 +24,7 @@ def run_command(args: list[str], environment: Mapping[str, str], prog: str) -> i
     code, message, for_rank_0 = _outcome(args, environment, prog)
     if message and (int(environment.get("RANK", "0")) == 0 or not for_rank_0):
         with suppress(OSError):  # the terminal may be gone, and with it the reader
-            print(f"greenprune: {message}", file=sys.stderr, flush=True)
+            print(f"greenprune: {without_secrets(message, environment)}", file=sys.stderr, flush=True)
     return code
 
 

@@ -499,7 +499,8 @@ def _check_key(key: str, known: list[str]) -> None:
     siblings = siblings or sorted({name.split(".")[0] for name in known})
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}? " if close else ""
-    raise ConfigError(f"{key}: unknown key; {hint}valid here: {', '.join(siblings)}")
+    shown = key if key.isprintable() and key.strip() else repr(key)
+    raise ConfigError(f"{shown}: unknown key; {hint}valid here: {', '.join(siblings)}")
 
 
 def check_field(key: str) -> None:

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 from threading import Thread
+from types import MappingProxyType
 from typing import Any
 
 from greenprune.config import Config
 from greenprune.engine import Engine
+from greenprune.redaction import without_secrets
 from greenprune.tensorboard_mirror import TENSORBOARD_FOLDER, TensorBoardMirror
 from greenprune.tracking import Event, RunFolder, numbers_of, plain_settings
 from greenprune.wandb_mirror import WandbMirror, WriteReport, wandb_options, where_to_see
@@ -29,11 +31,18 @@ class GuardedMirror:
         mirror: What may be slow and may fail.
         folder: The run's folder, whose log has everything that the tracker misses.
         failures: What it raises when it fails.
+        environment: The process's environment, whose secrets an error may quote.
     """
 
     def __init__(
-        self, name: str, mirror: Mirror, folder: RunFolder, failures: tuple[type[Exception], ...] = _FAILURES
+        self,
+        name: str,
+        mirror: Mirror,
+        folder: RunFolder,
+        failures: tuple[type[Exception], ...] = _FAILURES,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        self._environment = environment
         self._name = name
         self._mirror = mirror
         self._folder = folder
@@ -66,7 +75,8 @@ class GuardedMirror:
             self._tell(error)
 
     def _tell(self, error: Exception) -> None:
-        print(f"{_failed(self._name, error)} {_catch_up(self._name, self._folder)}", file=sys.stderr, flush=True)
+        failed = without_secrets(_failed(self._name, error), self._environment)
+        print(f"{failed} {_catch_up(self._name, self._folder)}", file=sys.stderr, flush=True)
 
 
 def start_mirrors(
@@ -103,9 +113,10 @@ def start_mirrors(
             else:
                 mirror, note = _start_other(engine, config, folder, name)
         except _failures_of(name) as error:
-            notes.append(f"{_failed(name, error)} {_catch_up(name, folder)}")
+            failed = without_secrets(_failed(name, error), environment)
+            notes.append(f"{failed} {_catch_up(name, folder)}")
             continue
-        mirrors.append(GuardedMirror(name, mirror, folder, _failures_of(name)))
+        mirrors.append(GuardedMirror(name, mirror, folder, _failures_of(name), environment))
         notes.append(note)
     return mirrors, notes
 

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from greenprune.redaction import without_secrets
+
 _PACKAGES = (
     "greenprune",
     "torch",
@@ -70,7 +72,7 @@ def collect_provenance(world_size: int, device: torch.device) -> dict[str, Any]:
         device: Device of this process.
     """
     return {
-        "command": sys.argv,
+        "command": [without_secrets(word, os.environ) for word in sys.argv],
         "git": git_revision(),
         "python": platform.python_version(),
         "versions": package_versions(),

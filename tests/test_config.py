@@ -65,6 +65,14 @@ def refusal(args: list[str]) -> str:
 # Reading.
 
 
+def test_an_unknown_key_with_line_breaks_is_named_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text('"a\\n\\nb": 1\n')
+    with pytest.raises(ConfigError, match=r"^'a\\n\\nb': unknown key") as refused:
+        load_config(path)
+    assert "\n" not in str(refused.value)
+
+
 def test_no_arguments_give_the_defaults() -> None:
     assert parse_config([]) == Config()
 

@@ -1,0 +1,97 @@
+"""Secrets stay where they are, nothing that is read is run, and nothing that is written leads elsewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+from launching import ROOT, TRAIN, command, environment
+
+from greenprune.mirrors import GuardedMirror
+from greenprune.redaction import without_secrets
+from greenprune.tracking import RunFolder
+
+SECRET = "pl4nted-0123456789abcdef0123456789abcdef"
+NAMES = ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "SOME_VARIABLE", "COMET_API_KEY"]
+PLANTED = dict.fromkeys(NAMES, SECRET)
+
+
+def test_secrets_of_the_environment_are_in_no_file_and_on_no_screen(tmp_path: Path) -> None:
+    """Not in configs, logs, provenance, checkpoints, trackers' files, reports or exports."""
+    flags = ["--model.name", "resnet20", "--optim.epochs", "2", "--removal.decide_by", "0.5", "--run_name", "it"]
+    flags += ["--tracking.trackers", "[wandb, tensorboard]", "--tracking.mode", "offline"]
+    runs = tmp_path / "runs"
+    commands = [
+        command(TRAIN, [*flags, "--output_dir", str(runs)], 1),
+        command(TRAIN, [*flags, "--output_dir", str(runs), "--resume", "auto"], 1),  # finished
+        command(TRAIN, [*flags, "--output_dir", str(runs), "--optim.lr", SECRET], 1),  # refused, in words of its own
+        *(
+            [sys.executable, "-m", "greenprune.cli", *args]
+            for args in (
+                ["verify", str(runs / "it")],
+                ["report", str(runs), "-o", str(tmp_path / "report.html")],
+                ["report", str(runs), "-o", str(tmp_path / "report.json")],
+                ["export", str(runs / "it"), "--format", "safetensors", "-o", str(tmp_path / "exported")],
+                ["doctor"],
+            )
+        ),
+    ]
+    for line in commands:
+        done = subprocess.run(
+            line, env=environment() | PLANTED | {"WANDB_MODE": "offline"}, capture_output=True, text=True, check=False
+        )
+        assert SECRET not in done.stdout + done.stderr, line
+        assert "Traceback" not in done.stderr, done.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    written = {path.name for path in files}
+    assert {"config.yaml", "events.jsonl", "provenance.jsonl", "model.safetensors", "training.pt"} <= written
+    assert {"report.html", "report.json", "export.json"} <= written
+    for path in files:
+        assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_an_error_that_quotes_a_secret_is_told_without_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: object) -> None:
+        raise ValueError(f"401 for https://user:hunter22@api.example.org with key {SECRET}")
+
+    mirror = GuardedMirror("wandb", fail, RunFolder(tmp_path), environment=PLANTED)
+    mirror({"kind": "train"})
+    mirror.close()
+    told = capsys.readouterr().err
+    assert "wandb has failed" in told
+    assert SECRET not in told
+    assert "hunter22" not in told
+
+
+def test_what_is_no_secret_stays() -> None:
+    text = "a monkey in /home/key at https://example.org/a@b"
+    assert without_secrets(text, {"API_KEY": "key", "MONKEY": "monkey", "PATH": "/home/key"}) == text
+
+
+def test_no_code_of_the_package_hands_text_to_a_shell_or_runs_a_pickle() -> None:
+    forbidden = re.compile(
+        r"shell\s*=\s*True|os\.(system|popen)\(|subprocess\.getoutput|pickle\.loads?\(|weights_only\s*=\s*False|"
+        r"\beval\(\w*input|yaml\.(unsafe_load|full_load)|np\.load\(.*allow_pickle\s*=\s*True"
+    )
+    for path in (ROOT / "greenprune").rglob("*.py"):
+        found = forbidden.search(path.read_text())
+        assert found is None, f"{path}: {found}"
+    assert all("weights_only=True" in line for line in _loads())
+
+
+def _loads() -> list[str]:
+    sources = "\n".join(path.read_text() for path in (ROOT / "greenprune").rglob("*.py"))
+    return re.findall(r"torch\.load\(.*", sources)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "$(touch x)", "a;b", "a b", "-rf\n", ".hidden", ""])
+def test_a_name_that_means_something_to_a_shell_or_a_path_is_refused(name: str) -> None:
+    from greenprune.config import Config, ConfigError
+
+    with pytest.raises(ConfigError, match="run_name"):
+        Config(run_name=name)
