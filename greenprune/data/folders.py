@@ -222,13 +222,12 @@ class _Decoder(Dataset[Loaded]):
 def _decoded(path: str) -> Image.Image:
     """An image in RGB; one that says that it is huge is refused before memory is taken for it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        file = Image.open(path, formats=_FORMATS)
-    with file:
-        width, height = file.size
-        if width * height > _MOST_PIXELS:
-            raise ValueError(f"it is said to have {width} x {height} pixels, more than {_MOST_PIXELS:,}")
-        return file.convert("RGB")
+        warnings.simplefilter("ignore")  # what is odd about a file that can be decoded all the same
+        with Image.open(path, formats=_FORMATS) as file:
+            width, height = file.size
+            if width * height > _MOST_PIXELS:
+                raise ValueError(f"it is said to have {width} x {height} pixels, more than {_MOST_PIXELS:,}")
+            return file.convert("RGB")
 
 
 def _collate(samples: list[Loaded]) -> Batch | str:
