@@ -24,8 +24,9 @@ train: $(STAMP)
 	$(BIN)/accelerate launch --quiet --config_file launch/cpu.yaml greenprune/train.py --config configs/digits.yaml
 
 # One thread: the networks of the tests are too small for more, and waiting threads stall on shared cores (docs/log.md).
+# Files side by side, one a core up to four: most of the time goes into starting processes.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: format-check lint types contracts test
 
