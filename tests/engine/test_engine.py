@@ -338,3 +338,17 @@ def test_sharded_weights_are_refused(make_engine: MakeEngine, monkeypatch: pytes
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match=r"^the launcher asks for FSDP, which shares out the weights"):
         make_engine(CONFIG)
+
+
+def test_synchronised_batch_norm_loses_channels_like_any_other(make_network: MakeNetwork) -> None:
+    """On one process it computes what BatchNorm does; surgery finds and cuts it all the same."""
+    plain = make_network(kind=None)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    for network in (plain, model):
+        surgeon = Surgeon(network)
+        surgeon.remove_channels("stages.1.1:hidden", [0, 3, 7])
+        surgeon.remove_block("stages.0.1")
+        network.eval()
+    images, _ = batch(0)
+    torch.testing.assert_close(model(images), plain(images))
