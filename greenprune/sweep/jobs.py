@@ -111,7 +111,8 @@ greenprune train "$@" &
 """
 
 _SEVERAL_PROCESSES = """\
-tell() { pkill -TERM -P "$program"; } # not the launcher itself, which would kill them after 30 s
+# Not the launcher itself, which would kill them after 30 s, unless it has not started them yet.
+tell() { pkill -TERM -P "$program" || kill -TERM "$program"; }
 accelerate launch --quiet --multi_gpu --num_machines=1 --num_processes={processes} --main_process_port=0 \\
   --mixed_precision=no --dynamo_backend=no --max_restarts=0 -m greenprune.train "$@" &
 """
@@ -124,7 +125,8 @@ PORT=$((20000 + SLURM_JOB_ID % 10000))
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not inherit it
 read -r -d '' on_node <<'NODE'
 program=''
-tell() { [ -z "$program" ] || pkill -TERM -P "$program"; } # not the launcher, which would kill them after 30 s
+# Not the launcher itself, which would kill them after 30 s, unless it has not started them yet.
+tell() { [ -z "$program" ] || pkill -TERM -P "$program" || kill -TERM "$program"; }
 trap tell USR1 TERM
 # Slurm hands a signal to every process of the step: the launcher must not die of it.
 (

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import psutil
+
 from greenprune.interrupt import InterruptRequest
 from greenprune.sweep.folder import PlannedRun, SweepFolder
 
@@ -22,6 +24,14 @@ class _Started:
     run: PlannedRun
     process: subprocess.Popen[bytes]
     since: float
+    is_launcher: bool
+
+    def stop(self) -> None:
+        """Tell the training processes: not their launcher, which would kill them after 30 s."""
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            own = psutil.Process(self.process.pid)
+            for process in (own.children() if self.is_launcher else []) or [own]:
+                process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -63,7 +73,7 @@ def run_here(
             if request.signal and not told:
                 told = True
                 for started in going:
-                    started.process.send_signal(signal.SIGTERM)
+                    started.stop()
             going[:] = [started for started in going if not _has_ended(folder, started, tell)]
             time.sleep(_POLL_S)
     return request.signal
@@ -92,7 +102,7 @@ def _start(folder: SweepFolder, run: PlannedRun, processes: int) -> _Started:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches them through this process alone, once
         )
-    return _Started(run, process, time.monotonic())
+    return _Started(run, process, time.monotonic(), processes > 1)
 
 
 def _has_ended(folder: SweepFolder, started: _Started, tell: Callable[[PlannedRun, int | None, float], None]) -> bool:

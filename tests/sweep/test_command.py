@@ -7,13 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 from launching import ROOT, environment
+from recording import record_run
 
 from greenprune.config import load_config
 from greenprune.sweep.command import main
@@ -156,6 +159,34 @@ def test_what_slurm_refuses_leaves_nothing_in_the_queue(place: Path, capsys: pyt
     assert calls[-1] == "scancel 77"
     assert not any(call.startswith("scontrol") for call in calls)
     assert not (place / "runs" / "sweeps" / "two" / "submissions.jsonl").exists()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_report_waits_for_runs_that_have_just_ended_elsewhere(
+    place: Path, capsys: pytest.CaptureFixture[str], late: bool
+) -> None:
+    """On a shared file system what they wrote last may come a little later than the job that reports."""
+    assert sweep(capsys, "two.yaml")[0] == 0
+    folder = place / "runs" / "sweeps" / "two"
+    names = {"0000": "0000-digits-resnet20-dense-seed0", "0001": "0001-digits-resnet20-block-0.5-seed0"}
+    for label, name in names.items():
+        record_run(folder / "runs" / name, gated=label == "0001")
+        (folder / "exits" / label).write_text("0\n")
+    written = [folder / "runs" / names["0001"] / "summary.json", folder / "exits" / "0001"]
+    comes = threading.Timer(0, lambda: None)
+    if late:
+        aside = [path.rename(place / path.name) for path in written]
+        comes = threading.Timer(1.5, lambda: [a.rename(path) for a, path in zip(aside, written, strict=True)])
+    comes.start()
+    started = time.monotonic()
+    code, out, _ = sweep(capsys, "collect", str(folder), "--patience", "30")
+    comes.join()
+    assert code == 0
+    assert "2 runs: 2 finished" in out
+    assert (1 < time.monotonic() - started < 20) if late else True
+    report = (folder / "report.md").read_text()
+    assert all(name in report for name in names.values())
+    assert "has no result" not in report
 
 
 def here(place: Path, *args: str) -> subprocess.Popen[str]:
