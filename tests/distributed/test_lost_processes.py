@@ -165,6 +165,7 @@ import sys, time
 from dataclasses import replace
 import torch
 from greenprune.command import run_command
+from greenprune.surgery import Operation
 from greenprune.trainer import Trainer
 
 step = Trainer._train_step
@@ -181,8 +182,7 @@ sys.exit(run_command(sys.argv[1:], __import__("os").environ, prog="train.py"))
 FAULTS = {
     "an error": ('raise RuntimeError("a broken image")', "rank 1 on .* has ended: a broken image. Go on from step-"),
     "another structure": (
-        "self.structure.operations.append(self.structure.operations[0]) if self.structure.operations else "
-        "self.policy.present.discard(next(iter(self.policy.present)))",
+        'self.structure.operations.append(Operation("freeze", "stages.0.0", 1, 0.1, "on", None))',
         "the structure differs from rank 0 on rank 1 ",
     ),
     "a hang": ("time.sleep(1000)", r"no step for \d+ s: rank 0 .*engine.*; rank 1 .* is in "),
