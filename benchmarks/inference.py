@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from greenprune.export import InferenceReport, benchmark_inference, evaluate_file, export_run
-from greenprune.progress import format_joules, format_percent, format_seconds, format_si
+from greenprune.formatting import format_joules, format_percent, format_seconds, format_si
 from greenprune.provenance import collect_provenance
 
 RESULTS = Path(__file__).parent / "results"

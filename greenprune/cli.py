@@ -142,7 +142,7 @@ def _add_export_parsers(
 
 def _compare(arguments: argparse.Namespace) -> int:
     from greenprune.config import UserError
-    from greenprune.progress import open_console
+    from greenprune.formatting import open_console
     from greenprune.report import compare_runs
 
     try:
@@ -182,7 +182,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _benchmark(arguments: argparse.Namespace) -> int:
     from greenprune.export import benchmark_inference
-    from greenprune.progress import open_console
+    from greenprune.formatting import open_console
 
     report = benchmark_inference(
         arguments.files, batch_size=arguments.batch_size, turns=arguments.turns, compiled=arguments.compile

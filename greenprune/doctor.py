@@ -80,7 +80,7 @@ def print_findings(findings: list[Finding]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from greenprune.progress import open_console
+    from greenprune.formatting import open_console
 
     styles = {"ok": "green", "missing": "red", "note": "yellow"}
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))

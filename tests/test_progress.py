@@ -12,17 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from greenprune.progress import (
-    Display,
-    RunStatus,
-    format_joules,
-    format_percent,
-    format_seconds,
-    format_si,
-    open_display,
-    sparkline,
-    worst_quality,
-)
+from greenprune.formatting import format_joules, format_percent, format_seconds, format_si, sparkline, worst_quality
+from greenprune.progress import Display, RunStatus, open_display
 
 Event = dict[str, Any]
 

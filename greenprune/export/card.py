@@ -6,14 +6,7 @@ from typing import Any
 
 import yaml
 
-from greenprune.progress import (
-    UNKNOWN,
-    format_joules,
-    format_percent,
-    format_removed,
-    format_share,
-    format_si,
-)
+from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_removed, format_share, format_si
 
 _LIBRARIES = {"onnx": "onnx", "hf": "transformers"}
 

@@ -26,8 +26,8 @@ from greenprune.data.folders import LAYOUTS
 from greenprune.energy import Measurement, Meter, open_meter
 from greenprune.export.exporting import form_to_write, read_record, weights_bytes
 from greenprune.export.formats import ExportError, Loaded, check_format, load_network, write_network
+from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_seconds, format_si
 from greenprune.models import build_model
-from greenprune.progress import UNKNOWN, format_joules, format_percent, format_seconds, format_si
 
 _LATENCY_S, _THROUGHPUT_S = 0.05, 0.3  # of work in a turn; estimates of energy read nothing below 0.1 s
 

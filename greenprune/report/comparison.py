@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from greenprune.config import UserError, load_yaml, shaping_values
-from greenprune.progress import UNKNOWN, format_joules, format_percent, format_seconds, format_si, worst_quality
+from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_seconds, format_si, worst_quality
 from greenprune.timing import StepTimes
 from greenprune.tracking import Event, RunFolder, read_attempts, read_events
 

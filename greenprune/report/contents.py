@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from greenprune.config import UserError, shaping_values
+from greenprune.formatting import format_joules, format_percent
 from greenprune.locking import is_held
-from greenprune.progress import format_joules, format_percent
 from greenprune.report.comparison import (
     ComparedRun,
     find_runs,

@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from greenprune.progress import format_joules, format_percent, format_si
+from greenprune.formatting import format_joules, format_percent, format_si
 from greenprune.report.contents import Group, Report, ReportedRun, Task, spread_of
 from greenprune.report.history import REMOVED, EpochFigures, GateMap
 

@@ -12,12 +12,7 @@ import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from greenprune.progress import (
-    UNKNOWN,
-    format_joules,
-    format_percent,
-    format_si,
-)
+from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_si
 from greenprune.report.contents import Group, Report, ReportedRun, Task
 from greenprune.report.figures import (
     GONE,

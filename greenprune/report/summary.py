@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from greenprune.progress import (
+from greenprune.formatting import (
     UNKNOWN,
     cost_name,
     format_joules,

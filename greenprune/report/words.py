@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from greenprune.progress import UNKNOWN, format_joules, format_percent, format_seconds, format_si
+from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_seconds, format_si
 from greenprune.report.contents import Group, Report, ReportedRun, Spread, Task
 
 

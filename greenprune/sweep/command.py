@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from greenprune.config import UserError
-from greenprune.progress import format_joules, format_percent, format_seconds, open_console
+from greenprune.formatting import format_joules, format_percent, format_seconds, open_console
 from greenprune.sweep.collect import collect_report
 from greenprune.sweep.folder import (
     PlannedRun,

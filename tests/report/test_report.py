@@ -20,8 +20,8 @@ import pytest
 
 from greenprune.cli import main
 from greenprune.config import UserError
+from greenprune.formatting import format_joules, format_percent, format_si
 from greenprune.locking import FolderLock
-from greenprune.progress import format_joules, format_percent, format_si
 from greenprune.report.contents import Report, build_report
 from greenprune.report.figures import gate_map_figure, overview
 from greenprune.report.history import REMOVED, read_history
