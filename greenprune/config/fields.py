@@ -1,52 +1,14 @@
-"""The configuration of one run: frozen dataclasses, their validation, and the way from YAML and flags to them.
-
-One YAML file is one complete run. Every field can be set on the command line by its dotted name
-(``--optim.lr 0.2``), where the last word wins. What is wrong is reported as a :class:`ConfigError` with one
-message that names the key, the value and what is valid, before any file is written.
-"""
+"""The configuration of one run: frozen dataclasses, each of which refuses what cannot be run."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
-
-import jsonargparse
-import yaml
-from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with the booleans and floats of version 1.2: ``precision: no`` is a word, ``lr: 5e-4`` a number."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^([-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
-    list("-+.0123456789"),
-)
-
-
-def load_yaml(text: str) -> Any:
-    """Plain values from YAML as config files are written."""
-    return yaml.load(text, _Loader)
-
-
-set_loader("greenprune", load_yaml, exceptions=(yaml.YAMLError,))
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class UserError(ValueError):
@@ -403,9 +365,12 @@ class Config:
         return hashlib.sha256(json.dumps(shaping_values(self.to_dict()), sort_keys=True).encode()).hexdigest()[:16]
 
 
-_NOT_SHAPING = ("output_dir", "run_name", "resume", "device", "stall_s", "energy", "tracking", "checkpoint")
-_NOT_SHAPING_PARTS = ("data.root", "data.download", "data.workers", "data.eval_batch_size", "model.compile")
-MAY_CHANGE = ", ".join((*_NOT_SHAPING[:5], *(f"{section}.*" for section in _NOT_SHAPING[5:]), *_NOT_SHAPING_PARTS))
+_NOT_SHAPING = (
+    *("output_dir", "run_name", "resume", "device", "stall_s"),
+    *("data.root", "data.download", "data.workers", "data.eval_batch_size", "model.compile"),
+)
+_NOT_SHAPING_SECTIONS = ("energy", "tracking", "checkpoint")
+MAY_CHANGE = ", ".join((*_NOT_SHAPING, *(f"{section}.*" for section in _NOT_SHAPING_SECTIONS)))
 """What may be changed when a run goes on, for people: nothing of it shapes the result."""
 
 
@@ -418,156 +383,11 @@ def shaping_values(values: dict[str, Any]) -> dict[str, Any]:
     gated = values["gate"]["enabled"]
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if key in _NOT_SHAPING or (key in ("budget", "removal", "surgery", "gate") and not gated):
+        if key in _NOT_SHAPING_SECTIONS or (key in ("budget", "removal", "surgery", "gate") and not gated):
             continue
         if isinstance(value, dict):
             flat.update({f"{key}.{name}": item for name, item in value.items()})
         else:
             flat[key] = value
     flat["gate.enabled"] = gated
-    return {key: value for key, value in flat.items() if key not in _NOT_SHAPING_PARTS}
-
-
-def config_parser(prog: str = "train.py") -> ArgumentParser:
-    """The parser of a run's flags: ``--config FILE`` and one flag for each field, with its docstring as help."""
-    parser = ArgumentParser(
-        prog=prog,
-        description="Train a gated network and remove what it does not need while it trains.",
-        exit_on_error=False,
-        parser_mode="greenprune",
-    )
-    parser.add_argument("--config", action="config", help="YAML file with one complete run; later flags override it")
-    parser.add_class_arguments(Config, nested_key=None)
-    return parser
-
-
-def _fields(cls: type, prefix: str = "") -> dict[str, bool]:
-    """All dotted field names of a config dataclass, and whether each may be null."""
-    found: dict[str, bool] = {}
-    for item in dataclasses.fields(cls):
-        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-        if dataclasses.is_dataclass(default):
-            found |= _fields(type(default), f"{prefix}{item.name}.")
-        else:
-            found[prefix + item.name] = "None" in str(item.type)
-    return found
-
-
-_FIELDS = _fields(Config)
-
-
-def _check_file(path: Path) -> None:
-    """Check that a config file is YAML with known keys, to name what is wrong better than the parser does.
-
-    Raises:
-        ConfigError: The file is missing, is not YAML, or has a key that no field has.
-    """
-    try:
-        values = load_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config: cannot read {str(path)!r} ({error.strerror}); expected a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config: {str(path)!r} holds no fields; expected one YAML mapping with a complete run")
-    known = list(_FIELDS)
-    sections = {name.split(".")[0] for name in known if "." in name}
-    for key, value in values.items():
-        if key in sections and isinstance(value, dict):
-            for name, item in value.items():
-                _check_key(f"{key}.{name}", known)
-                _check_null(f"{key}.{name}", item)
-        elif key in sections:
-            valid = [name for name in known if name.startswith(f"{key}.")]
-            raise ConfigError(f"{key}: {value!r} is not valid; expected a mapping of {', '.join(valid)}")
-        else:
-            _check_key(str(key), known)
-            _check_null(str(key), value)
-
-
-def _check_null(key: str, value: object) -> None:
-    """Refuse null (a key with nothing after it) where a field needs a value."""
-    if value is None and not _FIELDS[key]:
-        raise ConfigError(f"{key}: null is not valid; expected a value, or no such line to have the default")
-
-
-def _check_key(key: str, known: list[str]) -> None:
-    if key in known:
-        return
-    section = key.split(".", maxsplit=1)[0]
-    siblings = [name for name in known if name.startswith(f"{section}.")] if "." in key else []
-    siblings = siblings or sorted({name.split(".")[0] for name in known})
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    hint = f"did you mean {close[0]}? " if close else ""
-    shown = key if key.isprintable() and key.strip() else repr(key)
-    raise ConfigError(f"{shown}: unknown key; {hint}valid here: {', '.join(siblings)}")
-
-
-def check_field(key: str) -> None:
-    """Check that a config has a field of this dotted name.
-
-    Raises:
-        ConfigError: It has none; the message names the closest one.
-    """
-    _check_key(key, list(_FIELDS))
-
-
-def parse_config(args: list[str], prog: str = "train.py") -> Config:
-    """Turn command-line arguments, with the YAML files they name, into a validated config.
-
-    Args:
-        args: The arguments without the program's name.
-        prog: Program name for the help text.
-
-    Raises:
-        ConfigError: Any key, type or value is wrong.
-        SystemExit: ``--help`` was asked for (code 0).
-    """
-    known = list(_FIELDS)
-    for index, arg in enumerate(args):
-        if arg == "--config" and index + 1 < len(args):
-            _check_file(Path(args[index + 1]))
-        elif arg.startswith("--config="):
-            _check_file(Path(arg.removeprefix("--config=")))
-        elif arg.startswith("--") and arg not in ("--help", "--config", "--print_config"):
-            _check_key(arg[2:].split("=")[0].split("+")[0], known)
-    parser = config_parser(prog)
-    try:
-        namespace = parser.parse_args(args)
-        config = parser.instantiate(namespace)
-    except ConfigError:
-        raise
-    except (jsonargparse.ArgumentError, TypeError) as error:
-        raise ConfigError(plain_message(error)) from None
-    except ValueError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, ConfigError):
-            cause = cause.__cause__ or cause.__context__
-        raise cause if isinstance(cause, ConfigError) else ConfigError(plain_message(error)) from None
-    values = {item.name: config[item.name] for item in dataclasses.fields(Config)}
-    return Config(**values)
-
-
-def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a complete run from a YAML file, with fields given by their dotted names replaced.
-
-    Raises:
-        ConfigError: Any key, type or value is wrong.
-    """
-    words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (overrides or {}).items()}
-    flags = [f"--{key}={word}" for key, word in words.items()]
-    return parse_config([f"--config={path}", *flags])
-
-
-def dump_config(config: Config) -> str:
-    """The config as YAML that :func:`load_config` reads back."""
-    return yaml.safe_dump(config.to_dict(), sort_keys=False)
-
-
-def plain_message(error: BaseException) -> str:
-    """One line from a parser's message, without its own preamble."""
-    text = " ".join(str(error).split())
-    found = re.search(r'[Kk]ey "?([\w.]+)"?:? ?(.*)', text)
-    text = f"{found[1]}: {found[2]}" if found else text
-    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
-    return re.sub(r"Expected an? <class '(\w+)'>", r"Expected a value of type \1", text)
+    return {key: value for key, value in flat.items() if key not in _NOT_SHAPING}
