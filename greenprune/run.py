@@ -93,8 +93,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         records = Records(folder, meter, carbon, mirrors, notes, environment.get("SLURM_JOB_ID"))
         with meter.window("setup"):
             trainer = Trainer(config, data, engine, network, records, resume)
-        stack.callback(trainer.events.close)
-        stack.callback(trainer.writer.close)
+        stack.callback(trainer.close)
         with engine.watching(config.stall_s, lambda: _advice(folder)):
             return RunResult(trainer.fit(), folder, engine.is_main)
 

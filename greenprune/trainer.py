@@ -5,69 +5,37 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from greenprune.accounts import Accounts, Records
-from greenprune.checkpoint import Checkpoint, CheckpointCorrupt, CheckpointWriter, Written, list_checkpoints
+from greenprune.accounts import Records
+from greenprune.checkpoint import Checkpoint, CheckpointCorrupt
 from greenprune.config import Config, shaping_values
 from greenprune.data import ImageData
-from greenprune.energy import co2_g
 from greenprune.engine import Engine
 from greenprune.evaluation import Evaluation, evaluate
-from greenprune.gating import GatePolicy, Verdict, by_gate, find_gates
+from greenprune.gating import GatePolicy, Verdict
 from greenprune.interrupt import Interrupted, InterruptRequest
-from greenprune.models import residual_blocks
 from greenprune.network import Network, units_present
 from greenprune.optimization import WeightAverage, build_optimizer, build_schedule
-from greenprune.process_load import ProcessLoad, by_rank
+from greenprune.process_load import ProcessLoad
+from greenprune.recording import Recorder, Told
+from greenprune.saving import Saving
 from greenprune.skipping import MOST_IN_A_ROW, StepSkipper
 from greenprune.surgery import Operation, Structure, carry_out, replay, update_optimizer
 from greenprune.timing import IntervalClock, StepTimes
-from greenprune.tracking import Event, EventLog, Ledger, salvage_events, write_json
+from greenprune.tracking import Ledger
 
 _ASK_S = 1.0  # a question to all ranks waits for the device: once a second costs nothing that can be seen
 
 
 class TrainingDiverged(RuntimeError):
     """The loss is not a number any more; the message names the last good checkpoint."""
-
-
-class StorageFailed(OSError):
-    """A file of the run cannot be written any more; the message names the last good checkpoint.
-
-    Attributes:
-        known_to_all: Whether all ranks have the same to say.
-    """
-
-    known_to_all = False
-
-
-class _Told(NamedTuple):
-    """What all ranks have told.
-
-    Attributes:
-        loss: Sum over the samples of the epoch so far.
-        hits: The same of those that were recognised.
-        skipped: Steps of the epoch that were left out.
-        price: The price of kept cost, if there are gates.
-        signal: A signal that asks to stop, or 0.
-        loads: The load of each rank's process.
-    """
-
-    loss: float
-    hits: float
-    skipped: int
-    price: float | None
-    signal: int
-    loads: list[float]
 
 
 class Trainer:
@@ -96,11 +64,12 @@ class Trainer:
         self.engine = engine
         self.folder = records.folder
         self.meter = records.meter
-        self.accounts = Accounts(engine, records.meter, records.carbon, records.slurm_job)
-        self.notes = [*network.notes, *records.notes]
+        self.recorder = Recorder(config, data, engine, network, records)
+        self.accounts = self.recorder.accounts
+        self.saving = Saving(config.checkpoint, records.folder, engine, self.recorder.written)
         self.total_steps = config.optim.epochs * data.steps_per_epoch
+        self._parts = config.optim.accumulate
         self.step = 0
-        self._saved_step = -1
         self.structure = Structure()
         self.step_times = StepTimes()
         self.last_evaluation: Evaluation | None = None
@@ -110,24 +79,16 @@ class Trainer:
         self._ask_every = 1  # steps between two questions to all ranks whether to stop, the same on every rank
         # Loss and hits of this epoch, and its steps that were skipped.
         self._totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
+        self._seen = self._totals[:2]
         self.unit_table = network.table
         self.costs = network.costs
-        kept = config.checkpoint
-        self.writer = CheckpointWriter(self.folder.checkpoints, kept.keep_last, kept.keep_best, self.folder.events)
-        self._pause_s: float | None = None  # of the checkpoint that is being written
         try:
             self._build(network.model, resume[1] if resume else None)
         except (LookupError, TypeError, ValueError) as error:
             if resume is None:
                 raise
             raise CheckpointCorrupt(f"{resume[0]}: does not fit this run ({' '.join(str(error).split())})") from error
-        previous, damaged = salvage_events(self.folder.events)
-        self.events = EventLog(self.folder.events if engine.is_main else None, records.mirrors)
-        self.accounts.add_earlier_attempts(previous, complete=not damaged)
-        self.notes += self._notes_on_resuming(previous, damaged)
-        self._record_start(resume[0] if resume else None)
-        if resume is not None:
-            self._catch_up(resume[0], previous)
+        self.recorder.begin(self.step, self.structure, resume[0] if resume else None)
 
     # Setting up.
 
@@ -164,7 +125,7 @@ class Trainer:
             rounding=self.unit_table.rounding(self.config.surgery, self.engine.device),
             total_steps=self.total_steps,
             window=self.config.removal.window or self.data.steps_per_epoch,
-            parts=self.config.optim.accumulate,
+            parts=self._parts,
         )
 
     def _new_skipper(self) -> StepSkipper:
@@ -187,63 +148,13 @@ class Trainer:
             self._totals.copy_(totals[self.engine.rank])
         elif self.engine.is_main:
             self._totals.copy_(torch.stack(totals).sum(0))
-        self.step = self._saved_step = state["step"]
+        self.step = state["step"]
+        self.saving.goes_on_from(self.step)
         self.accounts.ledger = Ledger(**state["ledger"])
         self.step_times = StepTimes(**state["step_times"])
         if state["evaluation"] is not None:
             self.last_evaluation = Evaluation(**state["evaluation"])
         torch.set_rng_state(training["random"][min(self.engine.rank, len(training["random"]) - 1)])
-
-    def _notes_on_resuming(self, previous: list[Event], damaged: list[str]) -> list[str]:
-        """What going on costs: steps that are done again, lines of the log that tell nothing any more."""
-        notes = [f"{self.folder.events}: {line}; what was spent is a lower bound now" for line in damaged]
-        reached = max((event["step"] for event in previous), default=0)
-        if reached > self.step:
-            since = "the beginning" if self.step == 0 else f"the checkpoint at step {self.step}"
-            notes.append(f"the run had come to step {reached}: the {reached - self.step} steps since {since} are lost")
-        return notes
-
-    def _catch_up(self, path: Path, previous: list[Event]) -> None:
-        """Bring the files of the run to the checkpoint: an attempt that was killed may have been behind or ahead."""
-        if self.engine.is_main and self.folder.structure.exists():
-            write_json(self.folder.structure, self.structure.to_dict())
-        if not any(event["kind"] == "checkpoint" and event["step"] == self.step for event in previous):
-            self.events.record("checkpoint", self.step, path=str(path), pause_s=None, write_s=None)
-
-    def _record_start(self, resumed_from: Path | None) -> None:
-        config = self.config
-        self.events.record(
-            "start",
-            self.step,
-            run=self.folder.path.name,
-            attempt=self.accounts.ledger.attempts,
-            resumed_from=str(resumed_from) if resumed_from else None,
-            model=config.model.name,
-            data=config.data.name,
-            gated=config.gate.enabled,
-            budget_target=config.budget.target if config.gate.enabled else None,
-            budget_unit=config.budget.unit,
-            precision=config.precision,
-            device=str(self.engine.device),
-            engine=self.engine.name,
-            world_size=self.engine.world_size,
-            batch_size=config.data.batch_size,
-            train_samples=self.data.train_samples,
-            eval_samples=self.data.eval_samples,
-            accuracy_kind=self.data.accuracy_kind,
-            classes=self.data.classes,
-            image_shape=[self.data.channels, self.data.image_size, self.data.image_size],
-            epochs=config.optim.epochs,
-            steps_per_epoch=self.data.steps_per_epoch,
-            units=list(self.costs.units),
-            channels=self.costs.channels,
-            energy_sources=self.accounts.sources(),
-            notes=[*self.meter.notes, *self.notes],
-            **self._structure_numbers,
-            **self.accounts.begin(),
-            flops__forward_dense=self.unit_table.dense.flops_forward,
-            structure__params_dense=self.unit_table.dense.params,
-        )
 
     # The run.
 
@@ -262,7 +173,7 @@ class Trainer:
             TrainingDiverged: The loss is not finite.
             StorageFailed: A file of the run cannot be written.
         """
-        with self.interrupt, self._naming_the_last_checkpoint():
+        with self.interrupt, self.saving.naming_the_last(lambda: self.step):
             for epoch in range(self.step // self.data.steps_per_epoch, self.config.optim.epochs):
                 with self.meter.window("train"):
                     self._train_epoch(epoch)
@@ -303,13 +214,9 @@ class Trainer:
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         """One optimizer step on this rank's slice of a global batch."""
-        parts = self.config.optim.accumulate
         if self.skipper is not None:
             self.skipper.begin(self.engine.module)
-        seen = torch.zeros(2, device=self.engine.device)
-        for number, (part, targets) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
-            with self.engine.accumulating(last=number + 1 == parts):
-                seen = seen + self._pass(part, targets) if parts > 1 else self._pass(part, targets)
+        seen = self._pass(images, labels) if self._parts == 1 else self._passes(images, labels)
         if self.skipper is not None:
             self.skipper.judge(self.engine.module)
         self.engine.step()
@@ -319,7 +226,7 @@ class Trainer:
             self.average.update(self.step, self.skipper.skipped if self.skipper is not None else None)
         self.schedule.step()
         if self.skipper is None:
-            self._totals[:2] += seen
+            self._seen += seen
         else:
             self._totals += self.skipper.end(seen.double())
         self.step += 1
@@ -327,21 +234,30 @@ class Trainer:
             self.config.data.batch_size, self.cost.flops_train, self.unit_table.dense.flops_train
         )
 
+    def _passes(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The passes over the parts of a batch, whose gradients add up."""
+        seen = []
+        for number, (part, targets) in enumerate(
+            zip(images.chunk(self._parts), labels.chunk(self._parts), strict=True)
+        ):
+            with self.engine.accumulating(last=number + 1 == self._parts):
+                seen.append(self._pass(part, targets))
+        return torch.stack(seen).sum(0)
+
     def _pass(self, images: Tensor, labels: Tensor) -> Tensor:
         """Forward and backward, which adds to the gradients.
 
         Returns:
             Sum of the losses and number of hits [2], on the device.
         """
-        parts = self.config.optim.accumulate
         logits = self.engine.model(images)
         task = functional.cross_entropy(logits, labels, label_smoothing=self.config.optim.label_smoothing)
         loss = task
         if self.policy is not None and self.policy.active:
-            penalty = self.policy.penalty(self.step, self.config.data.batch_size // parts, self.engine.mean)
+            penalty = self.policy.penalty(self.step, self.config.data.batch_size // self._parts, self.engine.mean)
             loss = task if penalty is None else task + penalty
-        if parts > 1:
-            loss = loss / parts
+        if self._parts > 1:
+            loss = loss / self._parts
         self.engine.backward(loss if self.skipper is None else self.skipper.marked(loss))
         return torch.stack([task.detach() * len(labels), (logits.argmax(1) == labels).sum()])
 
@@ -354,14 +270,7 @@ class Trainer:
         window, verdicts = self.policy.close_window(self.step)
         if not all(math.isfinite(unit.openness) for unit in window.values()):
             self._diverged(math.nan)
-        self.events.record(
-            "window",
-            self.step,
-            gate__price=self.policy.controller.price.item(),
-            gate__target=self.policy.controller.target_at(self.step),
-            structure__kept_cost=self.policy.kept_cost,
-            units=by_gate(window),
-        )
+        self.recorder.window(self.step, self.policy, window)
         if verdicts:
             with self.meter.window("surgery"):
                 self._operate(verdicts)
@@ -385,36 +294,17 @@ class Trainer:
         self._structure_changed()
         if any(verdict.action == "remove" for verdict in verdicts):
             self.step_times.cut()
-        if self.engine.is_main:
-            write_json(self.folder.structure, self.structure.to_dict())
-        for operation in operations:
-            kind = "removal" if operation.action == "remove" else "freeze"
-            self.events.record(
-                kind,
-                self.step,
-                epoch=epoch,
-                unit=operation.unit,
-                reason=operation.reason,
-                channels=operation.channels,
-                **self._structure_numbers,
-            )
-        self.events.record("surgery", self.step, pause_s=time.monotonic() - started)
+        self.recorder.operated(self.step, self.structure, operations, time.monotonic() - started)
 
     def _structure_changed(self) -> None:
-        """Take up what depends on the structure: its cost, and the numbers that events tell of it."""
-        self.cost = self.unit_table.cost_of(self.structure)
+        """Take up what depends on the structure: its cost, the tensors to average, and what events tell of it."""
+        self.cost = self.recorder.structure_is(
+            self.structure, self.policy.kept_cost if self.policy is not None else 1.0
+        )
         if self.average is not None:
             self.average.link(self.engine.module)
         if self.policy is not None:
             self.policy.scale_losses_by(self.engine.loss_scale)
-        self._structure_numbers = {
-            "structure__blocks": len(residual_blocks(self.engine.module)),
-            "structure__gates": len(find_gates(self.engine.module)),
-            "structure__channels": sum(self.unit_table.channels_left(self.structure).values()),
-            "structure__params": self.cost.params,
-            "structure__kept_cost": self.policy.kept_cost if self.policy is not None else 1.0,
-            "flops__forward": self.cost.flops_forward,
-        }
 
     @property
     def _model_to_evaluate(self) -> nn.Module:
@@ -430,43 +320,26 @@ class Trainer:
         """
         told = self._read()
         self._check_skipped(self.total_steps)
-        self._record_written(self.writer.take())
+        self.saving.look()
         step_s = self._step_s = clock.seconds_per_step()
         self.step_times.add(step_s)
         clock.restart()
         samples = self._samples_in_epoch(told.skipped)
         if not math.isfinite(told.loss):
             self._diverged(told.loss / samples)
-        self.events.record(
-            "train",
-            self.step,
-            epoch=self.step / self.data.steps_per_epoch,
-            train__loss=told.loss / samples,
-            train__accuracy=told.hits / samples,
-            train__lr=self.schedule.get_last_lr()[0],
-            train__samples_per_s=self.config.data.batch_size / step_s,
-            train__step_time_s=step_s,
-            **self._skipped_numbers(told.skipped),
-            gate__price=told.price,
-            **self._structure_numbers,
-            **self.accounts.numbers(),
-            **by_rank(told.loads),
-        )
+        self.recorder.train(self.step, told, samples, step_s, float(self.schedule.get_last_lr()[0]))
         return told.signal
 
     def _samples_in_epoch(self, skipped: int) -> int:
         in_epoch = self.step % self.data.steps_per_epoch or self.data.steps_per_epoch
         return max(1, in_epoch - skipped) * self.config.data.batch_size
 
-    def _skipped_numbers(self, skipped: int) -> dict[str, int]:
-        return {} if self.skipper is None else {"train__skipped_steps": self.accounts.ledger.skipped_steps + skipped}
-
     def _check_skipped(self, window: int) -> None:
         """Stop, on every rank alike, where skipping steps does not help; the device is read beside it anyway."""
         if self.skipper is not None and self.skipper.in_a_row >= min(window, MOST_IN_A_ROW):
             self._diverged(math.nan)
 
-    def _read(self) -> _Told:
+    def _read(self) -> Told:
         """What all ranks have to tell since the epoch began, in one collective; waits for the device.
 
         Raises:
@@ -475,39 +348,32 @@ class Trainer:
         engine = self.engine
         price = self.policy.controller.price if self.policy is not None else torch.zeros((), device=engine.device)
         loads = self._load_of_process.among(engine.rank, engine.world_size, engine.device_memory)
-        told = [self.interrupt.signal, self._step_s, self.writer.failed, *loads]
+        told = [self.interrupt.signal, self._step_s, self.saving.failed, *loads]
         mine = torch.tensor(told, dtype=torch.float64, device=engine.device)
         shared = engine.sum(torch.cat([self._totals, mine]))
         loss, hits, skipped, stop, step_s, failed, *loads, price_now = torch.cat(
             [shared, price.double().view(1)]
         ).tolist()
         if failed:
-            self._await_checkpoint()
-        self._ask_every = max(1, int(_ASK_S * engine.world_size / step_s)) if step_s else 1
+            self.saving.wait()
+        self._ask_again_after(step_s)
         price_known = price_now if self.policy is not None else None
-        return _Told(loss, hits, round(skipped / engine.world_size), price_known, int(stop), loads)
+        return Told(loss, hits, round(skipped / engine.world_size), price_known, int(stop), loads)
+
+    def _ask_again_after(self, step_s: float) -> None:
+        """Set after how many steps ranks ask each other again; ``step_s`` is the sum over the ranks, alike on all."""
+        self._ask_every = max(1, int(_ASK_S * self.engine.world_size / step_s)) if step_s else 1
 
     def _record_epoch(self, epoch: int) -> None:
         assert self.last_evaluation is not None
         told = self._read()
         samples = self._samples_in_epoch(told.skipped)
-        self.accounts.ledger.skipped_steps += told.skipped
-        self.events.record(
-            "epoch",
-            self.step,
-            epoch=epoch + 1,
-            train__loss=told.loss / samples,
-            train__accuracy=told.hits / samples,
-            eval__loss=self.last_evaluation.loss,
-            eval__accuracy=self.last_evaluation.accuracy,
-            **self._structure_numbers,
-            **self.accounts.end_epoch(),
-        )
+        self.recorder.epoch(self.step, epoch + 1, told, samples, self.last_evaluation)
         self._totals.zero_()
 
     def _diverged(self, loss: float) -> None:
         raise TrainingDiverged(
-            f"the loss or a weight is {loss} after step {self.step}; {self._last_checkpoint()}. "
+            f"the loss or a weight is {loss} after step {self.step}; {self.saving.last()}. "
             "A smaller optim.lr or optim.clip_norm may help"
         )
 
@@ -521,11 +387,11 @@ class Trainer:
             OSError: The one before could not be written.
         """
         path = self.folder.checkpoints / f"step-{self.step:09d}"
-        if self._saved_step == self.step:
+        if self.saving.has(self.step):
             return path
         started = time.monotonic()
         with self.meter.window("checkpoint"):
-            self._await_checkpoint()
+            self.saving.wait()
             size = float(torch.nn.utils.get_total_norm(self.engine.module.parameters()))
             if not math.isfinite(size):
                 self._diverged(size)
@@ -534,49 +400,13 @@ class Trainer:
                 self.engine.sync_buffers(self.average.module)
             of_ranks = self.engine.gather_objects((torch.get_rng_state(), self._totals.cpu()))
             snapshot = self._snapshot(of_ranks, self.accounts.ledger_now())
-            if self.engine.is_main:
-                self.writer.begin(self.step, snapshot, self._score())
-        self._saved_step = self.step
-        self._pause_s = time.monotonic() - started
+            self.saving.begin(self.step, snapshot, self._score(), started)
         return path
 
     def _score(self) -> float | None:
         """Accuracy of the network as it is; None within an epoch, where it is not known."""
         within = self.step % self.data.steps_per_epoch != 0
         return None if within or self.last_evaluation is None else self.last_evaluation.accuracy
-
-    def _await_checkpoint(self) -> None:
-        """Wait until the checkpoint in hand is on disk; all ranks call it.
-
-        Raises:
-            OSError: It could not be written.
-        """
-        self._record_written(self.engine.together(self.writer.wait, main_only=True))
-
-    def _record_written(self, written: Written | None) -> None:
-        if written is not None:
-            self.events.record(
-                "checkpoint", written.step, path=str(written.path), pause_s=self._pause_s, write_s=written.write_s
-            )
-
-    def _last_checkpoint(self) -> str:
-        self.writer.close()
-        good = list_checkpoints(self.folder.checkpoints)
-        return f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-
-    @contextmanager
-    def _naming_the_last_checkpoint(self) -> Iterator[None]:
-        """Have an error of the file system say where the run can go on from."""
-        try:
-            yield
-        except OSError as error:
-            failed = StorageFailed(
-                f"{error.filename or self.folder.path}: {error.strerror or error} after step {self.step}; "
-                f"{self._last_checkpoint()}. Once there is room to write, go on with the same command and "
-                f"--resume auto --run_name {self.folder.path.name}"
-            )
-            failed.known_to_all = getattr(error, "known_to_all", False)
-            raise failed from error
 
     def _snapshot(self, of_ranks: list[tuple[Tensor, Tensor]], ledger: Ledger) -> Checkpoint:
         training = {
@@ -602,15 +432,15 @@ class Trainer:
         """Whether any rank was asked to stop, known to all."""
         mine = torch.tensor([self.interrupt.signal, self._step_s], dtype=torch.float64, device=self.engine.device)
         stop, step_s = self.engine.sum(mine).tolist()
-        self._ask_every = max(1, int(_ASK_S * self.engine.world_size / step_s)) if step_s else 1
+        self._ask_again_after(step_s)
         return bool(stop)
 
     def _stop(self) -> None:
         path = self._checkpoint()
-        self._await_checkpoint()
+        self.saving.wait()
         number = max(self.engine.gather_objects(self.interrupt.signal)) or signal.SIGTERM
         name = signal.Signals(number).name
-        self.events.record("interrupt", self.step, signal=name, checkpoint=str(path), **self.accounts.numbers())
+        self.recorder.interrupted(self.step, name, path)
         raise Interrupted(
             number,
             f"stopped by {name} after step {self.step} of {self.total_steps}; {path} is written. "
@@ -618,71 +448,12 @@ class Trainer:
         )
 
     def _finish(self) -> dict[str, Any]:
-        """Write the structure and the summary, and say that the run is done."""
-        self._await_checkpoint()
-        summary = self._summary(self.accounts.ledger_now())
-        if self.engine.is_main:
-            write_json(self.folder.structure, self.structure.to_dict())
-            write_json(self.folder.summary, summary)
-        self.events.record("end", self.step, summary=summary)
-        self.events.close()
-        return summary
-
-    def _summary(self, ledger: Ledger) -> dict[str, Any]:
-        config, dense = self.config, self.unit_table.dense
+        """Wait for the last checkpoint, and tell what came of the run."""
         assert self.last_evaluation is not None
-        energy_j, carbon = ledger.energy_j, self.accounts.carbon
-        return {
-            "run": self.folder.path.name,
-            "model": config.model.name,
-            "data": config.data.name,
-            "seed": config.seed,
-            "gated": config.gate.enabled,
-            "accuracy": self.last_evaluation.accuracy,
-            "accuracy_kind": self.data.accuracy_kind,
-            "loss": self.last_evaluation.loss,
-            "params": self.cost.params,
-            "params_dense": dense.params,
-            "flops_forward": self.cost.flops_forward,
-            "flops_forward_dense": dense.flops_forward,
-            "flops_train": ledger.flops_train,
-            "flops_train_dense": ledger.flops_train_dense,
-            "kept_cost": self.policy.kept_cost if self.policy is not None else 1.0,
-            "cheapest_unit_cost": self.costs.cheapest,
-            "budget_target": config.budget.target if config.gate.enabled else None,
-            "budget_unit": config.budget.unit,
-            "gates_left": len(find_gates(self.engine.module)),
-            "blocks": len(residual_blocks(self.engine.module)),
-            "blocks_dense": len(self.costs.units),
-            "channels": sum(self.unit_table.channels_left(self.structure).values()),
-            "channels_dense": sum(self.unit_table.channels.values()),
-            "removals": [
-                {
-                    "unit": o.unit,
-                    "step": o.step,
-                    "epoch": o.epoch,
-                    "reason": o.reason,
-                    "channels": None if o.channels is None else len(o.channels),
-                }
-                for o in self.structure.removed()
-            ],
-            "energy_j": energy_j,
-            "energy_quality": ledger.energy_quality,
-            **self.accounts.energy_figures(ledger),
-            "co2_g": co2_g(energy_j, carbon),
-            "carbon_intensity_g_per_kwh": carbon.g_per_kwh if carbon else None,
-            "carbon_intensity_source": carbon.source if carbon else None,
-            "pue": carbon.pue if carbon else None,
-            "time_s": ledger.time_s,
-            "step_time_s": self.step_times.medians(),
-            "attempts": ledger.attempts,
-            "samples": ledger.samples,
-            "steps": self.step,
-            "skipped_steps": ledger.skipped_steps,
-            "epochs": config.optim.epochs,
-            "batch_size": config.data.batch_size,
-            "precision": config.precision,
-            "device": str(self.engine.device),
-            "engine": self.engine.name,
-            "world_size": self.engine.world_size,
-        }
+        self.saving.wait()
+        return self.recorder.finish(self.step, self.structure, self.last_evaluation, self.step_times)
+
+    def close(self) -> None:
+        """Finish the checkpoint in hand and close the log; may be called twice."""
+        self.saving.close()
+        self.recorder.events.close()

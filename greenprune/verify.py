@@ -252,7 +252,8 @@ def _check_checkpoint(path: Path, config: Config, model: nn.Module, books: _Book
         expected = (*books.flops_at(step), books.samples_at(step))
         if (ledger["flops_train"], ledger["flops_train_dense"], ledger["samples"]) != expected:
             raise CheckpointCorrupt("its ledger is not the one that follows from the events")
-        broken = next((name for name, tensor in checkpoint.model.items() if not tensor.isfinite().all()), None)
+        tensors = [*checkpoint.model.items(), *(checkpoint.training.get("average") or {}).items()]
+        broken = next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
         if broken is not None:
             raise CheckpointCorrupt(f"{broken} is not finite")
     except CheckpointCorrupt as error:

@@ -181,3 +181,20 @@ def test_the_average_goes_through_the_same_operations(make_network: MakeNetwork)
     average.link(model)
     average.update(0)
     assert sum(p.numel() for p in average.module.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_step_that_is_left_out_leaves_the_average_alone(make_network: MakeNetwork, skipped: bool) -> None:
+    model = make_network()
+    average, plain = WeightAverage(model, decay=0.5), WeightAverage(model, decay=0.5)
+    average.link(model)
+    plain.link(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    before = [parameter.clone() for parameter in average.module.parameters()]
+    average.update(20, torch.tensor(float(skipped)))
+    plain.update(20)
+    expected = before if skipped else list(plain.module.parameters())
+    for mine, theirs in zip(average.module.parameters(), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)

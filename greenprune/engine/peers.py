@@ -23,6 +23,8 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store
 
+from greenprune.redaction import without_secrets
+
 # Seconds between two signs of life, and without one after which a process counts as frozen or cut off (our choice).
 BEAT_S = 2.0
 SILENCE_S = 20.0
@@ -165,7 +167,7 @@ class Peers:
         """Say what happened and how to go on, unless another process has."""
         error = PeerLost(f"{cause}. {self._advice()}")
         if self._is_speaker():
-            sys.stderr.write(f"greenprune: error: {error}\n")
+            sys.stderr.write(f"greenprune: error: {without_secrets(str(error), os.environ)}\n")
             sys.stderr.flush()
         return error
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from greenprune.config import UserError, dump_config
 from greenprune.sweep.plan import Sweep
-from greenprune.tracking import RunFolder, write_json
+from greenprune.tracking import RunFolder, write_atomically, write_json
 
 _EXPECTED = "expected the folder of a sweep, as greenprune sweep FILE makes it"
 
@@ -186,7 +186,7 @@ def write_sweep(folder: SweepFolder, sweep: Sweep) -> list[PlannedRun]:
     for run, task in zip(runs, sweep.tasks, strict=True):
         path, text = folder.config_of(run), dump_config(task.config)
         if not path.exists() or path.read_text() != text:
-            path.write_text(text)
+            write_atomically(path, text)
     write_json(folder.plan, {"format": 1, "name": folder.path.name, "runs": [vars(run) for run in runs]})
     return runs
 

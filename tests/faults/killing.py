@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ VARIANTS = {
     "blocks, sgd": [],
     "channels, adamw": ["--gate.units", "[channel]", "--optim.name", "adamw", "--optim.lr", "0.002"],
     "both, static, clipped": ["--gate.units", "[block, channel]", "--gate.kind", "static", "--optim.clip_norm", "1"],
+    "averaged, in parts": ["--optim.ema", "0.9", "--optim.accumulate", "2"],
 }
 # What differs between two courses that are otherwise the same: clocks, joules, and when a checkpoint was taken.
 _OF_THE_MOMENT = ("time", "time_s", "train/samples_per_s", "train/step_time_s")
@@ -154,24 +156,24 @@ class Runs:
         return {"after_s": round(after_s, 3), "of": of, "how": how, "last_step": steps[-1] if steps else None}
 
 
-class _Group:
+class _Group(ABC):
     """The processes of one run."""
 
+    @abstractmethod
     def wait(self, timeout_s: float) -> int | None:
         """Exit code once all have ended; None after so many seconds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ranks(self) -> list[psutil.Process]:
         """The training processes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def terminate(self) -> None:
         """Ask all to stop."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kill(self) -> None:
         """Kill all that is left, at once."""
-        raise NotImplementedError
 
 
 class _Launched(_Group):

@@ -1,0 +1,326 @@
+"""What a run tells of itself: the events of its log, and the summary of what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from greenprune.accounts import Accounts, Records
+from greenprune.checkpoint import Written
+from greenprune.config import Config
+from greenprune.data import ImageData
+from greenprune.energy import co2_g
+from greenprune.engine import Engine
+from greenprune.evaluation import Evaluation
+from greenprune.flops import Cost
+from greenprune.gating import GatePolicy, UnitWindow, by_gate, find_gates
+from greenprune.models import residual_blocks
+from greenprune.network import Network
+from greenprune.process_load import by_rank
+from greenprune.surgery import Operation, Structure
+from greenprune.timing import StepTimes
+from greenprune.tracking import Event, EventLog, salvage_events, write_json
+
+
+class Told(NamedTuple):
+    """What all ranks have told.
+
+    Attributes:
+        loss: Sum over the samples of the epoch so far.
+        hits: The same of those that were recognised.
+        skipped: Steps of the epoch that were left out.
+        price: The price of kept cost, if there are gates.
+        signal: A signal that asks to stop, or 0.
+        loads: The load of each rank's process.
+    """
+
+    loss: float
+    hits: float
+    skipped: int
+    price: float | None
+    signal: int
+    loads: list[float]
+
+
+class Recorder:
+    """Writes a run's events, structure and summary; on rank 0, the others only take part.
+
+    Args:
+        config: The run.
+        data: The data set.
+        engine: The engine.
+        network: The network, from :func:`prepare_network`.
+        records: Where its figures come from and go.
+
+    Attributes:
+        accounts: What the run has spent.
+        events: Its log, once :meth:`begin` has opened it.
+    """
+
+    events: EventLog
+
+    def __init__(self, config: Config, data: ImageData, engine: Engine, network: Network, records: Records) -> None:
+        self._config = config
+        self._data = data
+        self._engine = engine
+        self._folder = records.folder
+        self._mirrors = records.mirrors
+        self._notes = [*records.meter.notes, *network.notes, *records.notes]
+        self._table, self._costs = network.table, network.costs
+        self.accounts = Accounts(engine, records.meter, records.carbon, records.slurm_job)
+
+    def structure_is(self, structure: Structure, kept_cost: float) -> Cost:
+        """Take up what events tell of a structure, from now on.
+
+        Returns:
+            What the network costs in it.
+        """
+        cost = self._cost = self._table.cost_of(structure)
+        self._numbers = {
+            "structure__blocks": len(residual_blocks(self._engine.module)),
+            "structure__gates": len(find_gates(self._engine.module)),
+            "structure__channels": sum(self._table.channels_left(structure).values()),
+            "structure__params": cost.params,
+            "structure__kept_cost": kept_cost,
+            "flops__forward": cost.flops_forward,
+        }
+        return cost
+
+    # Events.
+
+    def begin(self, step: int, structure: Structure, resumed_from: Path | None) -> None:
+        """Open the log, add what earlier attempts spent, and record the start of this one.
+
+        Args:
+            step: Steps done.
+            structure: The structure to begin with.
+            resumed_from: The checkpoint that the run goes on from.
+        """
+        previous, damaged = salvage_events(self._folder.events)
+        self.events = EventLog(self._folder.events if self._engine.is_main else None, self._mirrors)
+        self.accounts.add_earlier_attempts(previous, complete=not damaged)
+        self._notes += self._on_resuming(step, previous, damaged)
+        self._start(step, resumed_from)
+        if resumed_from is not None:
+            self._catch_up(step, structure, resumed_from, previous)
+
+    def _on_resuming(self, step: int, previous: list[Event], damaged: list[str]) -> list[str]:
+        """What going on costs: steps that are done again, lines of the log that tell nothing any more."""
+        notes = [f"{self._folder.events}: {line}; what was spent is a lower bound now" for line in damaged]
+        reached = max((event["step"] for event in previous), default=0)
+        if reached > step:
+            since = "the beginning" if step == 0 else f"the checkpoint at step {step}"
+            notes.append(f"the run had come to step {reached}: the {reached - step} steps since {since} are lost")
+        return notes
+
+    def _catch_up(self, step: int, structure: Structure, path: Path, previous: list[Event]) -> None:
+        """Bring the files of the run to the checkpoint: an attempt that was killed may have been behind or ahead."""
+        if self._engine.is_main and self._folder.structure.exists():
+            write_json(self._folder.structure, structure.to_dict())
+        if not any(event["kind"] == "checkpoint" and event["step"] == step for event in previous):
+            self.events.record("checkpoint", step, path=str(path), pause_s=None, write_s=None)
+
+    def _start(self, step: int, resumed_from: Path | None) -> None:
+        config, data, engine = self._config, self._data, self._engine
+        self.events.record(
+            "start",
+            step,
+            run=self._folder.path.name,
+            attempt=self.accounts.ledger.attempts,
+            resumed_from=str(resumed_from) if resumed_from else None,
+            model=config.model.name,
+            data=config.data.name,
+            gated=config.gate.enabled,
+            budget_target=config.budget.target if config.gate.enabled else None,
+            budget_unit=config.budget.unit,
+            precision=config.precision,
+            device=str(engine.device),
+            engine=engine.name,
+            world_size=engine.world_size,
+            batch_size=config.data.batch_size,
+            train_samples=data.train_samples,
+            eval_samples=data.eval_samples,
+            accuracy_kind=data.accuracy_kind,
+            classes=data.classes,
+            image_shape=[data.channels, data.image_size, data.image_size],
+            epochs=config.optim.epochs,
+            steps_per_epoch=data.steps_per_epoch,
+            units=list(self._costs.units),
+            channels=self._costs.channels,
+            energy_sources=self.accounts.sources(),
+            notes=self._notes,
+            **self._numbers,
+            **self.accounts.begin(),
+            flops__forward_dense=self._table.dense.flops_forward,
+            structure__params_dense=self._table.dense.params,
+        )
+
+    def train(self, step: int, told: Told, samples: int, step_s: float, lr: float) -> None:
+        """Record how training goes.
+
+        Args:
+            step: Steps done.
+            told: What all ranks have told.
+            samples: Samples of the epoch so far that count.
+            step_s: Seconds a step since the last such event.
+            lr: The learning rate of the weights.
+        """
+        self.events.record(
+            "train",
+            step,
+            epoch=step / self._data.steps_per_epoch,
+            train__loss=told.loss / samples,
+            train__accuracy=told.hits / samples,
+            train__lr=lr,
+            train__samples_per_s=self._config.data.batch_size / step_s,
+            train__step_time_s=step_s,
+            **self._skipped(told),
+            gate__price=told.price,
+            **self._numbers,
+            **self.accounts.numbers(),
+            **by_rank(told.loads),
+        )
+
+    def _skipped(self, told: Told) -> dict[str, int]:
+        if self._config.optim.nonfinite != "skip":
+            return {}
+        return {"train__skipped_steps": self.accounts.ledger.skipped_steps + told.skipped}
+
+    def epoch(self, step: int, epoch: int, told: Told, samples: int, evaluation: Evaluation) -> None:
+        """Record the end of an epoch, from 1."""
+        self.accounts.ledger.skipped_steps += told.skipped
+        self.events.record(
+            "epoch",
+            step,
+            epoch=epoch,
+            train__loss=told.loss / samples,
+            train__accuracy=told.hits / samples,
+            eval__loss=evaluation.loss,
+            eval__accuracy=evaluation.accuracy,
+            **self._numbers,
+            **self.accounts.end_epoch(),
+        )
+
+    def window(self, step: int, policy: GatePolicy, window: dict[str, UnitWindow]) -> None:
+        """Record what the gates did in a window."""
+        self.events.record(
+            "window",
+            step,
+            gate__price=policy.controller.price.item(),
+            gate__target=policy.controller.target_at(step),
+            structure__kept_cost=policy.kept_cost,
+            units=by_gate(window),
+        )
+
+    def operated(self, step: int, structure: Structure, operations: list[Operation], pause_s: float) -> None:
+        """Record operations that were carried out, in the new structure, and how long training stood still."""
+        if self._engine.is_main:
+            write_json(self._folder.structure, structure.to_dict())
+        for operation in operations:
+            self.events.record(
+                "removal" if operation.action == "remove" else "freeze",
+                step,
+                epoch=operation.epoch,
+                unit=operation.unit,
+                reason=operation.reason,
+                channels=operation.channels,
+                **self._numbers,
+            )
+        self.events.record("surgery", step, pause_s=pause_s)
+
+    def written(self, checkpoint: Written, pause_s: float) -> None:
+        """Record a checkpoint that is on disk."""
+        self.events.record(
+            "checkpoint", checkpoint.step, path=str(checkpoint.path), pause_s=pause_s, write_s=checkpoint.write_s
+        )
+
+    def interrupted(self, step: int, signal_name: str, checkpoint: Path) -> None:
+        """Record that the run stops because it was asked to."""
+        self.events.record("interrupt", step, signal=signal_name, checkpoint=str(checkpoint), **self.accounts.numbers())
+
+    # What came of it.
+
+    def finish(self, step: int, structure: Structure, evaluation: Evaluation, step_times: StepTimes) -> dict[str, Any]:
+        """Write the structure and the summary, and say that the run is done.
+
+        Returns:
+            Content of summary.json.
+        """
+        summary = {
+            **self._settings(),
+            **self._network(structure),
+            **self._spent(),
+            "accuracy": evaluation.accuracy,
+            "accuracy_kind": self._data.accuracy_kind,
+            "loss": evaluation.loss,
+            "step_time_s": step_times.medians(),
+            "steps": step,
+        }
+        if self._engine.is_main:
+            write_json(self._folder.structure, structure.to_dict())
+            write_json(self._folder.summary, summary)
+        self.events.record("end", step, summary=summary)
+        self.events.close()
+        return summary
+
+    def _settings(self) -> dict[str, Any]:
+        config = self._config
+        return {
+            "run": self._folder.path.name,
+            "model": config.model.name,
+            "data": config.data.name,
+            "seed": config.seed,
+            "gated": config.gate.enabled,
+            "budget_target": config.budget.target if config.gate.enabled else None,
+            "budget_unit": config.budget.unit,
+            "epochs": config.optim.epochs,
+            "batch_size": config.data.batch_size,
+            "precision": config.precision,
+            "device": str(self._engine.device),
+            "engine": self._engine.name,
+            "world_size": self._engine.world_size,
+        }
+
+    def _network(self, structure: Structure) -> dict[str, Any]:
+        numbers, dense = self._numbers, self._table.dense
+        return {
+            "params": self._cost.params,
+            "params_dense": dense.params,
+            "flops_forward": self._cost.flops_forward,
+            "flops_forward_dense": dense.flops_forward,
+            "kept_cost": numbers["structure__kept_cost"],
+            "cheapest_unit_cost": self._costs.cheapest,
+            "gates_left": numbers["structure__gates"],
+            "blocks": numbers["structure__blocks"],
+            "blocks_dense": len(self._costs.units),
+            "channels": numbers["structure__channels"],
+            "channels_dense": sum(self._table.channels.values()),
+            "removals": [
+                {
+                    "unit": o.unit,
+                    "step": o.step,
+                    "epoch": o.epoch,
+                    "reason": o.reason,
+                    "channels": None if o.channels is None else len(o.channels),
+                }
+                for o in structure.removed()
+            ],
+        }
+
+    def _spent(self) -> dict[str, Any]:
+        ledger, carbon = self.accounts.ledger_now(), self.accounts.carbon
+        return {
+            "flops_train": ledger.flops_train,
+            "flops_train_dense": ledger.flops_train_dense,
+            "energy_j": ledger.energy_j,
+            "energy_quality": ledger.energy_quality,
+            **self.accounts.energy_figures(ledger),
+            "co2_g": co2_g(ledger.energy_j, carbon),
+            "carbon_intensity_g_per_kwh": carbon.g_per_kwh if carbon else None,
+            "carbon_intensity_source": carbon.source if carbon else None,
+            "pue": carbon.pue if carbon else None,
+            "time_s": ledger.time_s,
+            "attempts": ledger.attempts,
+            "samples": ledger.samples,
+            "skipped_steps": ledger.skipped_steps,
+        }
