@@ -23,6 +23,7 @@ from greenprune.config.fields import (
     shaping_values,
 )
 from greenprune.config.parsing import (
+    FIELDS,
     check_field,
     config_parser,
     dump_config,
@@ -33,6 +34,7 @@ from greenprune.config.parsing import (
 )
 
 __all__ = [
+    "FIELDS",
     "MAY_CHANGE",
     "BudgetConfig",
     "CheckpointConfig",

@@ -68,7 +68,8 @@ def _fields(cls: type, prefix: str = "") -> dict[str, bool]:
     return found
 
 
-_FIELDS = _fields(Config)
+FIELDS = _fields(Config)
+"""Dotted name of every field, and whether it may be null."""
 
 
 def _check_file(path: Path) -> None:
@@ -85,7 +86,7 @@ def _check_file(path: Path) -> None:
         raise ConfigError(f"--config: {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config: {str(path)!r} holds no fields; expected one YAML mapping with a complete run")
-    known = list(_FIELDS)
+    known = list(FIELDS)
     sections = {name.split(".")[0] for name in known if "." in name}
     for key, value in values.items():
         if key in sections and isinstance(value, dict):
@@ -102,7 +103,7 @@ def _check_file(path: Path) -> None:
 
 def _check_null(key: str, value: object) -> None:
     """Refuse null (a key with nothing after it) where a field needs a value."""
-    if value is None and not _FIELDS[key]:
+    if value is None and not FIELDS[key]:
         raise ConfigError(f"{key}: null is not valid; expected a value, or no such line to have the default")
 
 
@@ -124,7 +125,7 @@ def check_field(key: str) -> None:
     Raises:
         ConfigError: It has none; the message names the closest one.
     """
-    _check_key(key, list(_FIELDS))
+    _check_key(key, list(FIELDS))
 
 
 def parse_config(args: list[str], prog: str = "train.py") -> Config:
@@ -138,7 +139,7 @@ def parse_config(args: list[str], prog: str = "train.py") -> Config:
         ConfigError: Any key, type or value is wrong.
         SystemExit: ``--help`` was asked for (code 0).
     """
-    known = list(_FIELDS)
+    known = list(FIELDS)
     for index, arg in enumerate(args):
         if arg == "--config" and index + 1 < len(args):
             _check_file(Path(args[index + 1]))

@@ -54,6 +54,12 @@ class Launched:
             assert self.process.poll() is None, self.process.communicate()[0][-3000:]
             time.sleep(0.05)
 
+    def wait_for_checkpoint(self) -> None:
+        """Until there is one to go on from: an epoch's event comes before its checkpoint, which a thread writes."""
+        while not list((self.folder / "checkpoints").glob("step-*")):
+            assert self.process.poll() is None, self.process.communicate()[0][-3000:]
+            time.sleep(0.05)
+
     def pid_of(self, rank: int) -> int:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         for pid in children:
@@ -104,7 +110,7 @@ def messages(output: str) -> list[str]:
 
 
 def kill_and_resume(launched: Launched, whole: Path, tmp_path: Path, rank: int) -> None:
-    launched.wait_for("epoch", 1)
+    launched.wait_for_checkpoint()
     time.sleep(random.uniform(0, 1.5))
     pid = launched.pid_of(rank)
     os.kill(pid, signal.SIGKILL)

@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 from greenprune.checkpoint import Checkpoint, CheckpointCorrupt, load_checkpoint, save_checkpoint
 from greenprune.config import (
-    _FIELDS,
+    FIELDS,
     Config,
     ConfigError,
     GateConfig,
@@ -74,7 +74,7 @@ def configs(draw: Any) -> str:
     if draw(st.integers(0, 9)) == 0:
         return draw(st.one_of(st.text(max_size=80), VALUES.map(yaml.safe_dump)))
     values: dict[str, Any] = copy.deepcopy(VALID)
-    for key in draw(st.lists(st.sampled_from(sorted(_FIELDS)), max_size=3)):
+    for key in draw(st.lists(st.sampled_from(sorted(FIELDS)), max_size=3)):
         section, _, name = key.rpartition(".")
         (values[section] if section else values)[name] = draw(st.one_of(SCALARS, VALUES, near(key)))
     if draw(st.integers(0, 5)) == 0:
@@ -122,7 +122,7 @@ def _comes_back(config: Config) -> None:
 @st.composite
 def overrides(draw: Any) -> list[str]:
     """A command line: fields that there are, with values of all kinds, and words that mean nothing."""
-    known = st.sampled_from(sorted(_FIELDS))
+    known = st.sampled_from(sorted(FIELDS))
     words = st.one_of(SCALARS.map(str), st.text(max_size=10), st.integers(0, 50).map(str), st.floats(0, 1).map(str))
     flag = st.builds(lambda key, word: [f"--{key}={word}"], known, words)
     pair = st.builds(lambda key, word: [f"--{key}", word], known, words)
