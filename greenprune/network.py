@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, Sur
 from greenprune.flops import Cost, count_costs, subtract
 from greenprune.gating import CostTerm, UnitCosts, attach_gates, channel_unit, find_gates, split_unit
 from greenprune.models import BlockError, ChannelSet, PlainBlock, build_model, find_channels, residual_blocks
-from greenprune.surgery import Structure
+from greenprune.surgery import Structure, StructureMismatch, given_structure, replay
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class UnitTable:
         branches: What goes with the removal of a block, by its name, without gates.
         gates: What goes with a gate, by the name of its block or of its set of channels.
         parts: By block, the parts of it that shrink when gated channels are removed.
-        channels: Number of units of each gated set of channels.
+        channels: Number of units of each set of channels that is gated, or that was counted all the same.
         widths: Channels that a unit of each set has where the set ends.
     """
 
@@ -49,11 +50,17 @@ class UnitTable:
     widths: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, image_shape: tuple[int, ...]) -> UnitTable:
-        """Count the costs of a network from which nothing has been removed."""
+    def of(cls, model: nn.Module, image_shape: tuple[int, ...], *, all_channels: bool = False) -> UnitTable:
+        """Count the costs of a network from which nothing has been removed.
+
+        Args:
+            model: The network, with the gates it starts with.
+            image_shape: Shape of one image [C, H, W].
+            all_channels: Count channels without gates too; else only those that a gate can switch.
+        """
         blocks = residual_blocks(model)
         gated = find_gates(model)
-        sets = {name: found for name, found in find_channels(model).sets.items() if name in gated}
+        sets = {name: found for name, found in find_channels(model).sets.items() if all_channels or name in gated}
         paths = {module: name for name, module in model.named_modules()}
         gate_paths = {name: paths[gate] for name, gate in gated.items()}
         holders = {path for found in sets.values() for path, _ in found.sizes}
@@ -62,7 +69,9 @@ class UnitTable:
         counts = count_costs(model, image_shape, names)
         gates = {name: counts[path] for name, path in gate_paths.items()}
         branches = {
-            name: subtract(counts[f"{name}.branch"], (gates[key] for key in sets if sets[key].block == name))
+            name: subtract(
+                counts[f"{name}.branch"], (gates[key] for key in gates if key in sets and sets[key].block == name)
+            )
             for name in blocks
         }
         return cls(
@@ -91,7 +100,7 @@ class UnitTable:
         return subtract(self.whole, gone)
 
     def channels_left(self, structure: Structure) -> dict[str, int]:
-        """How many units each gated set of channels has in a structure; none if its block is gone."""
+        """How many units each set of channels has in a structure; none if its block is gone."""
         gone, lost = structure.removed_blocks(), structure.removed_channels()
         return {
             name: 0 if _block_of(name) in gone else count - lost.get(name, 0) for name, count in self.channels.items()
@@ -172,6 +181,11 @@ def _shares(table: UnitTable, measure: Callable[[Cost], int]) -> UnitCosts:
     return UnitCosts(fixed, costs.units, dict(table.channels), tuple(terms))
 
 
+def kept_cost(costs: UnitCosts, structure: Structure) -> float:
+    """Share of the dense cost that a structure without gates keeps."""
+    return costs.kept(units_present(costs, structure)) if structure.operations else 1.0
+
+
 def units_present(costs: UnitCosts, structure: Structure) -> set[str]:
     """Names of the units that are there in a structure."""
     gone_blocks = structure.removed_blocks()
@@ -189,12 +203,14 @@ class Network:
         model: The dense network, with its gates if the run is gated.
         table: What its units cost.
         costs: The same in the budget's unit, as shares of the whole.
+        given: What is removed from it before training.
         notes: What the user should know of it, one line each.
     """
 
     model: nn.Module
     table: UnitTable
     costs: UnitCosts
+    given: Structure = field(default_factory=Structure)
     notes: list[str] = field(default_factory=list)
 
 
@@ -218,21 +234,36 @@ def prepare_network(config: Config, data: ImageShape) -> Network:
     """Build the network for a data set, seeded, gate it, and count what it costs.
 
     Raises:
-        ConfigError: There is no such network, it cannot take the images, has nothing to gate, or its budget cannot be
-            met.
+        ConfigError: There is no such network, it cannot take the images, has nothing to gate, its budget cannot be
+            met, or the structure it is given is one of another network.
     """
+    given = given_structure(config)
     torch.manual_seed(config.seed)
     model = build_model(config.model, classes=data.classes, channels=data.channels, image_size=data.image_size)
     notes = _gate(model, config) if config.gate.enabled else []
     try:
-        table = UnitTable.of(model, (data.channels, data.image_size, data.image_size))
+        shape = (data.channels, data.image_size, data.image_size)
+        table = UnitTable.of(model, shape, all_channels=bool(given.removed_channels()))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"model.name: {config.model.name!r} cannot take images of {data.image_size} x {data.image_size} pixels: "
             f"{reason}"
         ) from None
-    return Network(model, table, unit_costs(table, config.budget), notes)
+    _check_fits(given, model, config)
+    return Network(model, table, unit_costs(table, config.budget), given, notes)
+
+
+def _check_fits(given: Structure, model: nn.Module, config: Config) -> None:
+    if not given.operations:
+        return
+    try:
+        replay(given, copy.deepcopy(model))
+    except StructureMismatch as error:
+        raise ConfigError(
+            f"model.structure: does not fit {config.model.name} with shortcut {config.model.shortcut} ({error}); "
+            "expected a structure of the same network"
+        ) from None
 
 
 def _gate(model: nn.Module, config: Config) -> list[str]:

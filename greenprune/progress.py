@@ -65,6 +65,7 @@ _NOT_TOLD: Event = {
     "device": "unknown device",
     "world_size": 1,
     "structure/channels": 0,
+    "structure_given": False,
 }
 
 
@@ -190,6 +191,9 @@ class RunStatus:
         start = self._start
         channels = f" with {self._channels().partition('/')[0].strip()} channels" if self._channels() else ""
         network = f"{start['structure/blocks']} blocks{channels}, {format_si(start['flops/forward'], 'FLOPs')} an image"
+        if start["structure_given"]:
+            dense = format_si(start["flops/forward_dense"], "FLOPs")
+            return f"a structure given: {network}, dense {dense}; nothing is gated"
         if not start["gated"]:
             return f"dense run: {network}; nothing is gated or removed"
         return (
@@ -347,7 +351,8 @@ class RunStatus:
 
     def _network(self) -> str:
         if not self._start["gated"]:
-            return f"dense run, {self._now['structure/blocks']} blocks"
+            what = "structure given" if self._start["structure_given"] else "dense run"
+            return f"{what}, {self._now['structure/blocks']} blocks"
         price = self._now.get("gate/price") if self._now["structure/gates"] else None
         return self._structure().replace(", ", " · ") + ("" if price is None else f" · price {price:.3g}")
 

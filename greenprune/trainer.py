@@ -21,7 +21,7 @@ from greenprune.engine import Engine
 from greenprune.evaluation import Evaluation, evaluate
 from greenprune.gating import GatePolicy, Verdict
 from greenprune.interrupt import Interrupted, InterruptRequest
-from greenprune.network import Network, units_present
+from greenprune.network import Network, kept_cost, units_present
 from greenprune.optimization import WeightAverage, build_optimizer, build_schedule
 from greenprune.process_load import ProcessLoad
 from greenprune.recording import Recorder, Told
@@ -70,7 +70,7 @@ class Trainer:
         self.total_steps = config.optim.epochs * data.steps_per_epoch
         self._parts = config.optim.accumulate
         self.step = 0
-        self.structure = Structure()
+        self.structure = Structure(list(network.given.operations))
         self.step_times = StepTimes()
         self.last_evaluation: Evaluation | None = None
         self.interrupt = InterruptRequest()
@@ -93,11 +93,12 @@ class Trainer:
     # Setting up.
 
     def _build(self, model: nn.Module, checkpoint: Checkpoint | None) -> None:
-        """Replay a checkpoint's structure on the dense network, then load its tensors and prepare."""
+        """Replay the structure to begin with on the dense network, then load a checkpoint's tensors and prepare."""
         config = self.config
         if checkpoint is not None:
             self.structure = Structure.from_dict(checkpoint.state["structure"])
-            replay(self.structure, model)
+        replay(self.structure, model)
+        if checkpoint is not None:
             model.load_state_dict(checkpoint.model)
         if config.model.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
@@ -299,7 +300,8 @@ class Trainer:
     def _structure_changed(self) -> None:
         """Take up what depends on the structure: its cost, the tensors to average, and what events tell of it."""
         self.cost = self.recorder.structure_is(
-            self.structure, self.policy.kept_cost if self.policy is not None else 1.0
+            self.structure,
+            self.policy.kept_cost if self.policy is not None else kept_cost(self.costs, self.structure),
         )
         if self.average is not None:
             self.average.link(self.engine.module)

@@ -18,7 +18,7 @@ from greenprune.config import Config, ConfigError, UserError, load_config, shapi
 from greenprune.evaluation import Evaluation
 from greenprune.locking import is_held
 from greenprune.network import Network, prepare_network
-from greenprune.surgery import Operation, Structure, StructureMismatch, replay
+from greenprune.surgery import Operation, Structure, StructureMismatch, replay, structure_text
 from greenprune.timing import StepTimes
 from greenprune.tracking import Event, Ledger, RunFolder, course_of, salvage_events
 
@@ -318,6 +318,8 @@ def check_fits(checkpoint: Checkpoint, config: Config, model: nn.Module) -> Stru
         if different:
             raise CheckpointCorrupt(f"of another run (it differs in {', '.join(different)})")
         structure = Structure.from_dict(state["structure"])
+        if structure_text(structure.given()) != config.model.structure:
+            raise CheckpointCorrupt("its structure does not begin with the one that the run was given")
         Ledger(**state["ledger"])
         StepTimes(**state["step_times"])
         if state["evaluation"] is not None:

@@ -58,6 +58,9 @@ class ModelConfig:
     """Normalise over the whole global batch and not over each process's part of it (GPUs only)."""
     compile: bool = False
     """Compile each block with torch.compile; after a removal, those that lost channels are compiled anew."""
+    structure: str | None = None
+    """What is removed from the network before training, with gate.enabled false: the folder of a run that found it, its
+    structure.json, or the removals as text, which the run keeps in its own config: remove UNIT UNIT[CHANNELS] ..."""
 
 
 @dataclass(frozen=True)
@@ -344,6 +347,13 @@ class Config:
         )
         if self.gate.enabled:
             _require(
+                self.model.structure is None,
+                "model.structure",
+                self.model.structure,
+                "null with gate.enabled true: a budget counts from the whole network, and a given structure is trained "
+                "as it is, with gate.enabled false",
+            )
+            _require(
                 self.removal.decide_by > self.gate.warmup,
                 "removal.decide_by",
                 self.removal.decide_by,
@@ -355,6 +365,11 @@ class Config:
                 self.budget.unit,
                 f"flops or params where channels are gated (gate.units {self.gate.units})",
             )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is gated, and nothing removed before training: the run is a dense twin."""
+        return not self.gate.enabled and self.model.structure is None
 
     def to_dict(self) -> dict[str, Any]:
         """The config as nested dictionaries of plain values, as YAML and JSON hold it."""

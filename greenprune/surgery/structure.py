@@ -16,7 +16,7 @@ from greenprune.surgery.removal import Surgeon
 FORMAT = 2
 _READABLE = (1, 2)  # 1 knew blocks only
 Action = Literal["remove", "freeze"]
-Reason = Literal["off", "on", "settled"]
+Reason = Literal["off", "on", "settled", "given"]
 
 
 class StructureMismatch(ValueError):
@@ -32,7 +32,7 @@ class Operation:
         unit: Name of a block, which is its module path, or of a set of channels, which is ``<block>:<label>``.
         step: Steps done when it happened.
         epoch: The same in epochs, a fraction within one.
-        reason: off or on for all inputs of the window(s), or settled against the budget.
+        reason: off or on for all inputs of the window(s), settled against the budget, or given before training.
         channels: Which units of a set of channels are removed, by their indices in the dense network; else None.
     """
 
@@ -78,6 +78,10 @@ class Structure:
     """All changes of one network, in their order."""
 
     operations: list[Operation] = field(default_factory=list)
+
+    def given(self) -> Structure:
+        """What was removed before training began, which the run did not find itself."""
+        return Structure([operation for operation in self.operations if operation.reason == "given"])
 
     def removed(self) -> list[Operation]:
         """The removals, in their order."""

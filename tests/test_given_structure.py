@@ -1,0 +1,266 @@
+"""model.structure: a structure that one run found is what another is trained with, and that run is whole by itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+from launching import TRAIN, command, environment, run
+from safetensors.torch import load_file
+from torch import equal
+
+from greenprune.cli import main
+from greenprune.config import Config, ConfigError, GateConfig, ModelConfig
+from greenprune.flops import count_costs
+from greenprune.models import find_channels
+from greenprune.network import kept_cost, prepare_network
+from greenprune.report.comparison import compare_runs
+from greenprune.report.history import read_history
+from greenprune.surgery import Operation, Structure, replay, resolve_structure, structure_text
+from greenprune.sweep.plan import read_sweep
+from greenprune.tracking import course_of, read_events
+from greenprune.verify import verify_run
+
+FLAGS = ["--model.name", "resnet20", "--optim.epochs", "4", "--optim.lr", "0.05"]
+HIDDEN = "stages.1.2:hidden"
+
+
+def removed(unit: str, channels: tuple[int, ...] | None = None) -> Operation:
+    return Operation("remove", unit, 12, 0.5, "off", channels)
+
+
+FOUND = Structure([removed(HIDDEN, (3, 0, 1)), removed("stages.0.1"), removed(HIDDEN, (9, 2))])
+TEXT = f"remove stages.0.1 {HIDDEN}[0-3,9]"
+
+
+class Images:
+    classes, channels, image_size = 10, 1, 8
+
+
+def with_structure(structure: str) -> Config:
+    return Config(model=ModelConfig(name="resnet20", structure=structure), gate=GateConfig(enabled=False))
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Path:
+    file = tmp_path / "structure.json"
+    file.write_text(json.dumps(FOUND.to_dict()))
+    return file
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that removed blocks and channels."""
+    output = tmp_path_factory.mktemp("runs")
+    flags = ["--gate.units", "[block,channel]", "--output_dir", str(output), "--run_name", "gated"]
+    done = run(TRAIN, [*FLAGS, *flags])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output / "gated"
+
+
+@pytest.fixture(scope="module")
+def scratch(gated: Path) -> Path:
+    """A run of its structure from scratch, whose origin is gone meanwhile."""
+    copied = gated.with_name("copied")
+    shutil.copytree(gated, copied)
+    flags = ["--gate.enabled", "false", "--model.structure", str(copied), "--output_dir", str(gated.parent)]
+    done = run(TRAIN, [*FLAGS, *flags, "--run_name", "scratch"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr, done.stderr
+    assert "(given)" in done.stdout
+    shutil.rmtree(copied)
+    return gated.parent / "scratch"
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def final_tensors(folder: Path) -> dict:
+    return load_file(max((folder / "checkpoints").iterdir()) / "model.safetensors")
+
+
+# The text.
+
+
+def test_a_structure_is_kept_as_text_that_says_what_is_gone(found: Path) -> None:
+    for given in (str(found), str(found.parent), TEXT):
+        assert resolve_structure(with_structure(given)).model.structure == TEXT
+    assert structure_text(Structure([Operation("freeze", "stages.0.1", 1, 0.1, "on")])) is None
+
+
+def test_channels_of_a_block_that_went_later_are_not_told() -> None:
+    assert structure_text(Structure([removed(HIDDEN, (1,)), removed("stages.1.2")])) == "remove stages.1.2"
+
+
+def test_a_changed_file_is_a_changed_run(found: Path) -> None:
+    before = resolve_structure(with_structure(str(found))).identity()
+    found.write_text(json.dumps(Structure([removed("stages.0.1")]).to_dict()))
+    assert resolve_structure(with_structure(str(found))).identity() != before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read"),
+        ("{", "not JSON"),
+        ("[]", "not a structure of format"),
+        ('{"format": 2, "operations": [{"action": "remove"}]}', "malformed structure"),
+        ('{"format": 2, "operations": []}', "removes nothing"),
+    ],
+)
+def test_what_is_no_structure_is_refused_in_one_line(found: Path, content: str | None, message: str) -> None:
+    found.unlink() if content is None else found.write_text(content)
+    with pytest.raises(ConfigError, match=rf"^model\.structure: .*{message}.*expected"):
+        resolve_structure(with_structure(str(found)))
+
+
+@pytest.mark.parametrize("text", ["remove stages.0.1[", "remove stages.0.1[a]", "remove stages.0.1[1-]", "remove a[2]"])
+def test_text_that_names_no_units_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.structure: .* is not a unit; expected"):
+        resolve_structure(with_structure(text))
+
+
+@pytest.mark.parametrize("text", ["remove stages.9.9", f"remove {HIDDEN}[400]", f"remove {HIDDEN}[0-31]"])
+def test_the_structure_of_another_network_is_refused(text: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^model\.structure: does not fit resnet20 .*expected a structure of the same"
+    ):
+        prepare_network(with_structure(text), Images())
+
+
+def test_gates_on_top_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--model.structure", TEXT]) == 2
+    assert "model.structure: 'remove stages.0.1" in capsys.readouterr().err
+
+
+# What it costs.
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnext50_32x4d", "vit_b_16"])
+def test_the_cost_is_that_of_the_smaller_network(name: str) -> None:
+    class Larger:
+        classes, channels, image_size = 10, 3, 32
+
+    dense = Config(model=ModelConfig(name=name), gate=GateConfig(enabled=False))
+    network = prepare_network(dense, Larger())
+    blocks = list(network.table.branches)
+    sets = [item for item, at in find_channels(network.model).sets.items() if at.block != blocks[1]]
+    text = f"remove {blocks[1]} " + " ".join(f"{item}[0-1]" for item in sets[:3])
+    given = prepare_network(
+        resolve_structure(Config(model=ModelConfig(name=name, structure=text), gate=GateConfig(enabled=False))),
+        Larger(),
+    )
+    assert given.table.dense == network.table.dense
+    cost = given.table.cost_of(given.given)
+    replay(given.given, given.model)
+    assert cost == count_costs(given.model, (3, 32, 32))[""]
+    share = cost.flops_forward / network.table.dense.flops_forward
+    assert kept_cost(given.costs, given.given) == pytest.approx(share)
+
+
+# Whole runs.
+
+
+def test_a_structure_is_trained_from_scratch(gated: Path, scratch: Path) -> None:
+    theirs, mine = read(gated / "summary.json"), read(scratch / "summary.json")
+    for key in ("params", "params_dense", "flops_forward", "flops_forward_dense", "flops_train_dense", "blocks"):
+        assert mine[key] == theirs[key], key
+    assert mine["flops_train"] < theirs["flops_train"]
+    assert mine["flops_train"] / mine["flops_train_dense"] < 0.51
+    assert mine["kept_cost"] == pytest.approx(theirs["kept_cost"])
+    assert (mine["gated"], mine["structure_given"], mine["budget_target"]) == (False, True, None)
+    assert {(r["reason"], r["step"]) for r in mine["removals"]} == {("given", 0)}
+    shapes = {name: tensor.shape for name, tensor in final_tensors(scratch).items()}
+    assert shapes == {name: tensor.shape for name, tensor in final_tensors(gated).items()}
+
+
+def test_the_run_is_whole_and_exported_without_the_file_it_came_from(scratch: Path, tmp_path: Path) -> None:
+    assert [finding for finding in verify_run(scratch) if finding.good is False] == []
+    assert main(["export", str(scratch), "--format", "safetensors", "-o", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Removed: " in card
+    again = ["train", "--config", str(scratch / "config.yaml"), "--output_dir", str(tmp_path), "--optim.epochs", "1"]
+    assert run(TRAIN, again[1:]).returncode == 0
+
+
+def test_verify_finds_a_structure_that_is_not_the_given_one(scratch: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(scratch, tmp_path / "it"))
+    config = (copied / "config.yaml").read_text()
+    text = read_text(config)
+    (copied / "config.yaml").write_text(config.replace(text, "remove stages.0.1"))
+    assert any(finding.what.startswith("step-") and finding.good is False for finding in verify_run(copied))
+
+
+def read_text(config: str) -> str:
+    lines = config.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("  structure:"))
+    end = next(i for i in range(start + 1, len(lines)) if not lines[i].startswith("    "))
+    return "\n".join(lines[start:end]).partition("structure: ")[2]
+
+
+def test_it_is_compared_with_the_dense_twin_and_is_none_itself(gated: Path, scratch: Path) -> None:
+    flags = ["--gate.enabled", "false", "--output_dir", str(gated.parent), "--run_name", "dense"]
+    assert run(TRAIN, [*FLAGS, *flags]).returncode == 0
+    runs = {one.name: one for one in compare_runs([gated.parent]).runs}
+    assert {name: one.twin for name, one in runs.items()} == {"gated": "dense", "scratch": "dense", "dense": None}
+    assert runs["scratch"].against_twin is not None
+    without = {one.name: one for one in compare_runs([gated, scratch]).runs}
+    assert without["gated"].standing == "gated, no dense twin here"
+    assert without["scratch"].standing == "structure given, no dense twin here"
+
+
+def test_interrupted_and_resumed_is_the_uninterrupted_run(gated: Path, scratch: Path, tmp_path: Path) -> None:
+    flags = ["--gate.enabled", "false", "--model.structure", str(gated), "--output_dir", str(tmp_path)]
+    args = [*FLAGS, *flags, "--run_name", "it", "--tracking.log_every", "2"]
+    process = subprocess.Popen(command(TRAIN, args), env=environment(), stderr=subprocess.PIPE, text=True)
+    events = tmp_path / "it" / "events.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (events.exists() and '"epoch": 1,' in events.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(Structure([removed("stages.0.1")]).to_dict()))
+    changed = run(TRAIN, [*args, "--resume", "auto", "--model.structure", str(other)])
+    assert changed.returncode == 2
+    assert "it differs in model.structure" in changed.stderr
+    done = run(TRAIN, [*args, "--resume", "auto"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(equal(tensor, final_tensors(scratch)[name]) for name, tensor in final_tensors(tmp_path / "it").items())
+    assert [finding for finding in verify_run(tmp_path / "it") if finding.good is False] == []
+    assert read(tmp_path / "it" / "summary.json")["flops_train"] == read(scratch / "summary.json")["flops_train"]
+
+
+def test_an_attempt_that_ended_before_its_first_checkpoint_tells_it_once(scratch: Path) -> None:
+    events = read_events(scratch / "events.jsonl")
+    given = [event for event in events if event["kind"] == "removal"]
+    twice = [*events[: 1 + len(given)], *events]
+    assert [event for event in course_of(twice) if event["kind"] == "removal"] == given
+    assert len(read_history(twice).changes) == len(given)
+
+
+def test_a_bad_structure_leaves_no_file(tmp_path: Path) -> None:
+    flags = ["--gate.enabled", "false", "--model.structure", "remove stages.9.9", "--output_dir", str(tmp_path / "no")]
+    done = run(TRAIN, [*FLAGS, *flags])
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_sweep_over_structures_has_each_beside_one_dense_twin(found: Path, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("model: {name: resnet20}\ngate: {enabled: false}\n")
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(f"base: base.yaml\ngrid: {{model.structure: ['{found}', 'remove stages.0.1']}}\nseeds: [0, 1]\n")
+    tasks = read_sweep(sweep).tasks
+    assert [task.config.model.structure for task in tasks if task.config.seed == 0] == [None, TEXT, "remove stages.0.1"]
+    assert [task.is_twin for task in tasks if task.config.seed == 0] == [True, False, False]
+    assert len({task.config.identity() for task in tasks}) == 6
