@@ -454,13 +454,20 @@ class Engine:
         """Send values to one tracker."""
         self._accelerator.get_tracker(name).log(values, step=step)
 
+    def finish_tracker(self, name: str) -> None:
+        """Let a started tracker write its last and end; raises whatever it does."""
+        tracker = self._accelerator.get_tracker(name)
+        self._accelerator.trackers.remove(tracker)
+        tracker.finish()
+
     def finish(self) -> None:
-        """Let go of everything in an order that ends the process cleanly."""
+        """Let go of everything in an order that ends the process cleanly; trackers have been finished before."""
         if hasattr(self, "model"):
             self._prepared_optimizer = None
             del self.model, self.module, self.optimizer
         self._accelerator.free_memory()
         gc.collect()
+        self._accelerator.trackers = []  # one that failed or hangs is not asked again
         self._accelerator.end_training()
         # Accelerate's state is shared by all of a process; a later engine starts afresh.
         AcceleratorState._reset_state(reset_partial_state=True)
