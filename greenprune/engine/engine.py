@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from greenprune.allocation import give_back_freed_memory
 from greenprune.config import Config, ConfigError, UserError
 from greenprune.engine.compilation import compile_blocks
 from greenprune.engine.peers import Peer, Peers, is_of_network, join_after_restart
@@ -258,6 +259,8 @@ class Engine:
         """
         self.release()
         operate(self.module, self.optimizer)
+        if self.device.type == "cpu":
+            give_back_freed_memory()
         self._wrap()
 
     @contextmanager
