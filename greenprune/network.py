@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from operator import attrgetter
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -15,7 +18,8 @@ from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, Sur
 from greenprune.flops import Cost, count_costs, subtract
 from greenprune.gating import CostTerm, UnitCosts, attach_gates, channel_unit, find_gates, split_unit
 from greenprune.models import BlockError, ChannelSet, PlainBlock, build_model, find_channels, residual_blocks
-from greenprune.surgery import Structure
+from greenprune.surgery import Structure, StructureMismatch, replay
+from greenprune.tracking import RunFolder
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class UnitTable:
         branches: What goes with the removal of a block, by its name, without gates.
         gates: What goes with a gate, by the name of its block or of its set of channels.
         parts: By block, the parts of it that shrink when gated channels are removed.
-        channels: Number of units of each gated set of channels.
+        channels: Number of units of each set of channels that is gated, or of which something may be gone.
         widths: Channels that a unit of each set has where the set ends.
     """
 
@@ -49,11 +53,17 @@ class UnitTable:
     widths: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, image_shape: tuple[int, ...]) -> UnitTable:
-        """Count the costs of a network from which nothing has been removed."""
+    def of(cls, model: nn.Module, image_shape: tuple[int, ...], also: Collection[str] = ()) -> UnitTable:
+        """Count the costs of a network from which nothing has been removed.
+
+        Args:
+            model: The network.
+            image_shape: Shape of an image [C, H, W].
+            also: Sets of channels without gates of which something may be gone too.
+        """
         blocks = residual_blocks(model)
         gated = find_gates(model)
-        sets = {name: found for name, found in find_channels(model).sets.items() if name in gated}
+        sets = {name: found for name, found in find_channels(model).sets.items() if name in gated or name in also}
         paths = {module: name for name, module in model.named_modules()}
         gate_paths = {name: paths[gate] for name, gate in gated.items()}
         holders = {path for found in sets.values() for path, _ in found.sizes}
@@ -62,7 +72,9 @@ class UnitTable:
         counts = count_costs(model, image_shape, names)
         gates = {name: counts[path] for name, path in gate_paths.items()}
         branches = {
-            name: subtract(counts[f"{name}.branch"], (gates[key] for key in sets if sets[key].block == name))
+            name: subtract(
+                counts[f"{name}.branch"], (gates[key] for key in gates if key in sets and sets[key].block == name)
+            )
             for name in blocks
         }
         return cls(
@@ -189,12 +201,14 @@ class Network:
         model: The dense network, with its gates if the run is gated.
         table: What its units cost.
         costs: The same in the budget's unit, as shares of the whole.
+        given: What is to be carried out on it before training begins.
         notes: What the user should know of it, one line each.
     """
 
     model: nn.Module
     table: UnitTable
     costs: UnitCosts
+    given: Structure
     notes: list[str] = field(default_factory=list)
 
 
@@ -214,25 +228,64 @@ class ImageShape(Protocol):
         """Side of the square images in pixels."""
 
 
-def prepare_network(config: Config, data: ImageShape) -> Network:
+def prepare_network(config: Config, data: ImageShape, given: Structure | None = None) -> Network:
     """Build the network for a data set, seeded, gate it, and count what it costs.
 
+    Args:
+        config: The run.
+        data: Its images.
+        given: What it begins with, where a run tells it; None: what ``model.structure`` names.
+
     Raises:
-        ConfigError: There is no such network, it cannot take the images, has nothing to gate, or its budget cannot be
-            met.
+        ConfigError: There is no such network or structure, it cannot take the images, has nothing to gate, or its
+            budget cannot be met.
     """
+    if given is None:
+        given = Structure() if config.model.structure is None else _read_structure(Path(config.model.structure))
     torch.manual_seed(config.seed)
     model = build_model(config.model, classes=data.classes, channels=data.channels, image_size=data.image_size)
     notes = _gate(model, config) if config.gate.enabled else []
     try:
-        table = UnitTable.of(model, (data.channels, data.image_size, data.image_size))
+        table = UnitTable.of(
+            model, (data.channels, data.image_size, data.image_size), also=given.removed_channels().keys()
+        )
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"model.name: {config.model.name!r} cannot take images of {data.image_size} x {data.image_size} pixels: "
             f"{reason}"
         ) from None
-    return Network(model, table, unit_costs(table, config.budget), notes)
+    _check_given(given, config, model)
+    return Network(model, table, unit_costs(table, config.budget), given, notes)
+
+
+def _read_structure(path: Path) -> Structure:
+    """The removals of a run, from its folder or its structure.json."""
+    file = path / RunFolder(path).structure.name if path.is_dir() else path
+    expected = "expected the structure.json of a run, or its folder"
+    try:
+        found = Structure.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"model.structure: cannot read {str(file)!r} ({error.strerror}); {expected}") from None
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"model.structure: {str(file)!r} is not a structure ({reason}); {expected}") from None
+    return found.as_given()
+
+
+def _check_given(given: Structure, config: Config, model: nn.Module) -> None:
+    """Carry a structure out on a copy of the network.
+
+    Raises:
+        ConfigError: It is of another network.
+    """
+    try:
+        replay(given, copy.deepcopy(model))
+    except StructureMismatch as error:
+        raise ConfigError(
+            f"model.structure: {config.model.structure!r} does not fit {config.model.name} ({error}); expected the "
+            "structure of a run with the same network"
+        ) from None
 
 
 def _gate(model: nn.Module, config: Config) -> list[str]:

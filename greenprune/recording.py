@@ -103,6 +103,8 @@ class Recorder:
         self._start(step, resumed_from)
         if resumed_from is not None:
             self._catch_up(step, structure, resumed_from, previous)
+        elif structure.operations:
+            self._changed(step, structure, structure.operations)
 
     def _on_resuming(self, step: int, previous: list[Event], damaged: list[str]) -> list[str]:
         """What going on costs: steps that are done again, lines of the log that tell nothing any more."""
@@ -214,6 +216,10 @@ class Recorder:
 
     def operated(self, step: int, structure: Structure, operations: list[Operation], pause_s: float) -> None:
         """Record operations that were carried out, in the new structure, and how long training stood still."""
+        self._changed(step, structure, operations)
+        self.events.record("surgery", step, pause_s=pause_s)
+
+    def _changed(self, step: int, structure: Structure, operations: list[Operation]) -> None:
         if self._engine.is_main:
             write_json(self._folder.structure, structure.to_dict())
         for operation in operations:
@@ -226,7 +232,6 @@ class Recorder:
                 channels=operation.channels,
                 **self._numbers,
             )
-        self.events.record("surgery", step, pause_s=pause_s)
 
     def written(self, checkpoint: Written, pause_s: float) -> None:
         """Record a checkpoint that is on disk."""

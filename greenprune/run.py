@@ -191,7 +191,7 @@ def _claim(config: Config, network: Network, stack: ExitStack, environment: Mapp
     """
 
     def check(checkpoint: Checkpoint) -> None:
-        check_fits(checkpoint, config, network.model)
+        check_fits(checkpoint, config, network)
 
     if config.resume not in ("auto", "never"):
         return _claim_checkpoint(config, stack, Path(config.resume), check)

@@ -276,7 +276,8 @@ def course_of(events: Iterable[Event]) -> list[Event]:
     course: list[Event] = []
     for event in events:
         if event["kind"] == "start":
-            course = [earlier for earlier in course if earlier["step"] <= event["step"]]
+            # At step 0 nothing of an earlier attempt counts, also not a structure that it was given.
+            course = [earlier for earlier in course if 0 < event["step"] >= earlier["step"]]
         elif event["kind"] not in _OF_AN_ATTEMPT:
             course.append(event)
     return course

@@ -70,7 +70,7 @@ class Trainer:
         self.total_steps = config.optim.epochs * data.steps_per_epoch
         self._parts = config.optim.accumulate
         self.step = 0
-        self.structure = Structure()
+        self.structure = Structure(list(network.given.operations))
         self.step_times = StepTimes()
         self.last_evaluation: Evaluation | None = None
         self.interrupt = InterruptRequest()
@@ -93,11 +93,12 @@ class Trainer:
     # Setting up.
 
     def _build(self, model: nn.Module, checkpoint: Checkpoint | None) -> None:
-        """Replay a checkpoint's structure on the dense network, then load its tensors and prepare."""
+        """Replay the structure to begin with on the dense network, load a checkpoint's tensors, and prepare."""
         config = self.config
         if checkpoint is not None:
             self.structure = Structure.from_dict(checkpoint.state["structure"])
-            replay(self.structure, model)
+        replay(self.structure, model)
+        if checkpoint is not None:
             model.load_state_dict(checkpoint.model)
         if config.model.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]

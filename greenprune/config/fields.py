@@ -52,6 +52,9 @@ class ModelConfig:
     """First layers of a torchvision ResNet, ResNeXt or Wide ResNet: small (3x3, stride 1, no pooling), imagenet (7x7,
     stride 2, pooled), or auto: small for images up to 64 pixels. CIFAR ResNets have the small stem only, all others
     their own."""
+    structure: str | None = None
+    """A run's structure.json, or the run's folder: its removals are carried out before training begins. Without gates
+    the structure that a run has found is so trained from scratch; with gates more may go."""
     channels_last: bool = False
     """Keep images and weights in channels-last order, which most convolution kernels prefer."""
     sync_batchnorm: bool = False

@@ -353,7 +353,11 @@ def _label(run: ReportedRun, with_model: bool) -> str:
     units = config.get("gate.units") or ["gated"]
     target = summary.get("budget_target")
     budget = "" if target is None else f", keep {format_percent(target)}"
-    name = "dense" if gated is False else f"{' + '.join(units)} gates{budget}" if gated else "unknown gating"
+    given = config.get("model.structure")
+    if gated is False:
+        name = "dense" if given is None else f"structure of {given}"
+    else:
+        name = f"{' + '.join(units)} gates{budget}" if gated else "unknown gating"
     return f"{summary.get('model')}, {name}" if with_model else name
 
 

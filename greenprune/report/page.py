@@ -297,7 +297,7 @@ def _network(number: int, run: ReportedRun, figures: dict[str, go.Figure]) -> di
 
 
 def _about(run: ReportedRun, gone: int, removals: list[Change], summary: dict[str, Any]) -> str:
-    if summary.get("gated") is False:
+    if summary.get("gated") is False and not summary.get("removals"):
         return "A dense run: nothing is gated, nothing was removed."
     if not run.history.network:
         return "Its events name no blocks."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -16,7 +16,7 @@ from greenprune.surgery.removal import Surgeon
 FORMAT = 2
 _READABLE = (1, 2)  # 1 knew blocks only
 Action = Literal["remove", "freeze"]
-Reason = Literal["off", "on", "settled"]
+Reason = Literal["off", "on", "settled", "given"]
 
 
 class StructureMismatch(ValueError):
@@ -32,7 +32,7 @@ class Operation:
         unit: Name of a block, which is its module path, or of a set of channels, which is ``<block>:<label>``.
         step: Steps done when it happened.
         epoch: The same in epochs, a fraction within one.
-        reason: off or on for all inputs of the window(s), or settled against the budget.
+        reason: off or on for all inputs of the window(s), settled against the budget, or given before training began.
         channels: Which units of a set of channels are removed, by their indices in the dense network; else None.
     """
 
@@ -94,6 +94,14 @@ class Structure:
             if operation.channels is not None:
                 lost[operation.unit] = lost.get(operation.unit, 0) + len(operation.channels)
         return lost
+
+    def given(self) -> list[Operation]:
+        """What was carried out before training began."""
+        return [operation for operation in self.operations if operation.reason == "given"]
+
+    def as_given(self) -> Structure:
+        """The removals, as what another run begins with."""
+        return Structure([replace(removal, step=0, epoch=0.0, reason="given") for removal in self.removed()])
 
     def ungated(self) -> set[str]:
         """Blocks and sets of channels whose gates are gone."""
