@@ -21,6 +21,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.nn import functional
 
+from greenprune.allocation import keep_freed_memory
 from greenprune.config import Config, GateConfig, ModelConfig
 from greenprune.engine import Engine
 from greenprune.gating import GatePolicy, attach_gates
@@ -141,6 +142,7 @@ def main() -> None:
     parser.add_argument("--fp32", action="store_true", help="fp32 only")
     parser.add_argument("--name", default="gate_overhead", help="name of the result files; empty: none")
     args = parser.parse_args()
+    keep_freed_memory()  # as a run does
     rows: list[dict[str, object]] = []
     base = Config()
     data = dataclasses.replace(base.data, batch_size=args.batch_size)

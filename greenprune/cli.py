@@ -137,6 +137,10 @@ def _add_export_parsers(
     benchmark.add_argument("--batch-size", type=int, default=256, metavar="N", help="images in a large batch (256)")
     benchmark.add_argument("--turns", type=int, default=15, metavar="N", help="turns of each network (15)")
     benchmark.add_argument("--compile", action="store_true", help="also measure them compiled by torch.compile (slow)")
+    for command in (evaluate, benchmark):
+        command.add_argument(
+            "--trust", action="store_true", help="load .pt2 files too, whose loader runs code that is in them"
+        )
     return evaluate, benchmark
 
 
@@ -175,7 +179,8 @@ def _export(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from greenprune.export import evaluate_file
 
-    found = evaluate_file(arguments.file, arguments.data, arguments.root or os.environ.get("GREENPRUNE_DATA"))
+    root = arguments.root or os.environ.get("GREENPRUNE_DATA")
+    found = evaluate_file(arguments.file, arguments.data, root, trust=arguments.trust)
     print(json.dumps(vars(found), indent=2) if arguments.json else found)
     return 0
 
@@ -185,7 +190,11 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     from greenprune.formatting import open_console
 
     report = benchmark_inference(
-        arguments.files, batch_size=arguments.batch_size, turns=arguments.turns, compiled=arguments.compile
+        arguments.files,
+        batch_size=arguments.batch_size,
+        turns=arguments.turns,
+        compiled=arguments.compile,
+        trust=arguments.trust,
     )
     if arguments.json:
         print(json.dumps(report.to_dict(), indent=2))

@@ -35,6 +35,7 @@ def _outcome(args: list[str], environment: Mapping[str, str], prog: str) -> tupl
     except UserError as error:
         return 2, f"error: {error}", True
 
+    from greenprune.allocation import keep_freed_memory
     from greenprune.checkpoint import CheckpointCorrupt
     from greenprune.engine import PeerLost, RankMismatch
     from greenprune.interrupt import Interrupted
@@ -43,6 +44,7 @@ def _outcome(args: list[str], environment: Mapping[str, str], prog: str) -> tupl
     from greenprune.run import train
     from greenprune.trainer import TrainingDiverged
 
+    keep_freed_memory()
     try:
         result = train(config, environment, open_display)
     except Interrupted as stop:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 from types import MappingProxyType
@@ -32,6 +34,7 @@ class GuardedMirror:
         folder: The run's folder, whose log has everything that the tracker misses.
         failures: What it raises when it fails.
         environment: The process's environment, whose secrets an error may quote.
+        finish: Ends the tracker, whether it has failed or not; it may fail as the mirror may.
     """
 
     def __init__(
@@ -41,12 +44,14 @@ class GuardedMirror:
         folder: RunFolder,
         failures: tuple[type[Exception], ...] = _FAILURES,
         environment: Mapping[str, str] = MappingProxyType({}),
+        finish: Callable[[], None] = lambda: None,
     ) -> None:
         self._environment = environment
         self._name = name
         self._mirror = mirror
         self._folder = folder
         self._failures = failures
+        self._finish = finish
         self._events: SimpleQueue[Event | None] = SimpleQueue()
         # A daemon: a tracker that hangs does not keep the process from ending.
         self._thread = Thread(target=self._work, name=f"{name} mirror", daemon=True)
@@ -57,7 +62,7 @@ class GuardedMirror:
         self._events.put(event)
 
     def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
-        """Wait until everything is sent, the tracker has failed, or the time is up.
+        """Wait until everything is sent and the tracker has ended, it has failed, or the time is up.
 
         Args:
             timeout_s: Most seconds to wait.
@@ -69,8 +74,11 @@ class GuardedMirror:
 
     def _work(self) -> None:
         try:
-            for event in iter(self._events.get, None):
-                self._mirror(event)
+            try:
+                for event in iter(self._events.get, None):
+                    self._mirror(event)
+            finally:
+                self._finish()
         except self._failures as error:
             self._tell(error)
 
@@ -116,9 +124,23 @@ def start_mirrors(
             failed = without_secrets(_failed(name, error), environment)
             notes.append(f"{failed} {_catch_up(name, folder)}")
             continue
-        mirrors.append(GuardedMirror(name, mirror, folder, _failures_of(name), environment))
+        failures = _failures_of(name)
+        mirrors.append(GuardedMirror(name, mirror, folder, failures, environment, partial(_finish, engine, name)))
         notes.append(note)
     return mirrors, notes
+
+
+def _finish(engine: Engine, name: str) -> None:
+    try:
+        engine.finish_tracker(name)
+    except _failures_of(name):
+        if name == "wandb":
+            import wandb
+
+            # Else it tries again when Python ends, and fails with a traceback.
+            with suppress(*_failures_of(name)):
+                wandb.teardown()
+        raise
 
 
 def _start_wandb(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Protocol
@@ -50,17 +50,17 @@ class UnitTable:
     widths: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, image_shape: tuple[int, ...], *, all_channels: bool = False) -> UnitTable:
+    def of(cls, model: nn.Module, image_shape: tuple[int, ...], also: Collection[str] = ()) -> UnitTable:
         """Count the costs of a network from which nothing has been removed.
 
         Args:
             model: The network, with the gates it starts with.
             image_shape: Shape of one image [C, H, W].
-            all_channels: Count channels without gates too; else only those that a gate can switch.
+            also: Sets of channels without gates of which something may be gone too.
         """
         blocks = residual_blocks(model)
         gated = find_gates(model)
-        sets = {name: found for name, found in find_channels(model).sets.items() if all_channels or name in gated}
+        sets = {name: found for name, found in find_channels(model).sets.items() if name in gated or name in also}
         paths = {module: name for name, module in model.named_modules()}
         gate_paths = {name: paths[gate] for name, gate in gated.items()}
         holders = {path for found in sets.values() for path, _ in found.sizes}
@@ -234,8 +234,8 @@ def prepare_network(config: Config, data: ImageShape) -> Network:
     """Build the network for a data set, seeded, gate it, and count what it costs.
 
     Raises:
-        ConfigError: There is no such network, it cannot take the images, has nothing to gate, its budget cannot be
-            met, or the structure it is given is one of another network.
+        ConfigError: There is no such network or structure, it cannot take the images, has nothing to gate, its budget
+            cannot be met or is met already, or the structure is one of another network.
     """
     given = given_structure(config)
     torch.manual_seed(config.seed)
@@ -243,7 +243,7 @@ def prepare_network(config: Config, data: ImageShape) -> Network:
     notes = _gate(model, config) if config.gate.enabled else []
     try:
         shape = (data.channels, data.image_size, data.image_size)
-        table = UnitTable.of(model, shape, all_channels=bool(given.removed_channels()))
+        table = UnitTable.of(model, shape, also=given.removed_channels().keys())
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
@@ -251,7 +251,10 @@ def prepare_network(config: Config, data: ImageShape) -> Network:
             f"{reason}"
         ) from None
     _check_fits(given, model, config)
-    return Network(model, table, unit_costs(table, config.budget), given, notes)
+    costs = unit_costs(table, config.budget)
+    if config.gate.enabled and given.operations:
+        _check_more_may_go(kept_cost(costs, given), config)
+    return Network(model, table, costs, given, notes)
 
 
 def _check_fits(given: Structure, model: nn.Module, config: Config) -> None:
@@ -264,6 +267,14 @@ def _check_fits(given: Structure, model: nn.Module, config: Config) -> None:
             f"model.structure: does not fit {config.model.name} with shortcut {config.model.shortcut} ({error}); "
             "expected a structure of the same network"
         ) from None
+
+
+def _check_more_may_go(kept: float, config: Config) -> None:
+    if kept <= config.budget.target:
+        raise ConfigError(
+            f"budget.target: {config.budget.target} is not valid with this model.structure, which keeps {kept:.3f}; "
+            "expected less, or gate.enabled false"
+        )
 
 
 def _gate(model: nn.Module, config: Config) -> list[str]:

@@ -167,9 +167,7 @@ class RunStatus:
         self._start = self._now = event = {**_NOT_TOLD, **event}
         self._marks.clear()  # the time between two attempts is nobody's pace
         self._mark(event)
-        gated = (len(event["units"]), sum(event.get("channels", {}).values()))
-        whole = (event["structure/blocks"], event["structure/channels"]) == gated
-        self._pace = _Pace(event) if event["gated"] and whole else None
+        self._pace = _Pace(event) if event["gated"] and self._is_whole() else None
         self._watts.clear()
         processes = f"{event['world_size']} processes" if event["world_size"] > 1 else "1 process"
         lines = [
@@ -187,13 +185,18 @@ class RunStatus:
         lines += [Line(f"note: {' '.join(note.split())}", "dim") for note in event["notes"]]
         return [*lines, Line(self._header(), "bold")]
 
+    def _is_whole(self) -> bool:
+        """Whether the run begins with everything that the dense network has."""
+        dense = (len(self._start["units"]), sum(self._start.get("channels", {}).values()))
+        return (self._start["structure/blocks"], self._start["structure/channels"]) == dense
+
     def _goal(self) -> str:
         start = self._start
         channels = f" with {self._channels().partition('/')[0].strip()} channels" if self._channels() else ""
         network = f"{start['structure/blocks']} blocks{channels}, {format_si(start['flops/forward'], 'FLOPs')} an image"
-        if start["structure_given"]:
+        if start["structure_given"] and not start["gated"]:
             dense = format_si(start["flops/forward_dense"], "FLOPs")
-            return f"a structure given: {network}, dense {dense}; nothing is gated"
+            return f"a given structure, without gates: {network}, dense {dense}"
         if not start["gated"]:
             return f"dense run: {network}; nothing is gated or removed"
         return (

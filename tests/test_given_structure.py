@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import equal
 
 from greenprune.cli import main
-from greenprune.config import Config, ConfigError, GateConfig, ModelConfig
+from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, ModelConfig
 from greenprune.flops import count_costs
 from greenprune.models import find_channels
 from greenprune.network import kept_cost, prepare_network
@@ -137,9 +137,10 @@ def test_the_structure_of_another_network_is_refused(text: str) -> None:
         prepare_network(with_structure(text), Images())
 
 
-def test_gates_on_top_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--model.structure", TEXT]) == 2
-    assert "model.structure: 'remove stages.0.1" in capsys.readouterr().err
+def test_gates_on_top_of_what_meets_the_budget_already_are_refused() -> None:
+    gated = Config(model=ModelConfig(name="resnet20", structure=TEXT), budget=BudgetConfig(target=0.9))
+    with pytest.raises(ConfigError, match=r"^budget\.target: 0\.9 .*which keeps 0\.8\d+; expected less"):
+        prepare_network(gated, Images())
 
 
 # What it costs.
@@ -247,6 +248,23 @@ def test_an_attempt_that_ended_before_its_first_checkpoint_tells_it_once(scratch
     twice = [*events[: 1 + len(given)], *events]
     assert [event for event in course_of(twice) if event["kind"] == "removal"] == given
     assert len(read_history(twice).changes) == len(given)
+
+
+def test_more_may_go_with_gates(gated: Path, tmp_path: Path) -> None:
+    flags = [
+        "--model.structure",
+        str(gated / "structure.json"),
+        "--budget.target",
+        "0.3",
+        "--gate.units",
+        "[block,channel]",
+    ]
+    assert run(TRAIN, [*FLAGS, *flags, "--output_dir", str(tmp_path), "--run_name", "more"]).returncode == 0
+    summary = read(tmp_path / "more" / "summary.json")
+    assert 0.3 - summary["cheapest_unit_cost"] < summary["kept_cost"] <= 0.3
+    assert summary["gates_left"] == 0
+    assert {removal["reason"] == "given" for removal in summary["removals"]} == {True, False}
+    assert [finding for finding in verify_run(tmp_path / "more") if finding.good is False] == []
 
 
 def test_a_bad_structure_leaves_no_file(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import wandb
 
@@ -269,6 +270,32 @@ def test_a_killed_run_that_goes_on_is_one_run(tmp_path: Path, monkeypatch: pytes
     assert epochs[-1] == 132
     assert set(epochs) == {22 * epoch for epoch in range(1, 7)}
     assert caught_up.summary["attempts"] == 2
+
+
+def test_a_tracker_whose_process_is_killed_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B writes from a process of its own: SIGKILL takes it in the middle of a run, which goes on and is caught up."""
+    args = ["--output_dir", str(tmp_path), "--run_name", "w", "--model.name", "resnet20", "--optim.lr", "0.05"]
+    args += ["--tracking.trackers", "[wandb]", "--optim.epochs", "6"]
+    run = subprocess.Popen(
+        command(TRAIN, args), env=environment() | {"HOME": str(tmp_path)}, stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "w" / "events.jsonl"
+    while not log.exists() or log.read_text().count('"kind": "epoch"') < 2:
+        assert run.poll() is None
+        time.sleep(0.05)
+    (service,) = (child for child in psutil.Process(run.pid).children(recursive=True) if "wandb-core" in child.name())
+    service.kill()
+    killed_s = time.monotonic()
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 0, said[-3000:]
+    assert time.monotonic() - killed_s < 60
+    assert said.count("wandb has failed and gets nothing more of this run") == 1, said[-3000:]
+    assert f"greenprune sync {tmp_path / 'w'} --to wandb" in said
+    assert "Traceback" not in said
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["sync", str(tmp_path / "w")]) == 0
+    synced = max((tmp_path / "w" / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    assert [row["step"] for row in Uploaded(synced).history if "eval/accuracy" in row] == [22 * n for n in range(1, 7)]
 
 
 def test_a_run_that_goes_on_is_not_synced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,8 +59,9 @@ class ModelConfig:
     compile: bool = False
     """Compile each block with torch.compile; after a removal, those that lost channels are compiled anew."""
     structure: str | None = None
-    """What is removed from the network before training, with gate.enabled false: the folder of a run that found it, its
-    structure.json, or the removals as text, which the run keeps in its own config: remove UNIT UNIT[CHANNELS] ..."""
+    """What is removed before training begins: the folder of a run that found it, its structure.json, or the removals as
+    text, as which the run keeps them: remove UNIT UNIT[CHANNELS] ... Without gates what a run has found is so trained
+    from scratch; with gates more may go."""
 
 
 @dataclass(frozen=True)
@@ -346,13 +347,6 @@ class Config:
             f"a divisor of data.batch_size ({self.data.batch_size})",
         )
         if self.gate.enabled:
-            _require(
-                self.model.structure is None,
-                "model.structure",
-                self.model.structure,
-                "null with gate.enabled true: a budget counts from the whole network, and a given structure is trained "
-                "as it is, with gate.enabled false",
-            )
             _require(
                 self.removal.decide_by > self.gate.warmup,
                 "removal.decide_by",

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from greenprune.allocation import give_back_freed_memory
 from greenprune.config import Config, ConfigError, UserError
 from greenprune.engine.compilation import compile_blocks
 from greenprune.engine.peers import Peer, Peers, is_of_network, join_after_restart
@@ -258,6 +259,8 @@ class Engine:
         """
         self.release()
         operate(self.module, self.optimizer)
+        if self.device.type == "cpu":
+            give_back_freed_memory()
         self._wrap()
 
     @contextmanager
@@ -454,13 +457,20 @@ class Engine:
         """Send values to one tracker."""
         self._accelerator.get_tracker(name).log(values, step=step)
 
+    def finish_tracker(self, name: str) -> None:
+        """Let a started tracker write its last and end; raises whatever it does."""
+        tracker = self._accelerator.get_tracker(name)
+        self._accelerator.trackers.remove(tracker)
+        tracker.finish()
+
     def finish(self) -> None:
-        """Let go of everything in an order that ends the process cleanly."""
+        """Let go of everything in an order that ends the process cleanly; trackers have been finished before."""
         if hasattr(self, "model"):
             self._prepared_optimizer = None
             del self.model, self.module, self.optimizer
         self._accelerator.free_memory()
         gc.collect()
+        self._accelerator.trackers = []  # one that failed or hangs is not asked again
         self._accelerator.end_training()
         # Accelerate's state is shared by all of a process; a later engine starts afresh.
         AcceleratorState._reset_state(reset_partial_state=True)

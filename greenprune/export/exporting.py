@@ -22,7 +22,7 @@ from greenprune.checkpoint import CheckpointCorrupt, list_checkpoints, load_chec
 from greenprune.config import Config, UserError, load_config
 from greenprune.data import ImageData, open_data
 from greenprune.export.card import model_card
-from greenprune.export.formats import FILES, WITH_SOURCE, ExportError, check_format, load_network, write_network
+from greenprune.export.formats import FILES, WITH_SOURCE, ExportError, check_format, load_written, write_network
 from greenprune.export.plain import NoPlainForm, fold_batch_norm, plain_network
 from greenprune.gating import find_gates
 from greenprune.models import build_model
@@ -253,7 +253,7 @@ def _export(  # noqa: PLR0913 -- what both ways in differ in
     versions = {"greenprune": importlib.metadata.version("greenprune"), "torch": torch.__version__}
     with _new_folder(target) as folder:
         written = write_network(kind, network, images, folder, about=about, opset=opset)
-        loaded = load_network(kind, folder)
+        loaded = load_written(kind, folder)
         with torch.no_grad():
             found = [loaded.run(images), loaded.run(images[:1])]
         difference = max(_relative_difference(a, b) for a, b in zip(found, expected, strict=True))

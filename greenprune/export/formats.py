@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from greenprune.config import UserError
+from greenprune.export.reading import NotAnExport, layers_of
 from greenprune.export.source import module_source
 
 FILES = {
@@ -228,27 +229,51 @@ def _write_onnx(network: nn.Module, images: Tensor, path: Path, opset: int | Non
     return {"opset": written, "onnx": onnx.__version__}
 
 
-# What PyTorch, safetensors and a module file that was tampered with raise.
+# What PyTorch and safetensors raise at files that were tampered with.
 _UNREADABLE = (
     OSError,
     RuntimeError,
     EOFError,
     AttributeError,
     KeyError,
-    SyntaxError,
+    TypeError,
+    ValueError,
     pickle.UnpicklingError,
     SafetensorError,
     zipfile.BadZipFile,
 )
 
 
-def load_network(kind: str, folder: Path) -> Loaded:
-    """Load what :func:`write_network` wrote, as someone without greenprune does. The module file, if any, is run.
+def load_written(kind: str, folder: Path) -> Loaded:
+    """Load what :func:`write_network` has just written here, as someone without greenprune does: files' code is run.
 
     Raises:
         ExportError: A file cannot be read, or its runtime is not installed.
     """
+    if kind not in WITH_SOURCE:
+        return read_network(kind, folder, trust=True)
+    module: nn.Module = _run_module(folder / _SOURCE).load_network(str(folder / FILES[kind]))
+    return Loaded(module, module, f"torch {torch.__version__}")
+
+
+def read_network(kind: str, folder: Path, *, trust: bool = False) -> Loaded:
+    """Load an exported network from anywhere: no code in its files is run.
+
+    Args:
+        kind: The format.
+        folder: Folder of the export.
+        trust: Whether a format whose loader runs what the file says may be loaded all the same: torch.export. (It reads
+            pickles, and its guards and symbolic shapes are Python that is evaluated.)
+
+    Raises:
+        ExportError: A file cannot be read, would have to be trusted, or its runtime is not installed.
+    """
     path = folder / FILES[kind]
+    if kind == "torch.export" and not trust:
+        raise ExportError(
+            f"FILE: {str(path)!r} may hold code, which PyTorch's loader of this format runs; expected --trust for a "
+            "file whose origin you know, or another format"
+        )
     try:
         if kind == "onnx":
             return _load_onnx(path)
@@ -256,10 +281,32 @@ def load_network(kind: str, folder: Path) -> Loaded:
             with _quiet():
                 module: nn.Module = torch.export.load(path).module()
         else:
-            module = _run_module(folder / _SOURCE).load_network(str(path))
+            module = _read_module(folder / _SOURCE, path)
+    except NotAnExport as error:
+        raise ExportError(
+            f"FILE: {str(folder / _SOURCE)!r} is not what greenprune export writes: {error}; it is read, not run, so "
+            "expected a folder left as it was exported"
+        ) from None
     except _UNREADABLE as error:
         raise ExportError(f"FILE: {str(path)!r} cannot be loaded: {_first_line(error)}") from None
     return Loaded(module, module, f"torch {torch.__version__}")
+
+
+def _read_module(source: Path, tensors: Path) -> nn.Module:
+    """The network that a module file spells out, with the tensors of a file."""
+    network = layers_of(source.read_text(encoding="utf-8"))
+    if tensors.suffix == ".pt":
+        state = torch.load(tensors, map_location="cpu", weights_only=True)
+    else:
+        state = load_file(tensors)
+    expected = network.state_dict()
+    wrong = sorted(state.keys() ^ expected.keys())
+    wrong += sorted(name for name in state.keys() & expected.keys() if state[name].shape != expected[name].shape)
+    if wrong or any(buffer.is_meta for name, buffer in network.named_buffers() if name not in expected):
+        raise NotAnExport(f"it does not fit {tensors.name}, first at {[*wrong, 'its buffers'][0]}")
+    # Copies: what a file is mapped to lies at any address, and kernels are slower and round otherwise there.
+    network.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    return network.requires_grad_(False).eval()
 
 
 def _load_onnx(path: Path) -> Loaded:

@@ -25,7 +25,7 @@ from greenprune.data import open_data
 from greenprune.data.folders import LAYOUTS
 from greenprune.energy import Measurement, Meter, open_meter
 from greenprune.export.exporting import form_to_write, read_record, weights_bytes
-from greenprune.export.formats import ExportError, Loaded, check_format, load_network, write_network
+from greenprune.export.formats import ExportError, Loaded, check_format, load_written, read_network, write_network
 from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_seconds, format_si
 from greenprune.models import build_model
 
@@ -64,13 +64,16 @@ class FileAccuracy:
         )
 
 
-def evaluate_file(path: Path | str, data_name: str, data_root: str | None = None) -> FileAccuracy:
+def evaluate_file(
+    path: Path | str, data_name: str, data_root: str | None = None, *, trust: bool = False
+) -> FileAccuracy:
     """Evaluate an exported network on the whole test set.
 
     Args:
-        path: The exported folder, or a file in it. A module file in it is run.
+        path: The exported folder, or a file in it. No code in it is run, unless it is trusted.
         data_name: Name of the data set.
         data_root: Folder of the data set.
+        trust: Whether a file of torch.export, whose loader runs code, may be loaded.
 
     Raises:
         UserError: There is no such file or data, or they do not go together.
@@ -83,7 +86,7 @@ def evaluate_file(path: Path | str, data_name: str, data_root: str | None = None
     if has != takes:
         form = "{0} channels and {1} x {1} pixels in {2} classes".format
         raise ExportError(f"--data: {data_name!r} has images of {form(*has)}; expected {form(*takes)}")
-    loaded = load_network(record["kind"], folder)
+    loaded = read_network(record["kind"], folder, trust=trust)
     right = samples = 0
     with torch.no_grad():
         for images, labels in data.eval_batches():
@@ -213,7 +216,12 @@ class _Contestant:
 
 
 def benchmark_inference(
-    paths: Sequence[Path | str], *, batch_size: int = 256, turns: int = 15, compiled: bool = False
+    paths: Sequence[Path | str],
+    *,
+    batch_size: int = 256,
+    turns: int = 15,
+    compiled: bool = False,
+    trust: bool = False,
 ) -> InferenceReport:
     """Measure exported networks beside their dense twins, in turn, on the CPU and on the GPU if there is one.
 
@@ -222,10 +230,11 @@ def benchmark_inference(
     layout of tensors that the run had (``model.channels_last``).
 
     Args:
-        paths: Exported folders, or files in them. Module files in them are run.
+        paths: Exported folders, or files in them. No code in them is run, unless they are trusted.
         batch_size: Images in a large batch.
         turns: How often each network has its turn.
         compiled: Also measure PyTorch networks compiled by torch.compile.
+        trust: Whether files of torch.export, whose loader runs code, may be loaded.
 
     Raises:
         UserError: There is no such file, or a setting is not valid.
@@ -240,7 +249,7 @@ def benchmark_inference(
         groups.setdefault(key, []).append((str(path), folder, record))
     report = InferenceReport(batch_size, turns, torch.get_num_threads(), [], [])
     for group in groups.values():
-        _compare_group(group, report, compiled)
+        _compare_group(group, report, compiled, trust)
     return report
 
 
@@ -248,10 +257,13 @@ def _folds(record: dict[str, Any]) -> bool:
     return bool(record["batch_norms_folded"])
 
 
-def _compare_group(group: list[tuple[str, Path, dict[str, Any]]], report: InferenceReport, compiled: bool) -> None:
+def _compare_group(
+    group: list[tuple[str, Path, dict[str, Any]]], report: InferenceReport, compiled: bool, trust: bool
+) -> None:
     record = group[0][2]
     networks = [
-        (name, load_network(record["kind"], folder), int(each["weights_bytes"])) for name, folder, each in group
+        (name, read_network(record["kind"], folder, trust=trust), int(each["weights_bytes"]))
+        for name, folder, each in group
     ]
     if record["model"] is None:
         report.notes.append(f"{group[0][0]}: no dense twin, for the network is not of a run")
@@ -279,7 +291,7 @@ def _dense_twin(record: dict[str, Any]) -> tuple[str, Loaded, int]:
         opset = record["made_with"].get("opset")
         images = torch.randn(2, *record["input"]["shape"])
         write_network(kind, network, images, Path(folder), about="The dense twin.", opset=opset)
-        loaded = load_network(kind, Path(folder))
+        loaded = load_written(kind, Path(folder))
     return "dense twin", loaded, weights_bytes(network)
 
 

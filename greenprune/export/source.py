@@ -34,7 +34,7 @@ def module_source(network: nn.Sequential, about: str, *, reader: str, shapes: tu
     """
     import_reader, read = _READERS[reader]
     parts = [_render(_expression(part), f"self.{name} = ", "", indent=8) for name, part in network.named_children()]
-    body = "\n\n\n".join(_definitions(network))
+    body = "\n\n\n".join(definitions(network))
     needs = [
         "import math\n\n" if "math." in body else "",
         "import torch\n",
@@ -59,7 +59,7 @@ def module_source(network: nn.Sequential, about: str, *, reader: str, shapes: tu
     return "\n\n\n".join(text for text in (header.rstrip("\n"), body, network_class, load) if text) + "\n"
 
 
-def _definitions(network: nn.Module) -> list[str]:
+def definitions(network: nn.Module) -> list[str]:
     """The sources of the classes of the network that are not PyTorch's, with the functions that they call."""
     kinds = dict.fromkeys(type(module) for module in network.modules())
     own = [kind for kind in kinds if not kind.__module__.startswith("torch.")]
