@@ -4,7 +4,7 @@
 
 Everything else is the run's: the gates are there and stay open, so that what differs is which blocks go. Units that
 cost the same are exchanged for one another (in a CIFAR ResNet the blocks that keep the shape, of all stages), so the
-FLOPs are those of the run at every step.
+FLOPs are those of the run at every step, but for the gates' own.
 """
 
 from __future__ import annotations

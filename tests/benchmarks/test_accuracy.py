@@ -1,0 +1,109 @@
+"""The accuracy studies: peers and random removal reach the FLOPs that they should, and the table says what there is."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "accuracy"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "peers"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+import pruning
+import study
+from launching import ROOT, environment
+
+from greenprune.config import Config, ModelConfig, OptimConfig, UserError
+
+SMALL = Config(model=ModelConfig(name="resnet20"), optim=OptimConfig(epochs=2, lr=0.05))
+
+
+@pytest.mark.parametrize("method", ["slimming", "polarization", "torch-pruning"])
+def test_a_peer_prunes_to_the_flops_that_are_asked_for(method: str) -> None:
+    config = replace(SMALL, model=replace(SMALL.model, shortcut="B" if method == "torch-pruning" else "A"))
+    found = pruning.compare(method, config, 0.5, pruning.STRENGTH[method], None)
+    assert 0.4 < found["flops_forward"] / found["flops_forward_dense"] <= 0.5
+    assert found["params"] < found["params_dense"]
+    # Half of the epochs dense, half of them small.
+    assert 0.7 < found["flops_train"] / found["flops_train_dense"] < 0.76
+    assert {"sparse training", "pruning", "fine-tuning", "eval"} <= found["energy_by_phase_j"].keys()
+    assert found["accuracy"] > 0.15
+
+
+def test_a_target_out_of_reach_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--target: 0.01 cannot be met by channels inside the branches alone"):
+        pruning.compare("slimming", SMALL, 0.01, 1e-4, None)
+
+
+def test_every_cell_has_a_command_and_what_it_needs_comes_before(tmp_path: Path) -> None:
+    digits = study.Study.read(ROOT / "benchmarks" / "accuracy" / "digits.yaml")
+    cells = study.cells_of(digits)
+    names = [cell.name for cell in cells]
+    assert len(set(names)) == len(names)
+    assert all(cell.after is None or cell.after in names[: names.index(cell.name)] for cell in cells)
+    runner = study.Runner(digits, tmp_path)
+    commands = [shlex.join(runner.command(cell, 0)) for cell in cells]
+    assert len(set(commands)) == len(commands)
+    assert all("--seed 0" in command or "random_removal" in command for command in commands)
+
+
+def test_an_unknown_key_of_a_study_is_named(tmp_path: Path) -> None:
+    (tmp_path / "it.yaml").write_text("config: configs/digits.yaml\nseeds: [0]\ntargets: [0.5]\nepochs: 3\n")
+    with pytest.raises(SystemExit, match=r"unexpected keyword argument 'epochs'; expected config, seeds, targets"):
+        study.Study.read(tmp_path / "it.yaml")
+
+
+def result(accuracy: float, kept: float, **more: Any) -> dict[str, Any]:
+    figures = {"flops_forward": 100 * kept, "flops_forward_dense": 100, "params": 10, "params_dense": 20}
+    spent = {"flops_train": 30, "flops_train_dense": 40, "energy_j": 5.0, "time_s": 2.0}
+    return {"accuracy": accuracy, **figures, **spent, **more}
+
+
+def test_the_table_compares_seed_by_seed_and_leaves_out_what_is_not_there() -> None:
+    cells = [
+        study.Cell("dense", "dense twin"),
+        study.Cell("block-0.5", "ours, block", 0.5),
+        study.Cell("x", "other", 0.5),
+    ]
+    found = {
+        "dense": {0: result(0.90, 1.0), 1: result(0.92, 1.0)},
+        "block-0.5": {0: result(0.89, 0.5, energy_j=4.0), 1: result(0.93, 0.4, energy_j=None), 2: result(0.5, 0.5)},
+        "x": {},
+    }
+    rows = study.table(cells, found)[2:]
+    assert rows[0].startswith("| dense twin | 2 | 91.00 ± 1.41 | 0.00 ± 0.00 | 1.000 ± 0.000 |")
+    assert "| ours, block, 0.5 | 3 | 77.33 ± 23.76 | 0.00 ± 1.41 | 0.467 ± 0.058 |" in rows[1]
+    assert "| 0.80 |" in rows[1]  # joules of the one seed that has them
+    assert rows[2] == "| other, 0.5 | 0 | - | - | - | - | - | - | - |"
+
+
+@pytest.mark.slow
+def test_a_small_study_is_trained_kept_and_not_trained_again(tmp_path: Path) -> None:
+    folder = ROOT / "benchmarks" / "results" / "accuracy"
+    (tmp_path / "small-test.yaml").write_text(
+        "config: configs/digits.yaml\nseeds: [0]\ntargets: [0.5]\nflags: ['--optim.epochs', '2']\n"
+    )
+    command = [sys.executable, "benchmarks/accuracy/study.py", str(tmp_path / "small-test.yaml")]
+    command += ["--runs", str(tmp_path / "runs"), "--cells", "dense", "block", "scratch-block", "random"]
+    try:
+        for _ in range(2):
+            done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            times = {path.name: path.stat().st_mtime_ns for path in (folder / "small-test").iterdir()}
+            assert len(times) == 4
+        found = {path.name: json.loads(path.read_text()) for path in (folder / "small-test").iterdir()}
+        ours, random = found["block-0.5-seed0.json"], found["random-0.5-seed0.json"]
+        assert random["flops_forward"] == ours["flops_forward"]
+        assert random["flops_train"] == pytest.approx(ours["flops_train"], rel=1e-3)  # its gates are static
+        assert found["scratch-block-0.5-seed0.json"]["params"] == ours["params"]
+        assert {path.name: path.stat().st_mtime_ns for path in (folder / "small-test").iterdir()} == times
+    finally:
+        for path in [*(folder / "small-test").iterdir(), folder / "small-test.md"]:
+            path.unlink()
+        (folder / "small-test").rmdir()
