@@ -4,8 +4,13 @@
 
 Every cell is trained for the same number of epochs on the same data with the same augmentation, each seed in a process
 of its own. A cell's result is a file (``results/accuracy/<study>/<cell>-seed<n>.json``) with its config, its command,
-versions and hardware; what is there is not done again, and a run that was stopped goes on. The last networks are
-evaluated on the test set; nothing is chosen on it. Then the table and the curves are written.
+versions and hardware; what is there is not done again, and a run that was stopped goes on: Ctrl-C, SIGTERM or
+``--minutes`` stop it in good order. The last networks are evaluated on the test set; nothing is chosen on it. What the
+peers' papers leave open for a run of another length, the strength of their sparsity term and the learning rate of
+their fine-tuning, is chosen for them on a part of the training set that is held out, or taken over from the study named
+by ``chosen_in``; ours runs with its defaults. Then the table (``<study>.md``) and the curves (``<study>.png``, or
+``.html``
+where there is no browser to draw with) are written.
 """
 
 from __future__ import annotations
@@ -14,9 +19,11 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -25,9 +32,13 @@ from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parent))
+from curves import write_curves  # it lies beside this file
+
 from greenprune.tracking import read_attempts, write_json
 
 ROOT = Path(__file__).parents[2]
+RUNS = Path("runs/accuracy")
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 UNITS = {"block": "[block]", "channel": "[channel]", "both": "[block, channel]"}
 PEERS = {
@@ -35,6 +46,15 @@ PEERS = {
     "polarization": "polarized batch-norm scales",
     "torch-pruning": "torch-pruning, group norm",
 }
+
+
+_OPTIONAL = "peer_targets, choices, chosen_in, ablations and flags"
+FINETUNE_LRS = (1.0, 0.3)
+"""Shares of the config's learning rate that the peers' fine-tuning chooses from."""
+
+CHOICE_SEEDS = (1000, 1001)
+HELD_OUT = 0.2
+"""Share of the training set that choices are made on."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +67,20 @@ class Study:
         seeds: Seeds of each cell.
         targets: Shares of the FLOPs to keep.
         peer_targets: Those for which the peers are trained too.
+        choices: By peer, the strengths of its sparsity term to choose from, on held-out training samples.
+        chosen_in: Another study whose choices are taken over; None: this one makes its own.
+        ablations: Target at which the parts of the method are exchanged one by one; None: they are not.
         flags: Further fields of all runs.
     """
 
     name: str
     config: Path
     seeds: list[int]
-    targets: list[float]
+    targets: list[float] = field(default_factory=list)
     peer_targets: list[float] = field(default_factory=list)
+    choices: dict[str, list[float]] = field(default_factory=dict)
+    chosen_in: str | None = None
+    ablations: float | None = None
     flags: list[str] = field(default_factory=list)
 
     @classmethod
@@ -68,7 +94,7 @@ class Study:
         try:
             return cls(path.stem, **{**values, "config": ROOT / values["config"]})
         except (TypeError, KeyError) as error:
-            raise SystemExit(f"{path}: {error}; expected config, seeds, targets, peer_targets and flags") from None
+            raise SystemExit(f"{path}: {error}; expected config, seeds, targets, {_OPTIONAL}") from None
 
 
 @dataclass(frozen=True)
@@ -83,6 +109,7 @@ class Cell:
         after: Cell whose run has to be there first.
         peer: Method of ``benchmarks/peers/pruning.py``; None for our own runs.
         random: Whether blocks go at random, when those of ``after`` went.
+        ablated: Flags of ``benchmarks/accuracy/ablated.py``, if it trains the cell.
     """
 
     name: str
@@ -92,10 +119,48 @@ class Cell:
     after: str | None = None
     peer: str | None = None
     random: bool = False
+    ablated: tuple[str, ...] = ()
+
+
+def ablations(target: float) -> list[Cell]:
+    """The method with one part of it exchanged at a time, at one target."""
+    at = ("--budget.target", f"{target:g}")
+
+    def cell(name: str, label: str, *flags: str, ablated: tuple[str, ...] = ()) -> Cell:
+        return Cell(f"{name}-{target:g}", label, target, (*flags, *at), ablated=ablated)
+
+    return [
+        Cell("dense", "dense twin", flags=("--gate.enabled", "false")),
+        cell("default", "the defaults"),
+        cell("no-polarization", "no polarization", "--gate.polarization", "0"),
+        cell("more-polarization", "polarization 1", "--gate.polarization", "1"),
+        *(
+            cell(f"fixed-{price:g}", f"fixed price {price:g}", ablated=("--fixed-price", f"{price:g}"))
+            for price in (0.1, 1.0, 10.0)
+        ),
+        cell("static", "static gates", "--gate.kind", "static"),
+        cell("decide-0.2", "decided by 0.2", "--removal.decide_by", "0.2"),
+        cell("decide-0.8", "decided by 0.8", "--removal.decide_by", "0.8"),
+        cell("no-warmup", "no warm-up", "--gate.warmup", "0"),
+        cell("warmup-0.3", "warm-up 0.3", "--gate.warmup", "0.3"),
+        cell("masked", "masked, not removed", ablated=("--mask",)),
+        cell("channel", "channels", "--gate.units", "[channel]"),
+        cell(
+            "channel-no-polarization",
+            "channels, no polarization",
+            "--gate.units",
+            "[channel]",
+            "--gate.polarization",
+            "0",
+        ),
+        cell("channel-static", "channels, static gates", "--gate.units", "[channel]", "--gate.kind", "static"),
+    ]
 
 
 def cells_of(study: Study) -> list[Cell]:
     """All cells of a study, each after those that it needs."""
+    if study.ablations is not None:
+        return ablations(study.ablations)
     dense = ("--gate.enabled", "false")
     cells = [Cell("dense", "dense twin", flags=dense)]
     for target in study.targets:
@@ -126,6 +191,10 @@ def cells_of(study: Study) -> list[Cell]:
     return cells
 
 
+class Stopped(RuntimeError):
+    """The study was asked to stop; what is going on goes on from there with the next command."""
+
+
 class Runner:
     """Trains the cells of a study.
 
@@ -138,6 +207,57 @@ class Runner:
         self.study = study
         self.folder = runs / study.name
         self.results = RESULTS / study.name
+        self._going: set[subprocess.Popen[str]] = set()
+        self._stopping = threading.Event()
+        self._chosen: dict[str, dict[str, float]] = {}
+
+    def stop(self) -> None:
+        """Have all runs write their state and end."""
+        self._stopping.set()
+        for process in list(self._going):
+            process.send_signal(signal.SIGTERM)
+
+    def choose(self, peer: str) -> None:
+        """Choose a peer's strength and learning rate on held-out training samples, unless that is done.
+
+        Raises:
+            RuntimeError: A run failed.
+            Stopped: The study was asked to stop.
+        """
+        study = self.study
+        home = RESULTS / (study.chosen_in or study.name)
+        file = home / f"chosen-{peer}.json"
+        if not file.exists():
+            if study.chosen_in is not None or not study.choices.get(peer):
+                return
+            target = statistics.median_low(study.peer_targets)
+            tried = [self._try(peer, target, strength, lr) for strength in study.choices[peer] for lr in FINETUNE_LRS]
+            best = max(tried, key=lambda found: found["accuracy"])
+            home.mkdir(parents=True, exist_ok=True)
+            about = {"target": target, "held_out": HELD_OUT, "seeds": CHOICE_SEEDS}
+            write_json(
+                file, {"chosen": {key: best[key] for key in ("strength", "finetune_lr")}, **about, "tried": tried}
+            )
+        self._chosen[peer] = json.loads(file.read_text())["chosen"]
+
+    def _try(self, peer: str, target: float, strength: float, finetune_lr: float) -> dict[str, Any]:
+        """Mean accuracy on held-out training samples."""
+        accuracies = []
+        for seed in CHOICE_SEEDS:
+            output = self.folder / f"choice-{peer}-{strength:g}-{finetune_lr:g}-seed{seed}.json"
+            settings = ["--strength", f"{strength:g}", "--finetune-lr", f"{finetune_lr:g}"]
+            if not output.exists():
+                command = [*self._peer_command(peer, target, seed, output), *settings, "--", *self.study.flags]
+                self._run([*command, "--data.validation", str(HELD_OUT)], output.stem)
+            found = json.loads(output.read_text())
+            assert found["accuracy_kind"] == "validation"
+            accuracies.append(found["accuracy"])
+        return {"strength": strength, "finetune_lr": finetune_lr, "accuracy": statistics.mean(accuracies)}
+
+    def _peer_command(self, peer: str, target: float, seed: int, output: Path) -> list[str]:
+        config = ["--config", str(self.study.config.relative_to(ROOT))]
+        flags = ["--method", peer, "--target", f"{target:g}", "--seed", str(seed), "--output", str(output)]
+        return ["python", "benchmarks/peers/pruning.py", *config, *flags]
 
     def result(self, cell: Cell, seed: int) -> Path:
         """The file of a cell's result."""
@@ -147,15 +267,20 @@ class Runner:
         """What trains a cell, from the root of the project."""
         study, config = self.study, str(self.study.config.relative_to(ROOT))
         if cell.peer is not None:
-            flags = ["--method", cell.peer, "--target", f"{cell.target:g}", "--seed", str(seed)]
-            output = ["--output", str(self.folder / f"{cell.name}-seed{seed}.json")]
+            assert cell.target is not None
+            output = self.folder / f"{cell.name}-seed{seed}.json"
+            chosen = self._chosen.get(cell.peer, {})
+            settings = [word for key, value in chosen.items() for word in (f"--{key.replace('_', '-')}", f"{value:g}")]
             more = ["--", *study.flags] if study.flags else []
-            return ["python", "benchmarks/peers/pruning.py", "--config", config, *flags, *output, *more]
+            return [*self._peer_command(cell.peer, cell.target, seed, output), *settings, *more]
         place = ["--output_dir", str(self.folder), "--run_name", f"{cell.name}-seed{seed}", "--resume", "auto"]
         flags = ["--config", config, *study.flags, *cell.flags, *place]
         before = None if cell.after is None else str(self.folder / f"{cell.after}-seed{seed}")
         if cell.random:
             return ["python", "benchmarks/accuracy/random_removal.py", str(before), *flags]
+        if cell.ablated:
+            script = ["python", "benchmarks/accuracy/ablated.py", *cell.ablated, "--"]
+            return [*script, *flags, "--seed", str(seed)]
         structure = [] if before is None else ["--model.structure", before]
         return ["python", "-m", "greenprune.train", *flags, *structure, "--seed", str(seed)]
 
@@ -164,29 +289,55 @@ class Runner:
 
         Raises:
             RuntimeError: The run failed; the message is its last line.
+            Stopped: The study was asked to stop.
         """
         result = self.result(cell, seed)
         if result.exists():
             return
         command = self.command(cell, seed)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *command[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or ["no word"]
-            raise RuntimeError(f"{cell.name}, seed {seed}: {said[-1]} ({shlex.join(command)})")
+        self._run(command, f"{cell.name}, seed {seed}")
         self.results.mkdir(parents=True, exist_ok=True)
-        write_json(result, self._found(cell, seed) | {"cell": cell.name, "command": shlex.join(command)})
+        write_json(result, self._found(cell, seed) | {"cell": cell.name, "command": self._told(command)})
+
+    def _told(self, command: list[str]) -> str:
+        """A command for others: with the folder that a study's runs have by default."""
+        return shlex.join(word.replace(str(self.folder), str(RUNS / self.study.name)) for word in command)
+
+    def _run(self, command: list[str], name: str) -> None:
+        if self._stopping.is_set():
+            raise Stopped(f"{name}: not begun")
+        print(shlex.join(command), flush=True)
+        process = subprocess.Popen(
+            [sys.executable, *command[1:]],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._going.add(process)
+        if self._stopping.is_set():  # between the question above and here
+            process.send_signal(signal.SIGTERM)
+        _, said = process.communicate()
+        self._going.discard(process)
+        if process.returncode and self._stopping.is_set():
+            raise Stopped(f"{name}: stopped, goes on with the next command")
+        if process.returncode:
+            words = said.strip().splitlines() or ["no word"]
+            raise RuntimeError(f"{name}: {words[-1]} ({shlex.join(command)})")
 
     def _found(self, cell: Cell, seed: int) -> dict[str, Any]:
         name = f"{cell.name}-seed{seed}"
         if cell.peer is not None:
-            return json.loads((self.folder / f"{name}.json").read_text())  # type: ignore[no-any-return]
-        run = self.folder / name
-        provenance = read_attempts(run / "provenance.jsonl")[-1]
-        config = yaml.safe_load((run / "config.yaml").read_text())
-        return json.loads((run / "summary.json").read_text()) | {"config": config, "provenance": provenance}
+            found = json.loads((self.folder / f"{name}.json").read_text())
+        else:
+            run = self.folder / name
+            provenance = read_attempts(run / "provenance.jsonl")[-1]
+            config = yaml.safe_load((run / "config.yaml").read_text())
+            found = json.loads((run / "summary.json").read_text()) | {"config": config, "provenance": provenance}
+        found["config"]["output_dir"] = str(RUNS / self.study.name)
+        del found["provenance"]["command"]  # the cell's own is told, from where the project is
+        return found  # type: ignore[no-any-return]
 
 
 def train_all(runner: Runner, cells: list[Cell], seeds: Iterable[int], jobs: int) -> list[str]:
@@ -196,6 +347,13 @@ def train_all(runner: Runner, cells: list[Cell], seeds: Iterable[int], jobs: int
         What failed, one line each.
     """
     failed: list[str] = []
+    for peer in dict.fromkeys(cell.peer for cell in cells if cell.peer is not None):
+        try:
+            runner.choose(peer)
+        except RuntimeError as error:
+            # Without its choice it is not trained: what is reported is with it.
+            failed.append(str(error))
+            cells = [cell for cell in cells if cell.peer != peer]
     for seed in seeds:
         # Twice: first what needs nothing, then what needs one of those.
         for wave in (
@@ -206,6 +364,8 @@ def train_all(runner: Runner, cells: list[Cell], seeds: Iterable[int], jobs: int
                 going = {pool.submit(runner.train, cell, seed): cell for cell in wave}
                 for done in as_completed(going):
                     error = done.exception()
+                    if error is not None and not isinstance(error, RuntimeError):
+                        raise error
                     print(f"seed {seed}, {going[done].name}: {'done' if error is None else error}", flush=True)
                     failed += [] if error is None else [str(error)]
     return failed
@@ -214,13 +374,21 @@ def train_all(runner: Runner, cells: list[Cell], seeds: Iterable[int], jobs: int
 # The table.
 
 
-def gather(runner: Runner, cells: list[Cell]) -> dict[str, dict[int, dict[str, Any]]]:
+Found = dict[str, dict[int, dict[str, Any]]]
+
+
+def gather(runner: Runner, cells: list[Cell]) -> Found:
     """Results that are there: by cell and seed."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+    found: Found = {}
     for cell in cells:
         results = {seed: runner.result(cell, seed) for seed in runner.study.seeds}
         found[cell.name] = {seed: json.loads(path.read_text()) for seed, path in results.items() if path.exists()}
     return found
+
+
+def twins_of(cell: Cell, found: Found) -> dict[int, dict[str, Any]]:
+    """The dense runs that a cell is compared with, by seed: of the same network."""
+    return found["dense-b" if cell.peer == "torch-pruning" and found.get("dense-b") else "dense"]
 
 
 def _spread(values: list[float], digits: int) -> str:
@@ -240,14 +408,22 @@ HEADER = (
     "joules / dense twin",
     "time / dense twin",
 )
+SETTLED = "removals settled"
 
 
-def table(cells: list[Cell], found: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
-    """The rows of the table, in Markdown; ratios and differences seed by seed."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+def table(cells: list[Cell], found: Found, *, settled: bool = False) -> list[str]:
+    """The rows of the table, in Markdown; ratios and differences seed by seed.
+
+    Args:
+        cells: What was trained.
+        found: What came of it.
+        settled: Also tell how many of the removals were settled and not a gate's own.
+    """
+    header = [*HEADER, *([SETTLED] if settled else [])]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for cell in cells:
         runs = found[cell.name]
-        twins = found["dense-b" if cell.peer == "torch-pruning" and found.get("dense-b") else "dense"]
+        twins = twins_of(cell, found)
         both = sorted(runs.keys() & twins.keys())
 
         def ratio(over: Callable[[int], tuple[float | None, float | None]], seeds: list[int], digits: int) -> str:
@@ -266,8 +442,72 @@ def table(cells: list[Cell], found: dict[str, dict[int, dict[str, Any]]]) -> lis
             ratio(lambda seed: (runs[seed]["energy_j"], twins[seed]["energy_j"]), both, 2),  # noqa: B023
             ratio(lambda seed: (runs[seed]["time_s"], twins[seed]["time_s"]), both, 2),  # noqa: B023
         ]
+        if settled:
+            cells_of_row.append(_settled(list(runs.values())))
         lines.append("| " + " | ".join(cells_of_row) + " |")
     return lines
+
+
+def _settled(runs: list[dict[str, Any]]) -> str:
+    """How many of the units that went were settled, as a mean over runs; a channel counts as one."""
+    shares = []
+    for run in runs:
+        units = [(removal["reason"], removal["channels"] or 1) for removal in run.get("removals", [])]
+        if units:
+            shares.append(sum(n for reason, n in units if reason == "settled") / sum(n for _, n in units))
+    return f"{statistics.mean(shares):.0%}" if shares else "-"
+
+
+def points(cells: list[Cell], found: Found) -> list[dict[str, Any]]:
+    """What the curves show: for each cell its means over seeds; joules over the dense twin's where both are known."""
+    shown = []
+    for cell in cells:
+        runs, twins = found[cell.name], twins_of(cell, found)
+        if not runs:
+            continue
+        joules = [
+            run["energy_j"] / twins[seed]["energy_j"]
+            for seed, run in runs.items()
+            if run["energy_j"] and seed in twins and twins[seed]["energy_j"]
+        ]
+        accuracies = [100 * run["accuracy"] for run in runs.values()]
+        shown.append(
+            {
+                "series": cell.label,
+                "seeds": len(runs),
+                "accuracy": statistics.mean(accuracies),
+                "deviation": statistics.stdev(accuracies) if len(runs) > 1 else None,
+                "flops": statistics.mean(run["flops_forward"] / run["flops_forward_dense"] for run in runs.values()),
+                "joules": statistics.mean(joules) if joules else None,
+            }
+        )
+    return shown
+
+
+def report(study: Study, cells: list[Cell], found: Found, file: Path) -> str:
+    """Write the table and the curves of what is there; the table."""
+    text = "\n".join(table(cells, found, settled=study.ablations is not None))
+    some = next((run for runs in found.values() for run in runs.values()), None)
+    if some is None:
+        return text
+    provenance = some["provenance"]
+    where = ", ".join(provenance["gpus"]) or provenance["cpu"]
+    chosen = ""
+    if study.peer_targets:
+        chosen = (
+            f" The peers' settings were chosen on {HELD_OUT:.0%} of the training set, held out "
+            f"(`{study.chosen_in or study.name}/chosen-*.json`)."
+        )
+    text += (
+        f"\n\n`{shlex.join(['python', 'benchmarks/accuracy/study.py', str(file)])}`: mean ± sample standard "
+        f"deviation over seeds; differences and ratios seed by seed. {some['config']['optim']['epochs']} epochs in all "
+        f"for every cell, evaluated on the {some['accuracy_kind']} set after the last one.{chosen} {where}, torch "
+        f"{provenance['versions']['torch']}; joules: {some['energy_quality']}. Each cell's command is in its file."
+    )
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    picture = write_curves(points(cells, found), study.name, RESULTS / study.name)
+    (RESULTS / f"{study.name}.md").write_text(f"{text}\n\n![curves]({picture.name})\n")
+    return text
 
 
 def main() -> int:
@@ -276,27 +516,22 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="only these of the study's")
     parser.add_argument("--cells", nargs="+", help="only cells whose names begin so")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; joules and seconds are fair with 1 only")
-    parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"), help="where the runs are kept")
+    parser.add_argument("--minutes", type=float, help="stop in good order after so long; the same command goes on")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="where the runs are kept")
     parser.add_argument("--table", action="store_true", help="train nothing, write the table of what is there")
     args = parser.parse_args()
     study = Study.read(args.study)
     runner = Runner(study, args.runs)
     cells = cells_of(study)
     chosen = [cell for cell in cells if args.cells is None or cell.name.startswith(tuple(args.cells))]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: runner.stop())
+    if args.minutes is not None:
+        clock = threading.Timer(60 * args.minutes, runner.stop)
+        clock.daemon = True
+        clock.start()
     failed = [] if args.table else train_all(runner, chosen, args.seeds or study.seeds, args.jobs)
-    found = gather(runner, cells)
-    text = "\n".join(table(cells, found))
-    some = next((run for runs in found.values() for run in runs.values()), None)
-    if some is not None:
-        provenance = some["provenance"]
-        text += (
-            f"\n\n`{shlex.join(['python', 'benchmarks/accuracy/study.py', str(args.study)])}`: mean ± sample standard "
-            f"deviation over seeds; differences and ratios seed by seed. {provenance['cpu']}, torch "
-            f"{provenance['versions']['torch']}."
-        )
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{study.name}.md").write_text(text + "\n")
-    print(text)
+    print(report(study, cells, gather(runner, cells), args.study))
     print("\n".join(failed), file=sys.stderr)
     return 1 if failed else 0
 

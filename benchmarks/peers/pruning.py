@@ -6,10 +6,10 @@
 channels inside the branches, then the channels of the smallest scales go, over all layers, until the FLOPs are met.
 ``polarization`` is the same with the regularizer of Zhuang et al. (NeurIPS 2020), ``t |s|_1 - |s - mean(s)|_1``.
 ``torch-pruning`` is its GroupNormPruner (DepGraph, Fang et al. 2023, arXiv 2301.12900) with its sparse training, as
-the package's own CIFAR example uses it; it may prune the residual stream too. The package is fetched from PyPI into a
-folder of its own (build/torch-pruning) and used with the torch that is here. It cannot follow shortcuts that pad with
-zero channels (index out of range in its sparse training, version 1.6.1), so CIFAR ResNets are trained with projections
-for it (``model.shortcut`` B).
+the package's own CIFAR example uses it; it may prune the residual stream too. Where it is not installed, the package is
+fetched from PyPI into a folder of its own (build/torch-pruning) and used with the torch that is here. It cannot follow
+shortcuts that pad with zero channels (index out of range in its sparse training, version 1.6.1), so CIFAR ResNets are
+trained with projections for it (``model.shortcut`` B).
 
 The epochs of the config are shared out, half to sparse training and half to fine-tuning, each half with the config's
 own schedule of the learning rate from the start. No choice is made on the test set, on which the last network is
@@ -26,7 +26,8 @@ epoch and stops on SIGTERM and SIGINT; joules of an epoch cut short by anything 
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -74,7 +75,15 @@ COUNTING = "counting"
 
 
 class Stopped(Exception):
-    """A signal asked to stop; the state is written."""
+    """A signal asked to stop; the state is written.
+
+    Args:
+        signal_number: The signal.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal = signal_number
 
 
 @dataclass
@@ -342,7 +351,9 @@ def _scale_of(model: nn.Module, found: ChannelSet) -> nn.Parameter:
 
 
 def torch_pruning() -> Any:
-    """The package, from a folder of its own; fetched if it is not there."""
+    """The package: the one that is installed, else one in a folder of its own, fetched if it is not there."""
+    if importlib.util.find_spec("torch_pruning") is not None:
+        return importlib.import_module("torch_pruning")
     folder = ROOT / "build" / "torch-pruning"
     if not (folder / "torch_pruning").is_dir():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--quiet", "--no-deps", "--target", str(folder)]
@@ -414,12 +425,20 @@ class Run:
         config: The run.
         strength: Strength of the sparsity term over the whole sparse training.
         finetune_lr: Peak learning rate of the fine-tuning, as a share of the config's.
+        data_root: Folder of the data set.
         meter: Reads the joules.
         state: File that keeps the state; None: none is kept.
     """
 
     def __init__(
-        self, method: str, config: Config, strength: float, finetune_lr: float, meter: Meter, state: Path | None
+        self,
+        method: str,
+        config: Config,
+        strength: float,
+        finetune_lr: float,
+        data_root: str | None,
+        meter: Meter,
+        state: Path | None,
     ) -> None:
         self._state = state
         settings = {"method": method, "strength": strength, "finetune_lr": finetune_lr, "config": config.to_dict()}
@@ -427,7 +446,7 @@ class Run:
         found = self._load()
         self.progress = Progress(**found["progress"]) if found else Progress()
         self._account = Account(meter, self.progress)
-        self._recipe = Recipe(config, os.environ.get("GREENPRUNE_DATA"), self._account)
+        self._recipe = Recipe(config, data_root, self._account)
         self._finetune_lr = finetune_lr
         self._sparse_epochs = config.optim.epochs // 2
         self.dense = count_costs(self._recipe.model, self._recipe.shape, [""])[""]
@@ -481,7 +500,7 @@ class Run:
             progress.flops_train += flops
             self._save()
             if request.signal:
-                raise Stopped
+                raise Stopped(request.signal)
 
         sparse, total = self._sparse_epochs, recipe.config.optim.epochs
         if not progress.pruned:
@@ -528,6 +547,27 @@ class Run:
         }
 
 
+def compare(  # the dimensions of a run
+    method: str,
+    config: Config,
+    target: float,
+    strength: float,
+    data_root: str | None,
+    *,
+    finetune_lr: float = 1.0,
+    state: Path | None = None,
+) -> dict[str, Any]:
+    """One whole run of a method, or what is left of it; see :class:`Run`.
+
+    Raises:
+        Stopped: A signal asked to stop.
+    """
+    request = InterruptRequest()
+    meter = open_local_meter(os.environ, interval_s=config.energy.interval_s, synchronize=_synchronize)
+    with meter, request:
+        return Run(method, config, strength, finetune_lr, data_root, meter, state).finish(target, request)
+
+
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -550,19 +590,17 @@ def main() -> int:
     strength = STRENGTH[args.method] if args.strength is None else args.strength
     flags = ["--config", str(args.config), "--seed", str(args.seed), "--gate.enabled", "false", *args.flags]
     state = None if args.output is None else args.output.with_suffix(".state")
-    request = InterruptRequest()
     try:
         config = parse_config(flags)
         if args.method == "torch-pruning":
             config = replace(config, model=replace(config.model, shortcut="B"))
         if args.output is not None:
             args.output.parent.mkdir(parents=True, exist_ok=True)
-        interval_s = config.energy.interval_s
-        with open_local_meter(os.environ, interval_s=interval_s, synchronize=_synchronize) as meter, request:
-            found = Run(args.method, config, strength, args.finetune_lr, meter, state).finish(args.target, request)
-    except Stopped:
+        root = os.environ.get("GREENPRUNE_DATA")
+        found = compare(args.method, config, args.target, strength, root, finetune_lr=args.finetune_lr, state=state)
+    except Stopped as stop:
         print("pruning.py: stopped; the same command goes on", file=sys.stderr)
-        return 128 + request.signal
+        return 128 + stop.signal
     except UserError as error:
         print(f"pruning.py: error: {error}", file=sys.stderr)
         return 2
@@ -571,7 +609,7 @@ def main() -> int:
     provenance = collect_provenance(1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     result = {**settings, **found, "config": config.to_dict(), "provenance": provenance}
     if args.method == "torch-pruning":
-        provenance["versions"]["torch-pruning"] = TORCH_PRUNING.partition("==")[2]
+        provenance["versions"]["torch-pruning"] = importlib.metadata.version("torch-pruning")
     if args.output is not None:
         write_json(args.output, result)
         state.unlink(missing_ok=True)

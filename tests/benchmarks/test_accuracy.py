@@ -24,7 +24,7 @@ from greenprune.config import Config, ModelConfig, OptimConfig, UserError
 SMALL = Config(model=ModelConfig(name="resnet20"), optim=OptimConfig(epochs=2, lr=0.05))
 
 
-@pytest.mark.parametrize("method", ["slimming", "polarization", "torch-pruning"])
+@pytest.mark.parametrize("method", ["slimming", "polarization", pytest.param("torch-pruning", marks=pytest.mark.slow)])
 def test_a_peer_prunes_to_the_flops_that_are_asked_for(method: str) -> None:
     config = replace(SMALL, model=replace(SMALL.model, shortcut="B" if method == "torch-pruning" else "A"))
     found = pruning.compare(method, config, 0.5, pruning.STRENGTH[method], None)
@@ -83,6 +83,64 @@ def test_the_table_compares_seed_by_seed_and_leaves_out_what_is_not_there() -> N
     assert rows[2] == "| other, 0.5 | 0 | - | - | - | - | - | - | - |"
 
 
+def test_settings_of_peers_are_chosen_on_held_out_training_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    digits = study.Study.read(ROOT / "benchmarks" / "accuracy" / "digits.yaml")
+    runner = study.Runner(digits, tmp_path / "runs")
+    seen = []
+
+    def run(command: list[str], name: str) -> None:
+        seen.append(command)
+        strength, lr = (float(command[command.index(flag) + 1]) for flag in ("--strength", "--finetune-lr"))
+        output = Path(command[command.index("--output") + 1])
+        output.parent.mkdir(parents=True, exist_ok=True)
+        accuracy = 0.9 - abs(strength - 3.0) / 10 - lr / 100
+        output.write_text(json.dumps({"accuracy": accuracy, "accuracy_kind": "validation"}))
+
+    monkeypatch.setattr(runner, "_run", run)
+    for _ in range(2):
+        runner.choose("slimming")
+        assert len(seen) == 3 * 2 * 2  # strengths, learning rates, seeds; once
+    assert all(command[-2:] == ["--data.validation", "0.2"] for command in seen)
+    cell = next(cell for cell in study.cells_of(digits) if cell.peer == "slimming")
+    told = shlex.join(runner.command(cell, 0))
+    assert "--strength 3 --finetune-lr 0.3" in told
+    assert "validation" not in told
+    cifar = study.Study.read(ROOT / "benchmarks" / "accuracy" / "cifar10.yaml")
+    other = study.Runner(cifar, tmp_path / "runs")
+    other.choose("slimming")
+    assert "--strength 3 --finetune-lr 0.3" in shlex.join(other.command(cell, 0))
+
+
+def test_every_ablation_changes_one_thing() -> None:
+    cells = study.cells_of(study.Study.read(ROOT / "benchmarks" / "accuracy" / "digits_ablations.yaml"))
+    assert len({(cell.flags, cell.ablated) for cell in cells}) == len(cells)
+    assert {cell.target for cell in cells} == {None, 0.5}
+
+
+@pytest.mark.slow
+def test_masking_ends_with_the_accuracy_of_removing(tmp_path: Path) -> None:
+    flags = ["--config", "configs/digits.yaml", "--model.name", "resnet20", "--optim.epochs", "6"]
+    flags += ["--output_dir", str(tmp_path), "--run_name"]
+    scripts = {
+        "removed": ["-m", "greenprune.train"],
+        "masked": ["benchmarks/accuracy/ablated.py", "--mask", "--"],
+    }
+    found = {}
+    for name, script in scripts.items():
+        command = [sys.executable, *script, *flags, name]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads((tmp_path / name / "summary.json").read_text())
+    assert found["masked"]["removals"] == found["removed"]["removals"]
+    assert found["masked"]["accuracy"] == found["removed"]["accuracy"]
+    assert found["masked"]["loss"] == pytest.approx(found["removed"]["loss"], rel=1e-4)
+    assert found["masked"]["flops_forward"] == found["masked"]["flops_forward_dense"]
+    assert found["removed"]["flops_forward"] < found["removed"]["flops_forward_dense"]
+
+
 @pytest.mark.slow
 def test_a_small_study_is_trained_kept_and_not_trained_again(tmp_path: Path) -> None:
     folder = ROOT / "benchmarks" / "results" / "accuracy"
@@ -104,6 +162,6 @@ def test_a_small_study_is_trained_kept_and_not_trained_again(tmp_path: Path) -> 
         assert found["scratch-block-0.5-seed0.json"]["params"] == ours["params"]
         assert {path.name: path.stat().st_mtime_ns for path in (folder / "small-test").iterdir()} == times
     finally:
-        for path in [*(folder / "small-test").iterdir(), folder / "small-test.md"]:
+        for path in [*(folder / "small-test").iterdir(), *folder.glob("small-test.*")]:
             path.unlink()
         (folder / "small-test").rmdir()

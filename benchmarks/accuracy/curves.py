@@ -1,0 +1,80 @@
+"""The curves of an accuracy study: accuracy against FLOPs and against joules, both over the dense twin's."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+_AXES = {"flops": "FLOPs of inference / dense", "joules": "joules of training / dense twin"}
+# Apart in hue and lightness, also for those who see colours differently.
+_COLOURS = (
+    "#85837c",
+    "#2a78d6",
+    "#e0702b",
+    "#1a9e73",
+    "#a35bd0",
+    "#c99700",
+    "#d6457f",
+    "#3aa6c4",
+    "#7a9a2e",
+    "#444444",
+)
+_SYMBOLS = ("x", "circle", "square", "diamond", "triangle-up", "pentagon", "hexagon", "star", "cross", "hourglass")
+
+
+def write_curves(points: Sequence[dict[str, Any]], title: str, stem: Path) -> Path:
+    """Draw a study's points, one line for each way to train.
+
+    Args:
+        points: Each with ``series``, ``seeds``, ``accuracy`` in percent and its ``deviation``, ``flops`` and ``joules``
+            as shares of the dense twin's; None where unknown.
+        title: Of the figure.
+        stem: Path of the file without its ending.
+
+    Returns:
+        The file: a PNG, or an HTML page where there is no browser to draw one with.
+    """
+    figure = make_subplots(cols=len(_AXES), shared_yaxes=True, horizontal_spacing=0.04)
+    for number, series in enumerate(dict.fromkeys(point["series"] for point in points)):
+        for column, (key, axis) in enumerate(_AXES.items(), start=1):
+            shown = [point for point in points if point["series"] == series and point[key] is not None]
+            shown.sort(key=lambda point: point[key])
+            figure.add_trace(
+                go.Scatter(
+                    x=[point[key] for point in shown],
+                    y=[point["accuracy"] for point in shown],
+                    error_y={"array": [point["deviation"] or 0.0 for point in shown], "thickness": 1},
+                    name=series,
+                    legendgroup=series,
+                    showlegend=column == 1,
+                    mode="lines+markers",
+                    line={"color": _COLOURS[number % len(_COLOURS)], "width": 1.5},
+                    marker={"symbol": _SYMBOLS[number % len(_SYMBOLS)], "size": 9},
+                ),
+                row=1,
+                col=column,
+            )
+            figure.update_xaxes(title=axis, rangemode="tozero", row=1, col=column)
+    figure.update_yaxes(title="accuracy %", row=1, col=1)
+    seeds = sorted({point["seeds"] for point in points})
+    about = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seeds" if seeds else "no results"
+    figure.update_layout(title=f"{title}: mean and deviation, {about}", width=1300, height=560, template="plotly_white")
+    if importlib.util.find_spec("kaleido") is not None:
+        import kaleido
+        from choreographer.errors import ChromeNotFoundError
+
+        try:
+            picture = kaleido.calc_fig_sync(figure, opts={"format": "png"}, kopts={"mathjax": False})
+        except (ChromeNotFoundError, RuntimeError):  # kaleido is there, the browser that it drives is not
+            pass
+        else:
+            stem.with_suffix(".png").write_bytes(picture)
+            return stem.with_suffix(".png")
+    page = stem.with_suffix(".html")
+    figure.write_html(page, include_plotlyjs="cdn")
+    return page
