@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from operator import attrgetter
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,8 +16,7 @@ from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, Sur
 from greenprune.flops import Cost, count_costs, subtract
 from greenprune.gating import CostTerm, UnitCosts, attach_gates, channel_unit, find_gates, split_unit
 from greenprune.models import BlockError, ChannelSet, PlainBlock, build_model, find_channels, residual_blocks
-from greenprune.surgery import Structure, StructureMismatch, replay
-from greenprune.tracking import RunFolder
+from greenprune.surgery import Structure, StructureMismatch, given_structure, replay
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class UnitTable:
         branches: What goes with the removal of a block, by its name, without gates.
         gates: What goes with a gate, by the name of its block or of its set of channels.
         parts: By block, the parts of it that shrink when gated channels are removed.
-        channels: Number of units of each set of channels that is gated, or of which something may be gone.
+        channels: Number of units of each set of channels that is gated, or that was counted all the same.
         widths: Channels that a unit of each set has where the set ends.
     """
 
@@ -57,8 +54,8 @@ class UnitTable:
         """Count the costs of a network from which nothing has been removed.
 
         Args:
-            model: The network.
-            image_shape: Shape of an image [C, H, W].
+            model: The network, with the gates it starts with.
+            image_shape: Shape of one image [C, H, W].
             also: Sets of channels without gates of which something may be gone too.
         """
         blocks = residual_blocks(model)
@@ -103,7 +100,7 @@ class UnitTable:
         return subtract(self.whole, gone)
 
     def channels_left(self, structure: Structure) -> dict[str, int]:
-        """How many units each gated set of channels has in a structure; none if its block is gone."""
+        """How many units each set of channels has in a structure; none if its block is gone."""
         gone, lost = structure.removed_blocks(), structure.removed_channels()
         return {
             name: 0 if _block_of(name) in gone else count - lost.get(name, 0) for name, count in self.channels.items()
@@ -184,6 +181,11 @@ def _shares(table: UnitTable, measure: Callable[[Cost], int]) -> UnitCosts:
     return UnitCosts(fixed, costs.units, dict(table.channels), tuple(terms))
 
 
+def kept_cost(costs: UnitCosts, structure: Structure) -> float:
+    """Share of the dense cost that a structure without gates keeps."""
+    return costs.kept(units_present(costs, structure)) if structure.operations else 1.0
+
+
 def units_present(costs: UnitCosts, structure: Structure) -> set[str]:
     """Names of the units that are there in a structure."""
     gone_blocks = structure.removed_blocks()
@@ -201,14 +203,14 @@ class Network:
         model: The dense network, with its gates if the run is gated.
         table: What its units cost.
         costs: The same in the budget's unit, as shares of the whole.
-        given: What is to be carried out on it before training begins.
+        given: What is removed from it before training.
         notes: What the user should know of it, one line each.
     """
 
     model: nn.Module
     table: UnitTable
     costs: UnitCosts
-    given: Structure
+    given: Structure = field(default_factory=Structure)
     notes: list[str] = field(default_factory=list)
 
 
@@ -228,64 +230,51 @@ class ImageShape(Protocol):
         """Side of the square images in pixels."""
 
 
-def prepare_network(config: Config, data: ImageShape, given: Structure | None = None) -> Network:
+def prepare_network(config: Config, data: ImageShape) -> Network:
     """Build the network for a data set, seeded, gate it, and count what it costs.
 
-    Args:
-        config: The run.
-        data: Its images.
-        given: What it begins with, where a run tells it; None: what ``model.structure`` names.
-
     Raises:
-        ConfigError: There is no such network or structure, it cannot take the images, has nothing to gate, or its
-            budget cannot be met.
+        ConfigError: There is no such network or structure, it cannot take the images, has nothing to gate, its budget
+            cannot be met or is met already, or the structure is one of another network.
     """
-    if given is None:
-        given = Structure() if config.model.structure is None else _read_structure(Path(config.model.structure))
+    given = given_structure(config)
     torch.manual_seed(config.seed)
     model = build_model(config.model, classes=data.classes, channels=data.channels, image_size=data.image_size)
     notes = _gate(model, config) if config.gate.enabled else []
     try:
-        table = UnitTable.of(
-            model, (data.channels, data.image_size, data.image_size), also=given.removed_channels().keys()
-        )
+        shape = (data.channels, data.image_size, data.image_size)
+        table = UnitTable.of(model, shape, also=given.removed_channels().keys())
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"model.name: {config.model.name!r} cannot take images of {data.image_size} x {data.image_size} pixels: "
             f"{reason}"
         ) from None
-    _check_given(given, config, model)
-    return Network(model, table, unit_costs(table, config.budget), given, notes)
+    _check_fits(given, model, config)
+    costs = unit_costs(table, config.budget)
+    if config.gate.enabled and given.operations:
+        _check_more_may_go(kept_cost(costs, given), config)
+    return Network(model, table, costs, given, notes)
 
 
-def _read_structure(path: Path) -> Structure:
-    """The removals of a run, from its folder or its structure.json."""
-    file = path / RunFolder(path).structure.name if path.is_dir() else path
-    expected = "expected the structure.json of a run, or its folder"
-    try:
-        found = Structure.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"model.structure: cannot read {str(file)!r} ({error.strerror}); {expected}") from None
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"model.structure: {str(file)!r} is not a structure ({reason}); {expected}") from None
-    return found.as_given()
-
-
-def _check_given(given: Structure, config: Config, model: nn.Module) -> None:
-    """Carry a structure out on a copy of the network.
-
-    Raises:
-        ConfigError: It is of another network.
-    """
+def _check_fits(given: Structure, model: nn.Module, config: Config) -> None:
+    if not given.operations:
+        return
     try:
         replay(given, copy.deepcopy(model))
     except StructureMismatch as error:
         raise ConfigError(
-            f"model.structure: {config.model.structure!r} does not fit {config.model.name} ({error}); expected the "
-            "structure of a run with the same network"
+            f"model.structure: does not fit {config.model.name} with shortcut {config.model.shortcut} ({error}); "
+            "expected a structure of the same network"
         ) from None
+
+
+def _check_more_may_go(kept: float, config: Config) -> None:
+    if kept <= config.budget.target:
+        raise ConfigError(
+            f"budget.target: {config.budget.target} is not valid with this model.structure, which keeps {kept:.3f}; "
+            "expected less, or gate.enabled false"
+        )
 
 
 def _gate(model: nn.Module, config: Config) -> list[str]:

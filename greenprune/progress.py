@@ -65,6 +65,7 @@ _NOT_TOLD: Event = {
     "device": "unknown device",
     "world_size": 1,
     "structure/channels": 0,
+    "structure_given": False,
 }
 
 
@@ -193,10 +194,11 @@ class RunStatus:
         start = self._start
         channels = f" with {self._channels().partition('/')[0].strip()} channels" if self._channels() else ""
         network = f"{start['structure/blocks']} blocks{channels}, {format_si(start['flops/forward'], 'FLOPs')} an image"
+        if start["structure_given"] and not start["gated"]:
+            dense = format_si(start["flops/forward_dense"], "FLOPs")
+            return f"a given structure, without gates: {network}, dense {dense}"
         if not start["gated"]:
-            if self._is_whole():
-                return f"dense run: {network}; nothing is gated or removed"
-            return f"a given structure, without gates: {network}"
+            return f"dense run: {network}; nothing is gated or removed"
         return (
             f"to keep: {format_percent(start['budget_target'])} of the dense {cost_name(start['budget_unit'])}; "
             f"now {network}, {start['structure/gates']} gates"
@@ -352,7 +354,8 @@ class RunStatus:
 
     def _network(self) -> str:
         if not self._start["gated"]:
-            return f"dense run, {self._now['structure/blocks']} blocks"
+            what = "structure given" if self._start["structure_given"] else "dense run"
+            return f"{what}, {self._now['structure/blocks']} blocks"
         price = self._now.get("gate/price") if self._now["structure/gates"] else None
         return self._structure().replace(", ", " · ") + ("" if price is None else f" · price {price:.3g}")
 

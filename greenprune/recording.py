@@ -103,8 +103,8 @@ class Recorder:
         self._start(step, resumed_from)
         if resumed_from is not None:
             self._catch_up(step, structure, resumed_from, previous)
-        elif structure.operations:
-            self._changed(step, structure, structure.operations)
+        elif structure.operations:  # given before training
+            self._tell(step, structure, structure.operations)
 
     def _on_resuming(self, step: int, previous: list[Event], damaged: list[str]) -> list[str]:
         """What going on costs: steps that are done again, lines of the log that tell nothing any more."""
@@ -133,6 +133,7 @@ class Recorder:
             model=config.model.name,
             data=config.data.name,
             gated=config.gate.enabled,
+            structure_given=config.model.structure is not None,
             budget_target=config.budget.target if config.gate.enabled else None,
             budget_unit=config.budget.unit,
             precision=config.precision,
@@ -216,10 +217,11 @@ class Recorder:
 
     def operated(self, step: int, structure: Structure, operations: list[Operation], pause_s: float) -> None:
         """Record operations that were carried out, in the new structure, and how long training stood still."""
-        self._changed(step, structure, operations)
+        self._tell(step, structure, operations)
         self.events.record("surgery", step, pause_s=pause_s)
 
-    def _changed(self, step: int, structure: Structure, operations: list[Operation]) -> None:
+    def _tell(self, step: int, structure: Structure, operations: list[Operation]) -> None:
+        """Write a structure, and an event for each of the operations that led to it."""
         if self._engine.is_main:
             write_json(self._folder.structure, structure.to_dict())
         for operation in operations:
@@ -276,6 +278,7 @@ class Recorder:
             "data": config.data.name,
             "seed": config.seed,
             "gated": config.gate.enabled,
+            "structure_given": config.model.structure is not None,
             "budget_target": config.budget.target if config.gate.enabled else None,
             "budget_unit": config.budget.unit,
             "epochs": config.optim.epochs,

@@ -22,6 +22,7 @@ from greenprune.network import Network, prepare_network
 from greenprune.progress import Display
 from greenprune.provenance import collect_provenance
 from greenprune.report.writing import write_run_report
+from greenprune.surgery import resolve_structure
 from greenprune.tracking import Event, EventLog, RunFolder, default_run_name, salvage_events
 from greenprune.trainer import Trainer
 from greenprune.verify import check_fits
@@ -74,6 +75,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         meter = stack.enter_context(_open_meter(config, engine))
         with meter.window("data"):
             data = _open_data(config, environment.get("GREENPRUNE_DATA"), engine)
+        config = _resolve_structure(config, engine)
         with meter.window("setup"):
             network = engine.together(lambda: prepare_network(config, data))
         claim = engine.together(lambda: _claim(config, network, stack, environment), main_only=True)
@@ -104,6 +106,14 @@ def _advice(folder: RunFolder) -> str:
     if not there:
         return "There is no checkpoint yet"
     return f"Go on from {there[-1].name} with the same command and --resume auto --run_name {folder.path.name}"
+
+
+def _resolve_structure(config: Config, engine: Engine) -> Config:
+    """The config with the structure that it names read, alike on every rank."""
+    resolved = engine.together(lambda: resolve_structure(config))
+    if resolved.model.structure is not None:
+        engine.check_agreement("model.structure", resolved.model.structure)
+    return resolved
 
 
 def _open_engine(config: Config) -> Engine:
@@ -191,7 +201,7 @@ def _claim(config: Config, network: Network, stack: ExitStack, environment: Mapp
     """
 
     def check(checkpoint: Checkpoint) -> None:
-        check_fits(checkpoint, config, network)
+        check_fits(checkpoint, config, network.model)
 
     if config.resume not in ("auto", "never"):
         return _claim_checkpoint(config, stack, Path(config.resume), check)

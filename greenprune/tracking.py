@@ -97,8 +97,10 @@ def default_run_name(config: Config) -> str:
 
 def name_without_seed(config: Config) -> str:
     """A name that says what the run is, but for its seed: data, model and budget."""
-    budget = f"{'-'.join(config.gate.units)}-{config.budget.target:g}" if config.gate.enabled else "dense"
-    return f"{config.data.name}-{config.model.name.replace('/', '-')}-{budget}"
+    network = "dense" if config.is_dense else "structure"
+    if config.gate.enabled:
+        network = f"{'-'.join(config.gate.units)}-{config.budget.target:g}"
+    return f"{config.data.name}-{config.model.name.replace('/', '-')}-{network}"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -276,8 +278,8 @@ def course_of(events: Iterable[Event]) -> list[Event]:
     course: list[Event] = []
     for event in events:
         if event["kind"] == "start":
-            # At step 0 nothing of an earlier attempt counts, also not a structure that it was given.
-            course = [earlier for earlier in course if 0 < event["step"] >= earlier["step"]]
+            # What an attempt at the beginning found given, the next one tells again.
+            course = [earlier for earlier in course if earlier["step"] <= event["step"] and event["step"] > 0]
         elif event["kind"] not in _OF_AN_ATTEMPT:
             course.append(event)
     return course

@@ -21,7 +21,7 @@ from greenprune.engine import Engine
 from greenprune.evaluation import Evaluation, evaluate
 from greenprune.gating import GatePolicy, Verdict
 from greenprune.interrupt import Interrupted, InterruptRequest
-from greenprune.network import Network, units_present
+from greenprune.network import Network, kept_cost, units_present
 from greenprune.optimization import WeightAverage, build_optimizer, build_schedule
 from greenprune.process_load import ProcessLoad
 from greenprune.recording import Recorder, Told
@@ -93,7 +93,7 @@ class Trainer:
     # Setting up.
 
     def _build(self, model: nn.Module, checkpoint: Checkpoint | None) -> None:
-        """Replay the structure to begin with on the dense network, load a checkpoint's tensors, and prepare."""
+        """Replay the structure to begin with on the dense network, then load a checkpoint's tensors and prepare."""
         config = self.config
         if checkpoint is not None:
             self.structure = Structure.from_dict(checkpoint.state["structure"])
@@ -300,7 +300,8 @@ class Trainer:
     def _structure_changed(self) -> None:
         """Take up what depends on the structure: its cost, the tensors to average, and what events tell of it."""
         self.cost = self.recorder.structure_is(
-            self.structure, self.policy.kept_cost if self.policy is not None else 1.0
+            self.structure,
+            self.policy.kept_cost if self.policy is not None else kept_cost(self.costs, self.structure),
         )
         if self.average is not None:
             self.average.link(self.engine.module)

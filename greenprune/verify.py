@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from greenprune.checkpoint import Checkpoint, CheckpointCorrupt, list_checkpoints, load_checkpoint
 from greenprune.config import Config, ConfigError, UserError, load_config, shaping_values
 from greenprune.evaluation import Evaluation
 from greenprune.locking import is_held
 from greenprune.network import Network, prepare_network
-from greenprune.surgery import Operation, Structure, StructureMismatch, replay
+from greenprune.surgery import Operation, Structure, StructureMismatch, replay, structure_text
 from greenprune.timing import StepTimes
 from greenprune.tracking import Event, Ledger, RunFolder, course_of, salvage_events
 
@@ -68,8 +70,7 @@ def verify_run(path: Path) -> list[Finding]:
     start = next((event for event in reversed(events) if event["kind"] == "start"), None)
     if start is None:
         return [*findings, Finding("checkpoints", None, "no attempt has begun")]
-    given = Structure([_operation(event) for event in course_of(events) if event.get("reason") == "given"])
-    network = prepare_network(config, _Images.of(start), given)
+    network = prepare_network(config, _Images.of(start))
     try:
         books = _Books(config, network, events)
     except StructureMismatch as error:
@@ -78,7 +79,7 @@ def verify_run(path: Path) -> list[Finding]:
     findings.append(books.check_joules(folder))
     findings.append(_check_structure(folder, books))
     checkpoints = list_checkpoints(folder.checkpoints)
-    findings += [_check_checkpoint(found, config, network, books) for found in checkpoints]
+    findings += [_check_checkpoint(found, config, network.model, books) for found in checkpoints]
     if not checkpoints:
         findings.append(Finding("checkpoints", False if folder.summary.is_file() else None, "there is none"))
     findings.append(_check_summary(folder, books))
@@ -238,11 +239,11 @@ def _check_structure(folder: RunFolder, books: _Books) -> Finding:
     return Finding("structure.json", True, f"{len(operations)} removals and freezes, as the events tell them")
 
 
-def _check_checkpoint(path: Path, config: Config, network: Network, books: _Books) -> Finding:
+def _check_checkpoint(path: Path, config: Config, model: nn.Module, books: _Books) -> Finding:
     """A checkpoint's checksums, structure, weights and ledger."""
     try:
         checkpoint = load_checkpoint(path)
-        structure = check_fits(checkpoint, config, network)
+        structure = check_fits(checkpoint, config, model)
         step, ledger = checkpoint.state["step"], checkpoint.state["ledger"]
         if path.name != f"step-{step:09d}":
             raise CheckpointCorrupt(f"it is of step {step}")
@@ -296,13 +297,13 @@ def _read(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def check_fits(checkpoint: Checkpoint, config: Config, network: Network) -> Structure:
+def check_fits(checkpoint: Checkpoint, config: Config, model: nn.Module) -> Structure:
     """Check that a checkpoint is one of a run: its settings, its structure, and its tensors, which are loaded.
 
     Args:
         checkpoint: What was read.
         config: The run.
-        network: The run's dense network with its gates, on the CPU; is left as it is.
+        model: The run's dense network with its gates, on the CPU; is left as it is.
 
     Returns:
         The checkpoint's structure.
@@ -317,23 +318,23 @@ def check_fits(checkpoint: Checkpoint, config: Config, network: Network) -> Stru
         if different:
             raise CheckpointCorrupt(f"of another run (it differs in {', '.join(different)})")
         structure = Structure.from_dict(state["structure"])
-        if structure.given() != network.given.operations:
-            raise CheckpointCorrupt("of another run (it did not begin with the removals that model.structure has now)")
+        if structure_text(structure.given()) != config.model.structure:
+            raise CheckpointCorrupt("its structure does not begin with the one that the run was given")
         Ledger(**state["ledger"])
         StepTimes(**state["step_times"])
         if state["evaluation"] is not None:
             Evaluation(**state["evaluation"])
         if isinstance(state["step"], bool) or not isinstance(state["step"], int) or state["step"] < 0:
             raise CheckpointCorrupt(f"step {state['step']!r} is no number of steps")
-        model = copy.deepcopy(network.model)
-        replay(structure, model)
+        network = copy.deepcopy(model)
+        replay(structure, network)
     except (LookupError, TypeError, AttributeError, StructureMismatch) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointCorrupt(f"its state is not that of a run ({reason})") from None
-    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
+    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in network.state_dict().items()}
     found = {name: (tensor.shape, tensor.dtype) for name, tensor in checkpoint.model.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise CheckpointCorrupt(f"its tensors are not those of its structure, first at {wrong[0]}")
-    model.load_state_dict(checkpoint.model)
+    network.load_state_dict(checkpoint.model)
     return structure

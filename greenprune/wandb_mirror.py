@@ -136,9 +136,9 @@ def wandb_options(
     """
     import wandb
 
-    gated = config.gate.enabled
-    tags = [config.data.name, config.model.name, "gated" if gated else "dense"]
-    if gated:
+    job_type = "gated" if config.gate.enabled else "dense" if config.is_dense else "structure"
+    tags = [config.data.name, config.model.name, job_type]
+    if config.gate.enabled:
         tags += [f"{unit} gates" for unit in config.gate.units] + [f"keep {config.budget.target:g}"]
     array = environment.get("SLURM_ARRAY_JOB_ID")
     return {
@@ -146,7 +146,7 @@ def wandb_options(
         "id": f"{folder.path.name}-{config.identity()}",
         "resume": "allow" if online and resume else None,
         "group": config.tracking.group or (f"slurm-array-{array}" if array else name_without_seed(config)),
-        "job_type": "gated" if gated else "dense",
+        "job_type": job_type,
         "tags": [tag[:64] for tag in tags],
         "dir": str(folder.path),
         "mode": "online" if online else "offline",

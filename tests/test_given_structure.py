@@ -1,174 +1,284 @@
-"""A structure that one run has found, trained from scratch by another."""
+"""model.structure: a structure that one run found is what another is trained with, and that run is whole by itself."""
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import signal
+import subprocess
 import sys
-from dataclasses import replace
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
-from launching import TRAIN, run
+from launching import TRAIN, command, environment, run
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import equal
 
-from greenprune.checkpoint import list_checkpoints
-from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, ModelConfig, OptimConfig, RemovalConfig
-from greenprune.export import export_run
-from greenprune.interrupt import Interrupted
-from greenprune.progress import Display
-from greenprune.report import compare_runs
-from greenprune.run import train
-from greenprune.trainer import Trainer
+from greenprune.cli import main
+from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, ModelConfig
+from greenprune.flops import count_costs
+from greenprune.models import find_channels
+from greenprune.network import kept_cost, prepare_network
+from greenprune.report.comparison import compare_runs
+from greenprune.report.history import read_history
+from greenprune.surgery import Operation, Structure, replay, resolve_structure, structure_text
+from greenprune.sweep.plan import read_sweep
+from greenprune.tracking import course_of, read_events
 from greenprune.verify import verify_run
 
-SMALL = Config(
-    model=ModelConfig(name="resnet20"),
-    optim=OptimConfig(epochs=3, lr=0.05),
-    gate=GateConfig(units=["block", "channel"], warmup=0.0),
-    budget=BudgetConfig(target=0.5),
-    removal=RemovalConfig(window=11, decide_by=0.4),
-)
+FLAGS = ["--model.name", "resnet20", "--optim.epochs", "4", "--optim.lr", "0.05"]
+HIDDEN = "stages.1.2:hidden"
 
 
-def trained(config: Config, folder: Path, name: str, **changes: Any) -> tuple[Path, str]:
-    """A run in this process: its folder and what its display showed."""
-    shown = io.StringIO()
-    config = replace(config, output_dir=str(folder), run_name=name, **changes)
-    train(config, {}, lambda: Display(shown))
-    return folder / name, shown.getvalue()
+def removed(unit: str, channels: tuple[int, ...] | None = None) -> Operation:
+    return Operation("remove", unit, 12, 0.5, "off", channels)
 
 
-def from_scratch(structure: Path, **changes: Any) -> Config:
-    model = ModelConfig(name="resnet20", structure=str(structure))
-    return replace(SMALL, model=model, gate=GateConfig(enabled=False), **changes)
+FOUND = Structure([removed(HIDDEN, (3, 0, 1)), removed("stages.0.1"), removed(HIDDEN, (9, 2))])
+TEXT = f"remove stages.0.1 {HIDDEN}[0-3,9]"
 
 
-def read(path: Path) -> dict[str, Any]:
-    values = json.loads(path.read_text())
-    assert isinstance(values, dict)
-    return values
+class Images:
+    classes, channels, image_size = 10, 1, 8
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A gated run that lost blocks and channels."""
-    folder, _ = trained(SMALL, tmp_path_factory.mktemp("found"), "gated")
-    removals = read(folder / "summary.json")["removals"]
-    assert {removal["channels"] is None for removal in removals} == {True, False}
-    return folder
+def with_structure(structure: str) -> Config:
+    return Config(model=ModelConfig(name="resnet20", structure=structure), gate=GateConfig(enabled=False))
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Path:
+    file = tmp_path / "structure.json"
+    file.write_text(json.dumps(FOUND.to_dict()))
+    return file
 
 
 @pytest.fixture(scope="module")
-def scratch(found: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    return trained(from_scratch(found), tmp_path_factory.mktemp("scratch"), "scratch")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that removed blocks and channels."""
+    output = tmp_path_factory.mktemp("runs")
+    flags = ["--gate.units", "[block,channel]", "--output_dir", str(output), "--run_name", "gated"]
+    done = run(TRAIN, [*FLAGS, *flags])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output / "gated"
 
 
-def test_the_network_is_the_one_that_was_found_from_the_first_step(found: Path, scratch: tuple[Path, str]) -> None:
-    folder, shown = scratch
-    before, after = read(found / "summary.json"), read(folder / "summary.json")
-    for figure in ("params", "params_dense", "flops_forward", "flops_forward_dense", "blocks", "blocks_dense"):
-        assert after[figure] == before[figure], figure
-    assert after["flops_train"] / after["flops_train_dense"] < before["flops_train"] / before["flops_train_dense"]
-    assert {(removal["step"], removal["reason"]) for removal in after["removals"]} == {(0, "given")}
-    assert [removal["unit"] for removal in after["removals"]] == [removal["unit"] for removal in before["removals"]]
-    shapes = [
-        {name: tensor.shape for name, tensor in load_file(list_checkpoints(run)[-1] / "model.safetensors").items()}
-        for run in (found / "checkpoints", folder / "checkpoints")
-    ]
-    assert shapes[0] == shapes[1]
-    assert "a given structure, without gates:" in shown
-    assert "removed at step 0 (epoch 0):" in shown
+@pytest.fixture(scope="module")
+def scratch(gated: Path) -> Path:
+    """A run of its structure from scratch, whose origin is gone meanwhile."""
+    copied = gated.with_name("copied")
+    shutil.copytree(gated, copied)
+    flags = ["--gate.enabled", "false", "--model.structure", str(copied), "--output_dir", str(gated.parent)]
+    done = run(TRAIN, [*FLAGS, *flags, "--run_name", "scratch"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr, done.stderr
+    assert "(given)" in done.stdout
+    shutil.rmtree(copied)
+    return gated.parent / "scratch"
 
 
-def test_its_files_are_whole_and_do_without_the_other_run(scratch: tuple[Path, str], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(scratch[0], tmp_path / "alone"))
-    config = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(config.replace("structure: ", "structure: /gone"))
-    # The path has changed, which is seen; nothing is read from it.
-    assert all("model.structure" in finding.detail for finding in verify_run(folder) if finding.good is False)
-    export_run(scratch[0], "safetensors", tmp_path / "out")
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
 
 
-def test_it_is_nobodys_dense_twin(found: Path, scratch: tuple[Path, str]) -> None:
-    comparison = compare_runs([found, scratch[0]])
-    assert [run.twin for run in comparison.runs] == [None, None]
+def final_tensors(folder: Path) -> dict:
+    return load_file(max((folder / "checkpoints").iterdir()) / "model.safetensors")
 
 
-def test_interrupted_and_resumed_it_is_the_same_run(
-    scratch: tuple[Path, str], found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = Trainer._train_step
-
-    def asked_to_stop(trainer: Trainer, images: Tensor, labels: Tensor) -> None:
-        step(trainer, images, labels)
-        if trainer.step == 30:
-            signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_train_step", asked_to_stop)
-        with pytest.raises(Interrupted):
-            trained(from_scratch(found), tmp_path, "scratch")
-    folder, _ = trained(from_scratch(found), tmp_path, "scratch", resume="auto")
-    assert not [finding for finding in verify_run(folder) if finding.good is False]
-    ours, theirs = (read(path / "summary.json") for path in (folder, scratch[0]))
-    for figure in ("removals", "flops_train", "accuracy", "loss", "steps", "samples"):
-        assert ours[figure] == theirs[figure], figure
+# The text.
 
 
-def test_more_may_go_with_gates(found: Path, tmp_path: Path) -> None:
-    gated = replace(SMALL, model=replace(SMALL.model, structure=str(found / "structure.json")))
-    folder, _ = trained(gated, tmp_path, "more", budget=BudgetConfig(target=0.3))
-    summary = read(folder / "summary.json")
-    assert summary["kept_cost"] <= 0.3 + summary["cheapest_unit_cost"]
-    assert summary["gates_left"] == 0
-    assert {removal["reason"] == "given" for removal in summary["removals"]} == {True, False}
-    assert not [finding for finding in verify_run(folder) if finding.good is False]
+def test_a_structure_is_kept_as_text_that_says_what_is_gone(found: Path) -> None:
+    for given in (str(found), str(found.parent), TEXT):
+        assert resolve_structure(with_structure(given)).model.structure == TEXT
+    assert structure_text(Structure([Operation("freeze", "stages.0.1", 1, 0.1, "on")])) is None
+
+
+def test_channels_of_a_block_that_went_later_are_not_told() -> None:
+    assert structure_text(Structure([removed(HIDDEN, (1,)), removed("stages.1.2")])) == "remove stages.1.2"
+
+
+def test_a_changed_file_is_a_changed_run(found: Path) -> None:
+    before = resolve_structure(with_structure(str(found))).identity()
+    found.write_text(json.dumps(Structure([removed("stages.0.1")]).to_dict()))
+    assert resolve_structure(with_structure(str(found))).identity() != before
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            None,
-            "model.structure: cannot read '{path}' (No such file or directory); expected the structure.json of a run",
-        ),
-        ("{", "model.structure: '{path}' is not a structure (Expecting property name"),
-        ("[]", "model.structure: '{path}' is not a structure (not a structure of format 1 or 2)"),
-        (
-            '{"format": 2, "operations": [{"action": "remove", "unit": "stages.7.0", "step": 1, "epoch": 0.1, '
-            '"reason": "off"}]}',
-            "model.structure: '{path}' does not fit resnet20 (",
-        ),
+        (None, "cannot read"),
+        ("{", "not JSON"),
+        ("[]", "not a structure of format"),
+        ('{"format": 2, "operations": [{"action": "remove"}]}', "malformed structure"),
+        ('{"format": 2, "operations": []}', "removes nothing"),
     ],
 )
-def test_what_is_no_structure_of_the_network_is_refused(content: str | None, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "structure.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(ConfigError) as refused:
-        trained(from_scratch(path), tmp_path, "it")
-    assert message.format(path=path) in str(refused.value)
-    assert not (tmp_path / "it").exists()
+def test_what_is_no_structure_is_refused_in_one_line(found: Path, content: str | None, message: str) -> None:
+    found.unlink() if content is None else found.write_text(content)
+    with pytest.raises(ConfigError, match=rf"^model\.structure: .*{message}.*expected"):
+        resolve_structure(with_structure(str(found)))
 
 
-def test_a_structure_that_has_changed_is_not_gone_on_with(found: Path, tmp_path: Path) -> None:
-    path = tmp_path / "structure.json"
-    path.write_text((found / "structure.json").read_text())
-    args = ["--model.name", "resnet20", "--model.structure", str(path), "--gate.enabled", "false"]
-    args += ["--optim.epochs", "2", "--output_dir", str(tmp_path), "--run_name", "it", "--resume", "auto"]
-    done = run(TRAIN, args, processes=2)
+@pytest.mark.parametrize("text", ["remove stages.0.1[", "remove stages.0.1[a]", "remove stages.0.1[1-]", "remove a[2]"])
+def test_text_that_names_no_units_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.structure: .* is not a unit; expected"):
+        resolve_structure(with_structure(text))
+
+
+@pytest.mark.parametrize("text", ["remove stages.9.9", f"remove {HIDDEN}[400]", f"remove {HIDDEN}[0-31]"])
+def test_the_structure_of_another_network_is_refused(text: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^model\.structure: does not fit resnet20 .*expected a structure of the same"
+    ):
+        prepare_network(with_structure(text), Images())
+
+
+def test_gates_on_top_of_what_meets_the_budget_already_are_refused() -> None:
+    gated = Config(model=ModelConfig(name="resnet20", structure=TEXT), budget=BudgetConfig(target=0.9))
+    with pytest.raises(ConfigError, match=r"^budget\.target: 0\.9 .*which keeps 0\.8\d+; expected less"):
+        prepare_network(gated, Images())
+
+
+# What it costs.
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnext50_32x4d", "vit_b_16"])
+def test_the_cost_is_that_of_the_smaller_network(name: str) -> None:
+    class Larger:
+        classes, channels, image_size = 10, 3, 32
+
+    dense = Config(model=ModelConfig(name=name), gate=GateConfig(enabled=False))
+    network = prepare_network(dense, Larger())
+    blocks = list(network.table.branches)
+    sets = [item for item, at in find_channels(network.model).sets.items() if at.block != blocks[1]]
+    text = f"remove {blocks[1]} " + " ".join(f"{item}[0-1]" for item in sets[:3])
+    given = prepare_network(
+        resolve_structure(Config(model=ModelConfig(name=name, structure=text), gate=GateConfig(enabled=False))),
+        Larger(),
+    )
+    assert given.table.dense == network.table.dense
+    cost = given.table.cost_of(given.given)
+    replay(given.given, given.model)
+    assert cost == count_costs(given.model, (3, 32, 32))[""]
+    share = cost.flops_forward / network.table.dense.flops_forward
+    assert kept_cost(given.costs, given.given) == pytest.approx(share)
+
+
+# Whole runs.
+
+
+def test_a_structure_is_trained_from_scratch(gated: Path, scratch: Path) -> None:
+    theirs, mine = read(gated / "summary.json"), read(scratch / "summary.json")
+    for key in ("params", "params_dense", "flops_forward", "flops_forward_dense", "flops_train_dense", "blocks"):
+        assert mine[key] == theirs[key], key
+    assert mine["flops_train"] < theirs["flops_train"]
+    assert mine["flops_train"] / mine["flops_train_dense"] < 0.51
+    assert mine["kept_cost"] == pytest.approx(theirs["kept_cost"])
+    assert (mine["gated"], mine["structure_given"], mine["budget_target"]) == (False, True, None)
+    assert {(r["reason"], r["step"]) for r in mine["removals"]} == {("given", 0)}
+    shapes = {name: tensor.shape for name, tensor in final_tensors(scratch).items()}
+    assert shapes == {name: tensor.shape for name, tensor in final_tensors(gated).items()}
+
+
+def test_the_run_is_whole_and_exported_without_the_file_it_came_from(scratch: Path, tmp_path: Path) -> None:
+    assert [finding for finding in verify_run(scratch) if finding.good is False] == []
+    assert main(["export", str(scratch), "--format", "safetensors", "-o", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Removed: " in card
+    again = ["train", "--config", str(scratch / "config.yaml"), "--output_dir", str(tmp_path), "--optim.epochs", "1"]
+    assert run(TRAIN, again[1:]).returncode == 0
+
+
+def test_verify_finds_a_structure_that_is_not_the_given_one(scratch: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(scratch, tmp_path / "it"))
+    config = (copied / "config.yaml").read_text()
+    text = read_text(config)
+    (copied / "config.yaml").write_text(config.replace(text, "remove stages.0.1"))
+    assert any(finding.what.startswith("step-") and finding.good is False for finding in verify_run(copied))
+
+
+def read_text(config: str) -> str:
+    lines = config.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("  structure:"))
+    end = next(i for i in range(start + 1, len(lines)) if not lines[i].startswith("    "))
+    return "\n".join(lines[start:end]).partition("structure: ")[2]
+
+
+def test_it_is_compared_with_the_dense_twin_and_is_none_itself(gated: Path, scratch: Path) -> None:
+    flags = ["--gate.enabled", "false", "--output_dir", str(gated.parent), "--run_name", "dense"]
+    assert run(TRAIN, [*FLAGS, *flags]).returncode == 0
+    runs = {one.name: one for one in compare_runs([gated.parent]).runs}
+    assert {name: one.twin for name, one in runs.items()} == {"gated": "dense", "scratch": "dense", "dense": None}
+    assert runs["scratch"].against_twin is not None
+    without = {one.name: one for one in compare_runs([gated, scratch]).runs}
+    assert without["gated"].standing == "gated, no dense twin here"
+    assert without["scratch"].standing == "structure given, no dense twin here"
+
+
+def test_interrupted_and_resumed_is_the_uninterrupted_run(gated: Path, scratch: Path, tmp_path: Path) -> None:
+    flags = ["--gate.enabled", "false", "--model.structure", str(gated), "--output_dir", str(tmp_path)]
+    args = [*FLAGS, *flags, "--run_name", "it", "--tracking.log_every", "2"]
+    process = subprocess.Popen(command(TRAIN, args), env=environment(), stderr=subprocess.PIPE, text=True)
+    events = tmp_path / "it" / "events.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (events.exists() and '"epoch": 1,' in events.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(Structure([removed("stages.0.1")]).to_dict()))
+    changed = run(TRAIN, [*args, "--resume", "auto", "--model.structure", str(other)])
+    assert changed.returncode == 2
+    assert "it differs in model.structure" in changed.stderr
+    done = run(TRAIN, [*args, "--resume", "auto"])
     assert done.returncode == 0, done.stderr[-3000:]
-    (tmp_path / "it" / "summary.json").unlink()  # as if it had been killed right before
-    values = read(path)
-    values["operations"] = values["operations"][:1]
-    path.write_text(json.dumps(values))
-    done = run(TRAIN, args, processes=2)
-    assert done.returncode == 1
-    assert "it did not begin with the removals that model.structure has now" in done.stderr
+    assert all(equal(tensor, final_tensors(scratch)[name]) for name, tensor in final_tensors(tmp_path / "it").items())
+    assert [finding for finding in verify_run(tmp_path / "it") if finding.good is False] == []
+    assert read(tmp_path / "it" / "summary.json")["flops_train"] == read(scratch / "summary.json")["flops_train"]
+
+
+def test_an_attempt_that_ended_before_its_first_checkpoint_tells_it_once(scratch: Path) -> None:
+    events = read_events(scratch / "events.jsonl")
+    given = [event for event in events if event["kind"] == "removal"]
+    twice = [*events[: 1 + len(given)], *events]
+    assert [event for event in course_of(twice) if event["kind"] == "removal"] == given
+    assert len(read_history(twice).changes) == len(given)
+
+
+def test_more_may_go_with_gates(gated: Path, tmp_path: Path) -> None:
+    flags = [
+        "--model.structure",
+        str(gated / "structure.json"),
+        "--budget.target",
+        "0.3",
+        "--gate.units",
+        "[block,channel]",
+    ]
+    assert run(TRAIN, [*FLAGS, *flags, "--output_dir", str(tmp_path), "--run_name", "more"]).returncode == 0
+    summary = read(tmp_path / "more" / "summary.json")
+    assert 0.3 - summary["cheapest_unit_cost"] < summary["kept_cost"] <= 0.3
+    assert summary["gates_left"] == 0
+    assert {removal["reason"] == "given" for removal in summary["removals"]} == {True, False}
+    assert [finding for finding in verify_run(tmp_path / "more") if finding.good is False] == []
+
+
+def test_a_bad_structure_leaves_no_file(tmp_path: Path) -> None:
+    flags = ["--gate.enabled", "false", "--model.structure", "remove stages.9.9", "--output_dir", str(tmp_path / "no")]
+    done = run(TRAIN, [*FLAGS, *flags])
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_sweep_over_structures_has_each_beside_one_dense_twin(found: Path, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("model: {name: resnet20}\ngate: {enabled: false}\n")
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(f"base: base.yaml\ngrid: {{model.structure: ['{found}', 'remove stages.0.1']}}\nseeds: [0, 1]\n")
+    tasks = read_sweep(sweep).tasks
+    assert [task.config.model.structure for task in tasks if task.config.seed == 0] == [None, TEXT, "remove stages.0.1"]
+    assert [task.is_twin for task in tasks if task.config.seed == 0] == [True, False, False]
+    assert len({task.config.identity() for task in tasks}) == 6

@@ -52,15 +52,16 @@ class ModelConfig:
     """First layers of a torchvision ResNet, ResNeXt or Wide ResNet: small (3x3, stride 1, no pooling), imagenet (7x7,
     stride 2, pooled), or auto: small for images up to 64 pixels. CIFAR ResNets have the small stem only, all others
     their own."""
-    structure: str | None = None
-    """A run's structure.json, or the run's folder: its removals are carried out before training begins. Without gates
-    the structure that a run has found is so trained from scratch; with gates more may go."""
     channels_last: bool = False
     """Keep images and weights in channels-last order, which most convolution kernels prefer."""
     sync_batchnorm: bool = False
     """Normalise over the whole global batch and not over each process's part of it (GPUs only)."""
     compile: bool = False
     """Compile each block with torch.compile; after a removal, those that lost channels are compiled anew."""
+    structure: str | None = None
+    """What is removed before training begins: the folder of a run that found it, its structure.json, or the removals as
+    text, as which the run keeps them: remove UNIT UNIT[CHANNELS] ... Without gates what a run has found is so trained
+    from scratch; with gates more may go."""
 
 
 @dataclass(frozen=True)
@@ -358,6 +359,11 @@ class Config:
                 self.budget.unit,
                 f"flops or params where channels are gated (gate.units {self.gate.units})",
             )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is gated, and nothing removed before training: the run is a dense twin."""
+        return not self.gate.enabled and self.model.structure is None
 
     def to_dict(self) -> dict[str, Any]:
         """The config as nested dictionaries of plain values, as YAML and JSON hold it."""

@@ -53,13 +53,19 @@ class ComparedRun:
         return self.state == "finished"
 
     @property
+    def is_dense(self) -> bool:
+        """Whether it is known to be neither gated nor given a structure."""
+        return self.summary.get("gated") is False and not self.summary.get("structure_given")
+
+    @property
     def standing(self) -> str:
         """What it is among the compared runs, in a few words."""
         if not self.is_finished:
             return self.state
-        if not self.summary.get("gated"):
+        if self.is_dense:
             return "dense"
-        return "gated, no dense twin here" if self.twin is None else f"against {self.twin}"
+        what = "gated" if self.summary.get("gated") else "structure given"
+        return f"{what}, no dense twin here" if self.twin is None else f"against {self.twin}"
 
     @property
     def step_time_s(self) -> float | None:
@@ -130,10 +136,10 @@ class Comparison:
 
 
 def compare_runs(paths: Sequence[Path], to_accuracy: float | None = None) -> Comparison:
-    """Read runs and set each gated one against its dense twin.
+    """Read runs and set each that is gated, or was given a structure, against its dense twin.
 
-    The twin is the run that differs in its gating alone: ``gated`` is false, and all else that shapes the result is the
-    same; where a config.yaml is missing, model, data, seed, epochs, batch size and precision.
+    The twin is the run that differs in that alone: nothing gated and nothing removed, and all else that shapes the
+    result is the same; where a config.yaml is missing, model, data, seed, epochs, batch size and precision.
 
     Args:
         paths: Runs' folders, their summary.json, or folders that hold runs.
@@ -152,7 +158,7 @@ def compare_runs(paths: Sequence[Path], to_accuracy: float | None = None) -> Com
 
 
 def set_against_twins(runs: list[ComparedRun], to_accuracy: float | None = None) -> Comparison:
-    """Set each gated run against its dense twin, if that is among the runs.
+    """Set each run that is not dense against its dense twin, if that is among the runs.
 
     Args:
         runs: What :func:`read_run` gave.
@@ -243,8 +249,9 @@ def _dense_config(path: Path) -> dict[str, Any] | None:
     """What shapes the result of the dense twin of a run with this config; None if it cannot be read."""
     try:
         values = load_yaml(path.read_text())
-        return shaping_values({**values, "gate": {"enabled": False}})
-    except (OSError, ValueError, yaml.YAMLError, TypeError):
+        dense = {"gate": {"enabled": False}, "model": {**values["model"], "structure": None}}
+        return shaping_values({**values, **dense})
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
         return None
 
 
@@ -308,6 +315,7 @@ _FROM_START = (
     "model",
     "data",
     "gated",
+    "structure_given",
     "accuracy_kind",
     "budget_target",
     "budget_unit",
@@ -335,7 +343,7 @@ def _unfinished(events: list[Event]) -> tuple[dict[str, Any], str]:
             return event["summary"], "finished"
         if event["kind"] == "train" and event.get("train/step_time_s") is not None:
             step_times.add(event["train/step_time_s"])
-        elif event["kind"] == "removal":
+        elif event["kind"] == "removal" and event["step"]:
             step_times.cut()
     summary: dict[str, Any] = {key: start.get(key) for key in _FROM_START}
     summary |= {key: last.get(name) for key, name in _FROM_EVENTS.items()}
@@ -354,13 +362,14 @@ def _unfinished(events: list[Event]) -> tuple[dict[str, Any], str]:
 
 
 def _set_against_twin(run: ComparedRun, runs: list[ComparedRun], notes: list[str]) -> ComparedRun:
-    if not run.is_finished or not run.summary.get("gated"):
+    if not run.is_finished or run.is_dense:
         return run
     twins = [other for other in runs if _is_twin(other, run)]
     # Of several, one that was measured on the same hardware tells more.
     twin = next((other for other in twins if _same_machine(run, other)), twins[0] if twins else None)
     if twin is None:
-        notes.append(f"{run.name} has no dense twin here: the same config with --gate.enabled false")
+        dense = "--gate.enabled false" if run.summary.get("gated") else "--model.structure null"
+        notes.append(f"{run.name} has no dense twin here: the same config with {dense}")
         return run
     return replace(run, twin=twin.name, against_twin=_ratios(run, twin, notes))
 
@@ -370,7 +379,7 @@ def _is_twin(other: ComparedRun, run: ComparedRun) -> bool:
     if run.dense_config is not None and other.dense_config is not None:
         mine, theirs = run.dense_config, other.dense_config  # of an older version one may lack fields
         same = same and all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys())
-    return other.is_finished and other.summary.get("gated") is False and same
+    return other.is_finished and other.is_dense and same
 
 
 def _same_machine(run: ComparedRun, other: ComparedRun) -> bool:

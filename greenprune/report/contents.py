@@ -123,6 +123,7 @@ class Group:
     Attributes:
         label: What sets it apart from the other groups of its task.
         gated: Whether its runs are gated; None if not known.
+        dense: Whether they are neither gated nor given a structure; None if not known.
         runs: Its runs.
         spreads: By figure, over its finished runs; None where nothing is known.
         against_twins: By ratio, over its finished runs that have a dense twin.
@@ -130,6 +131,7 @@ class Group:
 
     label: str
     gated: bool | None
+    dense: bool | None
     runs: tuple[ReportedRun, ...]
     spreads: dict[str, Spread | None]
     against_twins: dict[str, Spread | None]
@@ -313,7 +315,7 @@ def _task(data: str, accuracy_kind: str, runs: Sequence[ReportedRun]) -> Task:
     members = list(by_key.values())
     labels = _labels(members, several_models)
     groups = [_group(label, runs_of) for label, runs_of in zip(labels, members, strict=True)]
-    groups.sort(key=lambda group: (group.gated is not False, group.label))
+    groups.sort(key=lambda group: (group.dense is not True, group.label))
     front, reason = _front(groups)
     return Task(data, accuracy_kind, tuple(groups), front, reason)
 
@@ -324,11 +326,24 @@ def _group(label: str, runs: Sequence[ReportedRun]) -> Group:
     keys = dict.fromkeys(key for ratio in ratios for key in ratio)
     return Group(
         label=label,
-        gated=runs[0].compared.summary.get("gated", runs[0].config.get("gate.enabled")),
+        gated=_is_gated(runs[0]),
+        dense=_is_dense(runs[0]),
         runs=tuple(sorted(runs, key=lambda run: (str(run.compared.summary.get("seed")), run.name))),
         spreads={key: spread_of(run.figure(key) for run in finished) for key in FIGURES},
         against_twins={key: spread_of(ratio.get(key) for ratio in ratios) for key in keys},
     )
+
+
+def _is_gated(run: ReportedRun) -> bool | None:
+    gated: bool | None = run.compared.summary.get("gated", run.config.get("gate.enabled"))
+    return gated
+
+
+def _is_dense(run: ReportedRun) -> bool | None:
+    if _is_gated(run) is not False:
+        return None if _is_gated(run) is None else False
+    given = run.compared.summary.get("structure_given", run.config.get("model.structure") is not None)
+    return not given
 
 
 def _labels(groups: Sequence[Sequence[ReportedRun]], several_models: bool) -> list[str]:
@@ -349,15 +364,12 @@ def _label(run: ReportedRun, with_model: bool) -> str:
     summary, config = run.compared.summary, run.config
     if not summary:
         return run.name
-    gated = summary.get("gated", config.get("gate.enabled"))
+    gated, dense = _is_gated(run), _is_dense(run)
     units = config.get("gate.units") or ["gated"]
     target = summary.get("budget_target")
     budget = "" if target is None else f", keep {format_percent(target)}"
-    given = config.get("model.structure")
-    if gated is False:
-        name = "dense" if given is None else f"structure of {given}"
-    else:
-        name = f"{' + '.join(units)} gates{budget}" if gated else "unknown gating"
+    name = f"{' + '.join(units)} gates{budget}" if gated else "dense" if dense else "structure given"
+    name = "unknown gating" if gated is None else name
     return f"{summary.get('model')}, {name}" if with_model else name
 
 

@@ -194,7 +194,9 @@ def _without_work_done_again(events: Sequence[Event]) -> list[Event]:
     kept: list[Event] = []
     for event in events:
         if event["kind"] == "start":
-            kept = [past for past in kept if past["kind"] not in _DONE_AGAIN or past["step"] <= event["step"]]
+            # At the beginning all is done again, also what was given before it.
+            step = event["step"] or -1
+            kept = [past for past in kept if past["kind"] not in _DONE_AGAIN or past["step"] <= step]
         kept.append(event)
     return kept
 

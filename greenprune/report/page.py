@@ -124,7 +124,7 @@ def _legend(group: Group, style: Style, data: str | None) -> dict[str, Any]:
         "number": style.number,
         "label": group.label if data is None else f"{data}: {group.label}",
         "colour": style.colour,
-        "dense": group.gated is False,
+        "dense": group.dense is True,
         "about": f"{len(group.runs)} {'run' if len(group.runs) == 1 else 'runs'}"
         + (f", {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)}" if seeds else ""),
         "runs": [run.name for run in group.runs],
@@ -297,7 +297,7 @@ def _network(number: int, run: ReportedRun, figures: dict[str, go.Figure]) -> di
 
 
 def _about(run: ReportedRun, gone: int, removals: list[Change], summary: dict[str, Any]) -> str:
-    if summary.get("gated") is False and not summary.get("removals"):
+    if run.compared.is_dense:
         return "A dense run: nothing is gated, nothing was removed."
     if not run.history.network:
         return "Its events name no blocks."

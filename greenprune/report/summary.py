@@ -69,7 +69,7 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _structure_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    if not summary["gated"]:
+    if not summary["gated"] and not summary.get("structure_given"):
         return [("removed", "nothing: a dense run")]
     removals = summary["removals"]
     when: dict[str, list[dict[str, Any]]] = {}
@@ -82,9 +82,12 @@ def _structure_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         removed += f", {gone:,} of {summary['channels_dense']:,} channels inside blocks"
     removed += f": {units}" if units else ""
     cost = cost_name(summary["budget_unit"])
-    kept, target = format_percent(summary["kept_cost"], 1), format_percent(summary["budget_target"], 1)
+    kept = f"{format_percent(summary['kept_cost'], 1)} of the dense {cost}"
+    if not summary["gated"]:
+        return [("removed", removed), ("kept", f"{kept}, given before training")]
     gates = f"; {summary['gates_left']} gates are left" if summary["gates_left"] else ""
-    return [("removed", removed), ("kept", f"{kept} of the dense {cost}, for a budget of {target}{gates}")]
+    target = format_percent(summary["budget_target"], 1)
+    return [("removed", removed), ("kept", f"{kept}, for a budget of {target}{gates}")]
 
 
 def _against_dense(now: float | None, dense: float | None, unit: str) -> str:

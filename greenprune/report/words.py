@@ -88,7 +88,7 @@ def _finding(group: Group) -> str:
     text += "" if finished == len(group.runs) else f", from {finished} of {of_runs}"
     points, flops = group.against_twins.get("accuracy_points"), group.against_twins.get("flops_train")
     if points is None and flops is None:
-        return text + (". No dense twin among these runs." if group.gated else ".")
+        return text + (". No dense twin among these runs." if group.dense is False else ".")
     told = []
     if points is not None:
         told.append(f"{points.mean:+.2f}" + (f" ± {points.sd:.2f}" if points.sd is not None else "") + " points")
@@ -153,8 +153,11 @@ def _count_column(key: str, about: str) -> Column:
 
 def _kept(run: ReportedRun) -> Cell:
     summary = run.compared.summary
+    if run.compared.is_dense:
+        return Cell("-")
     if not summary.get("gated"):
-        return Cell("-" if summary.get("gated") is False else UNKNOWN)
+        given = summary.get("structure_given")
+        return Cell(format_percent(summary.get("kept_cost"), 1), "given before training") if given else Cell(UNKNOWN)
     return Cell(format_percent(summary.get("kept_cost"), 1), f"budget {format_percent(summary.get('budget_target'))}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -32,7 +32,7 @@ class Operation:
         unit: Name of a block, which is its module path, or of a set of channels, which is ``<block>:<label>``.
         step: Steps done when it happened.
         epoch: The same in epochs, a fraction within one.
-        reason: off or on for all inputs of the window(s), settled against the budget, or given before training began.
+        reason: off or on for all inputs of the window(s), settled against the budget, or given before training.
         channels: Which units of a set of channels are removed, by their indices in the dense network; else None.
     """
 
@@ -79,6 +79,10 @@ class Structure:
 
     operations: list[Operation] = field(default_factory=list)
 
+    def given(self) -> Structure:
+        """What was removed before training began, which the run did not find itself."""
+        return Structure([operation for operation in self.operations if operation.reason == "given"])
+
     def removed(self) -> list[Operation]:
         """The removals, in their order."""
         return [operation for operation in self.operations if operation.action == "remove"]
@@ -94,14 +98,6 @@ class Structure:
             if operation.channels is not None:
                 lost[operation.unit] = lost.get(operation.unit, 0) + len(operation.channels)
         return lost
-
-    def given(self) -> list[Operation]:
-        """What was carried out before training began."""
-        return [operation for operation in self.operations if operation.reason == "given"]
-
-    def as_given(self) -> Structure:
-        """The removals, as what another run begins with."""
-        return Structure([replace(removal, step=0, epoch=0.0, reason="given") for removal in self.removed()])
 
     def ungated(self) -> set[str]:
         """Blocks and sets of channels whose gates are gone."""

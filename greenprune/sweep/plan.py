@@ -14,6 +14,7 @@ from typing import Any
 import jsonargparse
 
 from greenprune.config import Config, ConfigError, check_field, load_config, plain_message
+from greenprune.surgery import resolve_structure
 from greenprune.sweep.reading import read_settings
 from greenprune.tracking import default_run_name
 
@@ -146,15 +147,15 @@ def _expand(sweep: SweepConfig, base: Config, folder: Path) -> Iterator[Task]:
     dense: set[str] = set()
     number = 0
     for index, changed in enumerate(changes):
-        config = replace_fields(base, changed)
-        twin = replace_fields(config, {"gate.enabled": False})
+        config = resolve_structure(replace_fields(base, changed))
+        twin = replace_fields(config, {"gate.enabled": False, "model.structure": None})
         if twin.identity() not in dense:
             dense.add(twin.identity())
-            added = config.gate.enabled
-            twin_changes = {key: value for key, value in changed.items() if not key.startswith(_GATING)}
+            added = not config.is_dense
+            twin_changes = {key: value for key, value in changed.items() if not key.startswith(_NOT_OF_A_TWIN)}
             yield _task(number, twin, {**twin_changes, "gate.enabled": False}, folder, is_twin=added)
             number += 1
-        if config.gate.enabled:
+        if not config.is_dense:
             same = seen.setdefault(repr(config), index)
             if same != index:
                 raise ConfigError(
@@ -166,7 +167,7 @@ def _expand(sweep: SweepConfig, base: Config, folder: Path) -> Iterator[Task]:
             raise ConfigError(f"runs: there are more than {_MOST_TASKS:,}; expected several smaller sweeps")
 
 
-_GATING = ("gate.", "budget.", "removal.", "surgery.")
+_NOT_OF_A_TWIN = ("gate.", "budget.", "removal.", "surgery.", "model.structure")
 
 
 def _task(number: int, config: Config, changes: Mapping[str, Any], folder: Path, *, is_twin: bool) -> Task:
