@@ -123,7 +123,10 @@ def test_what_is_no_structure_is_refused_in_one_line(found: Path, content: str |
         resolve_structure(with_structure(str(found)))
 
 
-@pytest.mark.parametrize("text", ["remove stages.0.1[", "remove stages.0.1[a]", "remove stages.0.1[1-]", "remove a[2]"])
+@pytest.mark.parametrize(
+    "text",
+    ["remove stages.0.1[", "remove stages.0.1[a]", "remove stages.0.1[1-]", "remove a[2]", "remove a:b[0-99999999999]"],
+)
 def test_text_that_names_no_units_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^model\.structure: .* is not a unit; expected"):
         resolve_structure(with_structure(text))

@@ -23,6 +23,7 @@ from greenprune.models import (
     ResidualBlock,
     find_channels,
     residual_blocks,
+    sum_over,
 )
 
 # Logits move between -BOUND and BOUND, openness between 0.047 and 0.953: a gate that the task has driven fully open
@@ -133,7 +134,9 @@ class Gate(nn.Module):
 def _pool(x: Tensor, dim: int) -> Tensor:
     """Mean over everything but samples and channels: x [B, ...] with channels at ``dim`` to [B, C], fp32."""
     positions = [other for other in range(1, x.dim()) if other != dim % x.dim()]
-    return x.mean(dim=positions, dtype=torch.float32) if positions else x.float()
+    if not positions:
+        return x.float()
+    return sum_over(x, positions, torch.float32).div_(math.prod(x.shape[position] for position in positions))
 
 
 class BlockGate(Gate):

@@ -14,7 +14,7 @@ from greenprune.config import ConfigError, ModelConfig
 from greenprune.models.blocks import BlockError, convert_blocks, register_block
 from greenprune.models.channels import ChannelMap, ChannelSet, Slice, find_channels, register_channelwise
 from greenprune.models.cifar_resnet import CifarResNet
-from greenprune.models.residual import ChannelSlot, PlainBlock, ResidualBlock, residual_blocks
+from greenprune.models.residual import ChannelSlot, PlainBlock, ResidualBlock, residual_blocks, sum_over
 
 __all__ = [
     "BlockError",
@@ -32,6 +32,7 @@ __all__ = [
     "register_block",
     "register_channelwise",
     "residual_blocks",
+    "sum_over",
 ]
 
 SMALL_IMAGE = 64  # pixels; up to this side the "auto" stem of a ResNet keeps the resolution

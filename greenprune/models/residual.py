@@ -16,6 +16,17 @@ def _known_all_on(decision: Tensor) -> bool:
     return decision.device.type == "cpu" and not torch.compiler.is_compiling() and bool((decision == 1).all())
 
 
+def sum_over(x: Tensor, dims: list[int], dtype: torch.dtype) -> Tensor:
+    """Sum over some dimensions, accumulated and given in a precision of at least fp32.
+
+    On a CPU, PyTorch first copies a bf16 tensor as a whole to fp32 when it is asked for an fp32 sum. A bf16 sum is
+    accumulated in fp32 too, and only its result is rounded.
+    """
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        return x.sum(dim=dims).to(dtype)
+    return x.sum(dim=dims, dtype=dtype)
+
+
 class _GatedSum(torch.autograd.Function):
     """``shortcut + decision * branch`` in one pass over the activations, and at most two in the backward.
 
@@ -36,7 +47,7 @@ class _GatedSum(torch.autograd.Function):
         branch, decision = ctx.saved_tensors
         towards_decision = None
         if ctx.needs_input_grad[2]:
-            towards_decision = (grad * branch).sum(dim=tuple(range(1, grad.dim())), dtype=decision.dtype)
+            towards_decision = sum_over(grad * branch, list(range(1, grad.dim())), decision.dtype)
         return grad, grad if ctx.all_on else grad * _per_sample(decision, grad), towards_decision
 
 
@@ -87,7 +98,7 @@ class _GatedChannels(torch.autograd.Function):
         positions = [dim for dim in range(1, grad.dim()) if dim != channel_dim]
         products = grad * activations
         # Without positions there is nothing to sum over; for torch that would mean to sum over everything.
-        by_channel = products.sum(dim=positions, dtype=decision.dtype) if positions else products.to(decision.dtype)
+        by_channel = sum_over(products, positions, decision.dtype) if positions else products.to(decision.dtype)
         by_unit = by_channel.unflatten(1, (decision.shape[1], -1)).sum(2)
         return grad if ctx.all_on else grad * _per_channel(decision, grad, ctx.dim), by_unit, None
 

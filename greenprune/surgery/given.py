@@ -13,6 +13,7 @@ from greenprune.surgery.structure import Operation, Structure, StructureMismatch
 
 _TEXT = "remove "
 _PART = re.compile(r"(?P<unit>[^\s\[\]]+)(?:\[(?P<channels>[0-9,-]+)\])?")
+_MOST_CHANNELS = 1 << 20  # no layer has as many; a slip of the keyboard must not fill the memory
 _EXPECTED = "expected a run's folder, its structure.json, or 'remove UNIT UNIT[CHANNELS] ...'"
 
 
@@ -88,6 +89,8 @@ def _from_text(text: str) -> Structure:
 def _indices(ranges: str) -> Iterator[int]:
     for span in ranges.split(","):
         first, _, last = span.partition("-")
+        if int(last or first) >= _MOST_CHANNELS:
+            raise ValueError(span)
         yield from range(int(first), int(last or first) + 1)
 
 

@@ -1,4 +1,4 @@
-"""The accuracy studies: peers and random removal reach the FLOPs that they should, and the table says what there is."""
+"""The accuracy studies: every cell has its command, and the table says what there is."""
 
 from __future__ import annotations
 
@@ -6,39 +6,15 @@ import json
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "accuracy"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "peers"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-import pruning
 import study
 from launching import ROOT, environment
-
-from greenprune.config import Config, ModelConfig, OptimConfig, UserError
-
-SMALL = Config(model=ModelConfig(name="resnet20"), optim=OptimConfig(epochs=2, lr=0.05))
-
-
-@pytest.mark.parametrize("method", ["slimming", "polarization", pytest.param("torch-pruning", marks=pytest.mark.slow)])
-def test_a_peer_prunes_to_the_flops_that_are_asked_for(method: str) -> None:
-    config = replace(SMALL, model=replace(SMALL.model, shortcut="B" if method == "torch-pruning" else "A"))
-    found = pruning.compare(method, config, 0.5, pruning.STRENGTH[method], None)
-    assert 0.4 < found["flops_forward"] / found["flops_forward_dense"] <= 0.5
-    assert found["params"] < found["params_dense"]
-    # Half of the epochs dense, half of them small.
-    assert 0.7 < found["flops_train"] / found["flops_train_dense"] < 0.76
-    assert {"sparse training", "pruning", "fine-tuning", "eval"} <= found["energy_by_phase_j"].keys()
-    assert found["accuracy"] > 0.15
-
-
-def test_a_target_out_of_reach_is_refused() -> None:
-    with pytest.raises(UserError, match=r"--target: 0.01 cannot be met by channels inside the branches alone"):
-        pruning.compare("slimming", SMALL, 0.01, 1e-4, None)
 
 
 def test_every_cell_has_a_command_and_what_it_needs_comes_before(tmp_path: Path) -> None:
