@@ -143,6 +143,7 @@ def ablations(target: float) -> list[Cell]:
         cell("decide-0.8", "decided by 0.8", "--removal.decide_by", "0.8"),
         cell("no-warmup", "no warm-up", "--gate.warmup", "0"),
         cell("warmup-0.3", "warm-up 0.3", "--gate.warmup", "0.3"),
+        cell("time", "budget in measured time", "--budget.unit", "time"),
         cell("masked", "masked, not removed", ablated=("--mask",)),
         cell("channel", "channels", "--gate.units", "[channel]"),
         cell(
