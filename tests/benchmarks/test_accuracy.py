@@ -78,7 +78,7 @@ def test_settings_of_peers_are_chosen_on_held_out_training_samples(
     monkeypatch.setattr(runner, "_run", run)
     for _ in range(2):
         runner.choose("slimming")
-        assert len(seen) == 3 * 2 * 2  # strengths, learning rates, seeds; once
+        assert len(seen) == 4 * 2 * 2  # strengths, learning rates, seeds; once
     assert all(command[-2:] == ["--data.validation", "0.2"] for command in seen)
     cell = next(cell for cell in study.cells_of(digits) if cell.peer == "slimming")
     told = shlex.join(runner.command(cell, 0))
