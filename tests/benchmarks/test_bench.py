@@ -79,7 +79,7 @@ def test_a_process_that_fails_says_its_last_words(tmp_path: Path) -> None:
 
 def test_a_peer_that_cannot_be_installed_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(PeerUnavailable, match="^a-peer cannot be installed: nothing$"):
+    with pytest.raises(PeerUnavailable, match=r"^a-peer cannot be installed: nothing$"):
         peer_python("a-peer", ["a-peer==1.0"], tmp_path / "peer")
 
 
