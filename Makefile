@@ -4,14 +4,14 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train test check format lint types contracts bench clean
+.PHONY: help setup train test check format lint types contracts bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train a gated network on handwritten digits (about a minute after set-up)"
 	@echo "make test    run the whole default test suite"
 	@echo "make check   format, lint, types, import contracts, tests"
-	@echo "make bench   the CPU benchmarks of benchmarks/README.md"
+	@echo "make bench   the CPU benchmarks in one table (20 minutes); make bench-gpu: those for one GPU (8 minutes)"
 
 setup: $(STAMP)
 
@@ -43,9 +43,12 @@ types: $(STAMP)
 contracts: $(STAMP)
 	$(BIN)/lint-imports
 
+# One thread, for the same reason. Peers are installed below build/peers the first time.
 bench: $(STAMP)
-	$(BIN)/python benchmarks/twins.py configs/digits.yaml --targets 0.5 0.3 --seeds 0 1 2 3 4
-	$(BIN)/python benchmarks/step_time.py $(foreach seed,0 1 2 3 4,runs/benchmarks/digits/gated-0.5-seed$(seed)) --name step_time_0.5
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
+
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/bench.py --device gpu
 
 format: $(STAMP)
 	$(BIN)/ruff format .

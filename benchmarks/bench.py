@@ -1,0 +1,156 @@
+"""The whole set of benchmarks as one command and one table: ``make bench`` on the CPU, ``make bench-gpu`` on one GPU.
+
+    python benchmarks/bench.py
+    python benchmarks/bench.py --only dense_loop gates
+
+Each line of :mod:`measurements` is measured, paired in turns, with progress on the terminal. The table is written to
+``benchmarks/results/bench_cpu.md`` (``bench_gpu.md``), all figures with their provenance to the ``.json`` beside it.
+What cannot be measured here (a data set, a peer that is missing) is a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from environments import PeerUnavailable
+from measurements import MEASUREMENTS, Row, Setting, Unmeasured
+from process import ProcessFailed
+
+from greenprune.config import UserError
+from greenprune.provenance import collect_provenance
+
+RESULTS = Path(__file__).parent / "results"
+TINY: dict[str, Any] = {
+    "turns": 2,
+    "steps": 1,
+    "batch_size": 8,
+    "imagenet_batch": 2,
+    "seeds": (0,),
+    "epochs": 2,
+    "cifar_epochs": 0,
+    "blocks": (3, 6),
+    "batches": (4, 8),
+    "launches": 1,
+}
+GPU: dict[str, Any] = {
+    "turns": 6,
+    "steps": 48,
+    "batch_size": 512,
+    "imagenet_batch": 128,
+    "seeds": (0, 1),
+    "batches": (128, 256, 512, 1024),
+    "launches": 2,
+}
+
+
+def measure(names: list[str], setting: Setting) -> tuple[list[Row], dict[str, float]]:
+    """Measure lines one after another.
+
+    Returns:
+        Their rows, and the seconds that each took.
+    """
+    rows: list[Row] = []
+    seconds: dict[str, float] = {}
+    began_s = time.perf_counter()
+    for number, name in enumerate(names, start=1):
+        print(f"[{number}/{len(names)}, {time.perf_counter() - began_s:.0f} s] {name}", flush=True)
+        started_s = time.perf_counter()
+        try:
+            found = MEASUREMENTS[name](setting)
+        except (Unmeasured, PeerUnavailable, ProcessFailed, UserError, subprocess.SubprocessError) as error:
+            found = [Row((MEASUREMENTS[name].__doc__ or name).rstrip("."), "", None, note=str(error))]
+        seconds[name] = time.perf_counter() - started_s
+        for row in found:
+            print("  " + " | ".join(cells(row)), flush=True)
+        rows += found
+    return rows, seconds
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table as text."""
+    figure = row.figure
+    value = spread = count = "-"
+    if figure is not None:
+        digits = 2 if row.unit in ("%", "s") else 3
+        value = f"{figure.value:.{digits}f}" + ("" if row.unit in ("x", "power") else f" {row.unit}")
+        count = str(figure.n)
+        spread = f"{figure.low:.3f} to {figure.high:.3f}"
+    target = "-" if row.target is None else str(row.target)
+    met = {True: "met", False: "**missed**", None: "not measured" if figure is None else "-"}[row.met]
+    return [row.what, row.work or "-", value, spread, count, target, met, row.note or "-"]
+
+
+HEADS = ["what", "work", "median", "quartiles", "n", "target", "", "note"]
+
+
+def table(rows: list[Row], provenance: dict[str, Any], seconds: dict[str, float]) -> str:
+    """The whole table with its provenance, in Markdown."""
+    lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
+    lines += [f"| {' | '.join(cells(row))} |" for row in rows]
+    git = provenance["git"] or {"revision": "unknown", "changed": False}
+    versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items() if version)
+    hardware = ", ".join(provenance["gpus"]) or provenance["cpu"]
+    lines += [
+        "",
+        "A ratio is that of two medians, measured in turns (A B, B A, ...) in one run; beside it the quartiles of the "
+        "ratios taken pair by pair, and the number of pairs.",
+        "",
+        f"{hardware}, {provenance['cpu_cores_usable']} cores, {provenance['threads']} threads; revision "
+        f"{git['revision'][:12]}{' with changes' if git['changed'] else ''}; {versions}. "
+        f"{sum(seconds.values()) / 60:.1f} minutes.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def to_json(rows: list[Row]) -> list[dict[str, Any]]:
+    """Rows as JSON: those of the table with what is behind them."""
+    return [
+        {**dataclasses.asdict(row), "target": None if row.target is None else str(row.target), "met": row.met}
+        for row in rows
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--only", nargs="+", choices=list(MEASUREMENTS), help="only these lines")
+    parser.add_argument("--tiny", action="store_true", help="sizes that say nothing, to see that it works")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result files")
+    args = parser.parse_args(argv)
+    if args.device == "gpu" and not args.tiny and not torch.cuda.is_available():
+        parser.error("--device: gpu is not valid here, where torch finds no GPU; expected cpu")
+    on_gpu = args.device == "gpu" and torch.cuda.is_available()
+    if not on_gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(RESULTS.parents[1]), os.environ.get("PYTHONPATH")]))
+    sizes = (GPU if args.device == "gpu" else {}) | (TINY | {"peers": "here"} if args.tiny else {})
+    scratch = Path(tempfile.mkdtemp(prefix="bench-"))
+    setting = Setting("cuda" if on_gpu else "cpu", scratch, os.environ.get("GREENPRUNE_DATA"), **sizes)
+    try:
+        rows, seconds = measure(args.only or list(MEASUREMENTS), setting)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    provenance = collect_provenance(1, torch.device(setting.device))
+    text = table(rows, provenance, seconds)
+    print(text)
+    args.output.mkdir(parents=True, exist_ok=True)
+    content = {"provenance": provenance, "arguments": sys.argv[1:], "seconds": seconds, "rows": to_json(rows)}
+    name = f"bench_{args.device}"
+    (args.output / f"{name}.md").write_text(text)
+    (args.output / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

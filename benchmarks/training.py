@@ -1,0 +1,105 @@
+"""A network that trains on one batch a few steps at a time, in this process: a contestant of :mod:`turns`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from greenprune.allocation import keep_freed_memory
+from greenprune.config import Config
+from greenprune.engine import Engine
+from greenprune.flops import Cost
+from greenprune.gating import GatePolicy, attach_gates
+from greenprune.models import build_model
+from greenprune.network import UnitTable, unit_costs, units_present
+from greenprune.optimization import build_optimizer
+from greenprune.surgery import Structure, replay
+
+keep_freed_memory()  # as a run does
+
+Batch = tuple[Tensor, Tensor]
+
+
+def random_batch(config: Config, image_size: int, device: torch.device, channels: int = 3) -> Batch:
+    """Images [B, C, S, S] in the run's memory format and labels of ten classes, on a device."""
+    torch.manual_seed(config.seed)
+    images = torch.randn(config.data.batch_size, channels, image_size, image_size, device=device)
+    if config.model.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images, torch.randint(0, 10, (config.data.batch_size,), device=device)
+
+
+class Training:
+    """One network with its engine, its optimizer and, if gated, its gates' policy.
+
+    A step is the whole of it: forward, loss with the gates' penalty, backward, optimizer, bounds. Gates stand still,
+    open, so that a gated network does the same work as one without gates, apart from them.
+
+    Args:
+        config: The run.
+        image_size: Side of an image in pixels.
+        channels: Channels of an image.
+        classes: Number of classes.
+        structure: What is removed before the first step.
+        build: Makes the dense network in place of ``config.model.name``.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        image_size: int,
+        *,
+        channels: int = 3,
+        classes: int = 10,
+        structure: Structure | None = None,
+        build: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        torch.manual_seed(config.seed)
+        shape = (channels, image_size, image_size)
+        structure = structure or Structure()
+        model = (
+            build() if build else build_model(config.model, classes=classes, channels=channels, image_size=image_size)
+        )
+        if config.gate.enabled:
+            attach_gates(model, config.gate)
+        self.table = UnitTable.of(model, shape)
+        self.cost: Cost = self.table.cost_of(structure)
+        replay(structure, model)
+        if config.model.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.engine = Engine(config)
+        self.engine.prepare(model, build_optimizer(config, model, total_steps=10**9))  # gates stand still
+        self.engine.model.train()
+        self.policy = self._policy(config, structure) if config.gate.enabled else None
+        self.batch = random_batch(config, image_size, self.engine.device, channels)
+
+    def _policy(self, config: Config, structure: Structure) -> GatePolicy:
+        costs = unit_costs(self.table, config.budget)
+        present = units_present(costs, structure)
+        return GatePolicy(config, self.engine.module, costs, present, rounding={}, total_steps=10**6, window=10**6)
+
+    def step(self, batch: Batch | None = None) -> None:
+        """One whole step on a batch, by default the network's own."""
+        images, labels = batch or self.batch
+        loss = functional.cross_entropy(self.engine.model(images), labels)
+        if self.policy is not None:
+            penalty = self.policy.penalty(500_000, len(images), self.engine.mean)
+            assert penalty is not None
+            loss = loss + penalty
+        self.engine.backward(loss)
+        self.engine.step()
+        if self.policy is not None:
+            self.policy.after_step()
+
+    def turn(self, steps: int) -> float:
+        """Seconds a step over some steps."""
+        self.engine.synchronize()
+        started_s = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        self.engine.synchronize()
+        return (time.perf_counter() - started_s) / steps
