@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 import struct
 import tarfile
@@ -13,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
@@ -58,12 +59,29 @@ def read_digits(root: Path, train: bool) -> Samples:
 
     The set has no split of its own. The test set is a fixed stratified fifth (our choice), the same for all
     seeds.
+
+    Raises:
+        UserError: scikit-learn is not installed, or without its data.
     """
-    data = load_digits()
-    labels = torch.from_numpy(data.target).long()
+    rows = _digits_table()
+    labels = torch.from_numpy(rows[:, -1].astype(np.int64))
     chosen = split_off(labels, DIGITS_TEST_SHARE)[0 if train else 1]
-    images = torch.from_numpy(data.images.astype(np.uint8)).unsqueeze(1)
+    images = torch.from_numpy(rows[:, :-1].reshape(-1, 1, 8, 8))
     return Samples(images[chosen], labels[chosen])
+
+
+@functools.lru_cache(maxsize=1)  # the training set and the test set come from the same file
+def _digits_table() -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """scikit-learn's own file: 64 pixels and the label of each digit, uint8 [1797, 65].
+
+    Its ``load_digits`` reads the same file, but importing it brings SciPy's statistics: a second of a start of six.
+    """
+    package = importlib.util.find_spec("sklearn")
+    folders = [] if package is None else package.submodule_search_locations or []
+    file = next((path for folder in folders if (path := Path(folder) / "datasets/data/digits.csv.gz").is_file()), None)
+    if file is None:
+        raise UserError("data.name: 'digits' is not valid here; it comes with scikit-learn, which is not installed")
+    return np.loadtxt(file, delimiter=",", dtype=np.uint8)
 
 
 def read_fashion_mnist(root: Path, train: bool) -> Samples:
