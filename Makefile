@@ -20,8 +20,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $(STAMP)
 
+# accelerate launch, without its other commands, whose imports (timm, transformers) take three seconds of the start.
 train: $(STAMP)
-	$(BIN)/accelerate launch --quiet --config_file launch/cpu.yaml greenprune/train.py --config configs/digits.yaml
+	$(BIN)/python -m accelerate.commands.launch --quiet --config_file launch/cpu.yaml greenprune/train.py --config configs/digits.yaml
 
 # One thread: the networks of the tests are too small for more, and waiting threads stall on shared cores (docs/log.md).
 # Files side by side, one a core up to four: most of the time goes into starting processes.

@@ -28,7 +28,7 @@ from memory import kept_by, peak_of_tensors
 from process import Process
 from torch.nn import functional
 from training import Training
-from turns import Contestant, Figure, median_of, ratio_of, take_turns
+from turns import Contestant, Figure, in_turn, median_of, ratio_of, take_turns
 
 from greenprune.accounts import Accounts
 from greenprune.config import Config, DataConfig, GateConfig, ModelConfig, TrackingConfig
@@ -375,7 +375,7 @@ def _pruned(setting: Setting, ours: list[dict]) -> list[Row]:
     for method in ("slimming", "torch-pruning"):
         for factor, phases in ((1, "both phases in our epochs"), (2, "each phase as many epochs as ours")):
             found = []
-            for seed in seeds if factor == 1 else seeds[:1]:
+            for seed in seeds[: 3 - factor]:
                 output = setting.scratch / f"{method}-{factor}-{seed}.json"
                 target = ours[seed]["flops_forward"] / ours[seed]["flops_forward_dense"]
                 command = [sys.executable, str(HERE / "peers" / "pruning.py"), "--method", method]
@@ -476,21 +476,30 @@ def telling(setting: Setting) -> list[Row]:
 
 def start_up(setting: Setting) -> list[Row]:
     """Seconds from the command to the end of its first step, by both ways to start a run."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file"]
-    launcher += [str(ROOT / "launch" / ("gpu.yaml" if setting.on_gpu else "cpu.yaml")), "greenprune/train.py"]
-    ways = {"accelerate launch": launcher, "greenprune train": [sys.executable, "-m", "greenprune.cli", "train"]}
+    launched = ["--quiet", "--config_file", str(ROOT / "launch" / ("gpu.yaml" if setting.on_gpu else "cpu.yaml"))]
+    launched.append("greenprune/train.py")
+    ways = {
+        "greenprune train": [sys.executable, "-m", "greenprune.cli", "train"],
+        "python -m accelerate.commands.launch (make train)": [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *launched,
+        ],
+        "accelerate launch": [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launched],
+    }
     imports = {"torch": "import torch", "all": "import greenprune.run"}
     imported = {
         name: [_seconds([sys.executable, "-c", line]) for _ in range(setting.launches)]
         for name, line in imports.items()
     }
     said = ", ".join(f"{name} {statistics.median(values):.1f} s" for name, values in imported.items())
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for number, way in enumerate(in_turn(list(ways), setting.launches)):
+        found[way].append(_first_step_s(setting, ways[way], f"run-{number}"))
     rows = []
-    for way, command in ways.items():
-        found = [_first_step_s(setting, command, f"{way}-{number}") for number in range(setting.launches)]
+    for way, seconds in found.items():
         target = setting.target("<=", 8.0, 15.0)
         note = f"Python with its imports alone: {said}"
-        rows.append(Row(f"{way}: command to first step", "digits, resnet38", median_of(found), "s", target, note))
+        rows.append(Row(f"{way}: command to first step", "digits, resnet38", median_of(seconds), "s", target, note))
     return rows
 
 
@@ -502,13 +511,13 @@ def _seconds(command: list[str]) -> float:
 
 def _first_step_s(setting: Setting, command: list[str], name: str) -> float:
     folder = setting.scratch / "started"
-    flags = ["--config", str(DIGITS), "--output_dir", str(folder), "--run_name", name.replace(" ", "-")]
+    flags = ["--config", str(DIGITS), "--output_dir", str(folder), "--run_name", name]
     flags += ["--optim.epochs", "1", "--tracking.log_every", "1"]
     began_s = time.time()  # events carry the time of day
     done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
         raise Unmeasured(f"the run {name} failed: {done.stderr.strip().splitlines()[-1:]}")
-    events = (folder / name.replace(" ", "-") / "events.jsonl").read_text().splitlines()
+    events = (folder / name / "events.jsonl").read_text().splitlines()
     first = next(event for event in map(json.loads, events) if event["kind"] == "train")
     return float(first["time"]) - began_s
 

@@ -1,9 +1,16 @@
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from greenprune.config import DataConfig, UserError
 from greenprune.data import open_data
 from greenprune.data.image_data import hold_out, split_off
+from greenprune.data.readers import DIGITS_TEST_SHARE, _digits_table, read_digits
 
 
 def open_digits(seed=0, **fields):
@@ -84,3 +91,21 @@ def test_split_off_never_takes_a_whole_class():
 def test_validation_too_small_to_hold_anything_out():
     with pytest.raises(UserError, match=r"data\.validation: 0\.0001 .* none of 4 training samples"):
         hold_out(torch.tensor([0, 0, 1, 1]), 0.0001)
+
+
+def test_digits_are_those_of_scikit_learn_without_importing_it():
+    code = "import pathlib, sys; from greenprune.data.readers import read_digits; read_digits(pathlib.Path(), True)"
+    subprocess.run([sys.executable, "-c", f"{code}; sys.exit('scipy' in sys.modules)"], check=True)
+    theirs = load_digits()
+    labels = torch.from_numpy(theirs.target)
+    for train, chosen in zip((True, False), split_off(labels, DIGITS_TEST_SHARE), strict=True):
+        images, found = read_digits(Path(), train)
+        assert torch.equal(images.squeeze(1).double(), torch.from_numpy(theirs.images)[chosen])
+        assert torch.equal(found, labels[chosen])
+
+
+def test_digits_without_scikit_learn_are_refused(monkeypatch):
+    _digits_table.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^data.name: 'digits' is not valid here; it comes with scikit-learn"):
+        read_digits(Path(), True)

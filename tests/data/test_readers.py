@@ -1,17 +1,11 @@
 """Small sets on disk: what is read, and what is said when files are missing or broken."""
 
-import subprocess
-import sys
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 import torchvision
-from sklearn.datasets import load_digits
 
 from greenprune.config import DataConfig, UserError
-from greenprune.data import DATASETS, open_data, readers
+from greenprune.data import DATASETS, open_data
 
 ON_DISK = [name for name in DATASETS if name != "digits"]
 
@@ -121,20 +115,3 @@ def test_published_files(real_root, name, train, test):
     assert labels.bincount().tolist() == [train // 10] * 10
     assert images.mean(dim=(0, 2, 3)).abs().max() < 1e-3
     assert (images.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-3
-
-
-def test_the_digits_are_scikit_learns_whether_their_file_is_where_it_was_or_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    expected = load_digits()
-    rows = readers._digits()
-    assert np.array_equal(rows[:, :64], expected.data)
-    assert np.array_equal(rows[:, 64], expected.target)
-    monkeypatch.setattr(Path, "is_file", lambda path: False)
-    assert np.array_equal(readers._digits(), rows)
-
-
-def test_the_digits_do_without_scikit_learn() -> None:
-    program = "import sys; from greenprune.data import open_data; from greenprune.config import DataConfig; "
-    program += "open_data(DataConfig(), None, 0); assert 'sklearn' not in sys.modules"
-    subprocess.run([sys.executable, "-c", program], check=True)
