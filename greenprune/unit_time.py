@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import statistics
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from greenprune.models import ResidualBlock, residual_blocks
 
-_WARM_UP, _TURNS = 2, 9
+_WARM_UP, _TURNS = 2, 15
 _WHOLE, _REST = "whole", "rest of "
 
 
 @dataclass(frozen=True)
 class UnitTime:
-    """Seconds of the forward and backward pass of one batch, medians over several turns.
+    """Seconds of the forward and backward pass of one batch, the least of several turns: what disturbs only adds.
 
     Attributes:
         whole: The whole network.
@@ -45,8 +45,9 @@ def measure_unit_time(
     """Time a network and each of its blocks, forward and backward, on the device of an example.
 
     A block is timed by itself, on activations of the shape that it sees; what stays when it is removed (a shortcut that
-    changes the shape) is taken off. Turns go round over all that is timed, so that a drift of the machine's speed meets
-    all alike. The network and the random state stay as they are.
+    changes the shape) is taken off. Turns go round over all that is timed, so that each has a chance of a quiet moment,
+    and the least counts: beside other work medians are off by threefold (docs/log.md). The network and the random state
+    stay as they are.
 
     Args:
         model: The dense network; its gates, if it has any, are left out.
@@ -73,7 +74,7 @@ def measure_unit_time(
             rest = blocks[name].without_branch()
             if not isinstance(rest, nn.Identity):
                 passes[_REST + kind] = _pass_of(rest, x, autocast)
-        seconds = _medians(passes, example.device)
+        seconds = _least(passes, example.device)
     each = {kind: max(0.0, seconds[kind] - seconds.get(_REST + kind, 0.0)) for kind in first}
     of_blocks = {name: each[kind] for name, kind in kinds.items()}
     # Alone in the cache, blocks may be faster than in the network, or slower than all of it together.
@@ -118,8 +119,8 @@ def _pass_of(module: nn.Module, x: Tensor, autocast: Autocast) -> Callable[[], N
     return once
 
 
-def _medians(passes: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
-    taken: dict[str, list[float]] = {name: [] for name in passes}
+def _least(passes: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
+    least = dict.fromkeys(passes, math.inf)
     for turn in range(_WARM_UP + _TURNS):
         for name, once in passes.items():
             _wait_for(device)
@@ -127,8 +128,8 @@ def _medians(passes: dict[str, Callable[[], None]], device: torch.device) -> dic
             once()
             _wait_for(device)
             if turn >= _WARM_UP:
-                taken[name].append(time.perf_counter() - started)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+                least[name] = min(least[name], time.perf_counter() - started)
+    return least
 
 
 def _wait_for(device: torch.device) -> None:
