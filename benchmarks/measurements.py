@@ -252,7 +252,7 @@ class _Passes:
         return (time.perf_counter() - started_s) / steps
 
 
-def _half(network: torch.nn.Module) -> Structure:
+def half_of(network: torch.nn.Module) -> Structure:
     """The structure without every second block that can go."""
     names = list(residual_blocks(network))[1::2]
     return Structure([Operation("remove", name, 1, 0.1, "settled") for name in names])
@@ -267,7 +267,7 @@ def after_removal(setting: Setting) -> list[Row]:
         _fresh()
         config = setting.config(precision, network, batch)
         dense = Training(config, size)
-        small = Training(config, size, structure=_half(dense.engine.module))
+        small = Training(config, size, structure=half_of(dense.engine.module))
         contestants: dict[str, Contestant] = {"dense": dense, "small": small}
         if size == 224:
             contestants["passes"] = _Passes(dense)
@@ -543,7 +543,7 @@ def memory(setting: Setting) -> list[Row]:
     config = _gated(setting.config())
     peaks = []
     gone: list[Operation] = []
-    operations = _half(Training(config, 32).engine.module).operations
+    operations = half_of(Training(config, 32).engine.module).operations
     for number in range(len(operations) + 1):
         gone = operations[:number]
         training = Training(config, 32, structure=Structure(list(gone)))

@@ -87,7 +87,7 @@ class Training:
         images, labels = batch or self.batch
         loss = functional.cross_entropy(self.engine.model(images), labels)
         if self.policy is not None:
-            penalty = self.policy.penalty(500_000, len(images), self.engine.mean)
+            penalty = self.policy.penalty(500_000, len(images) * self.engine.world_size, self.engine.mean)
             assert penalty is not None
             loss = loss + penalty
         self.engine.backward(loss)
