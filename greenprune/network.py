@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from greenprune.flops import Cost, count_costs, subtract
 from greenprune.gating import CostTerm, UnitCosts, attach_gates, channel_unit, find_gates, split_unit
 from greenprune.models import BlockError, ChannelSet, PlainBlock, build_model, find_channels, residual_blocks
 from greenprune.surgery import Structure, StructureMismatch, given_structure, replay
+from greenprune.unit_time import UnitTime
 
 
 @dataclass(frozen=True)
@@ -148,19 +149,38 @@ def _parts(model: nn.Module, sets: dict[str, ChannelSet], counts: dict[str, Cost
     return parts
 
 
-def unit_costs(table: UnitTable, budget: BudgetConfig) -> UnitCosts:
+def unit_costs(table: UnitTable, budget: BudgetConfig, time: UnitTime | None = None) -> UnitCosts:
     """What each unit of a dense network costs in the budget's unit, as a share of the whole network.
+
+    Args:
+        table: What was counted.
+        budget: The budget.
+        time: What was measured, for a budget in time; until it is there, FLOPs stand in and no target is checked.
 
     Raises:
         ConfigError: The network has gates, and the budget's target cannot be met.
     """
     if budget.unit == "blocks":
         costs = UnitCosts.of(dict.fromkeys(table.branches, 1), len(table.branches))
+    elif budget.unit == "time" and time is not None:
+        costs = UnitCosts.of(time.blocks, time.whole)
     else:
-        costs = _shares(table, attrgetter("flops_forward" if budget.unit == "flops" else "params"))
-    if table.gates:
+        costs = _shares(table, attrgetter("params" if budget.unit == "params" else "flops_forward"))
+    if table.gates and (budget.unit != "time" or time is not None):
         costs.check_target(budget.target, table.gates)
     return costs
+
+
+def with_unit_time(network: Network, time: UnitTime, budget: BudgetConfig) -> Network:
+    """The network with costs in time.
+
+    Raises:
+        ConfigError: The budget's target cannot be met, or a structure that was given lacks channels, whose time is not
+            measured.
+    """
+    if network.table.channels:
+        raise ConfigError("budget.unit: 'time' is not valid with channels gated or given; expected flops or params")
+    return replace(network, costs=unit_costs(network.table, budget, time), time=time)
 
 
 def _shares(table: UnitTable, measure: Callable[[Cost], int]) -> UnitCosts:
@@ -204,6 +224,7 @@ class Network:
         table: What its units cost.
         costs: The same in the budget's unit, as shares of the whole.
         given: What is removed from it before training.
+        time: What its blocks take of a step, if the budget counts in that.
         notes: What the user should know of it, one line each.
     """
 
@@ -211,6 +232,7 @@ class Network:
     table: UnitTable
     costs: UnitCosts
     given: Structure = field(default_factory=Structure)
+    time: UnitTime | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -254,7 +276,7 @@ def prepare_network(config: Config, data: ImageShape) -> Network:
     costs = unit_costs(table, config.budget)
     if config.gate.enabled and given.operations:
         _check_more_may_go(kept_cost(costs, given), config)
-    return Network(model, table, costs, given, notes)
+    return Network(model, table, costs, given, notes=notes)
 
 
 def _check_fits(given: Structure, model: nn.Module, config: Config) -> None:

@@ -16,6 +16,7 @@ from greenprune.gating import GatePolicy, Verdict, attach_gates, find_gates, gat
 from greenprune.models import convert_blocks
 from greenprune.network import UnitTable, gating_notes, unit_costs, units_present
 from greenprune.surgery import Operation, Structure, carry_out, refuse_wrapped, replay, update_optimizer
+from greenprune.unit_time import UnitTime, measure_unit_time
 
 
 class Pruner:
@@ -38,7 +39,8 @@ class Pruner:
 
     Args:
         model: The unwrapped network, built of blocks that greenprune knows (:func:`greenprune.register_block`).
-        example: A small batch of its input, on its device: blocks are checked and costs are counted with it.
+        example: A small batch of its input, on its device: blocks are checked and costs are counted with it. For
+            budget.unit time one of the training's size: blocks are timed with it (in fp32).
         total_steps: Training batches of the whole run.
         gate: What is gated, and how.
         budget: How much of the network's cost is kept.
@@ -76,7 +78,8 @@ class Pruner:
         attach_gates(model, self.gate)
         self.notes = gating_notes(model, self.gate)
         self._table = UnitTable.of(model, tuple(example.shape[1:]))
-        self._costs = unit_costs(self._table, self.budget)
+        self._time = measure_unit_time(model, example) if self.budget.unit == "time" else None
+        self._costs = unit_costs(self._table, self.budget, self._time)
         self._device = example.device
         self._rounding = self._table.rounding(surgery or SurgeryConfig(), self._device)
         self._policy = self._new_policy()
@@ -227,6 +230,7 @@ class Pruner:
         """What a checkpoint needs, besides the network's and the optimizer's own state, to go on exactly."""
         return {
             "structure": self.structure.to_dict(),
+            "unit_time": None if self._time is None else self._time.to_dict(),
             "policy": self._policy.state_dict(),
             "batches": self._batches,
             "looked": self._looked,
@@ -240,6 +244,9 @@ class Pruner:
         """
         self.structure = Structure.from_dict(state["structure"])
         replay(self.structure, self.model)
+        if self._time is not None:
+            self._time = UnitTime(**state["unit_time"])
+            self._costs = unit_costs(self._table, self.budget, self._time)
         self._policy = self._new_policy()
         self._policy.load_state_dict(state["policy"])
         self._batches, self._looked = state["batches"], state["looked"]

@@ -5,12 +5,13 @@
 Every cell is trained for the same number of epochs on the same data with the same augmentation, each seed in a process
 of its own. A cell's result is a file (``results/accuracy/<study>/<cell>-seed<n>.json``) with its config, its command,
 versions and hardware; what is there is not done again, and a run that was stopped goes on: Ctrl-C, SIGTERM or
-``--minutes`` stop it in good order. The last networks are evaluated on the test set; nothing is chosen on it. What the
-peers' papers leave open for a run of another length, the strength of their sparsity term and the learning rate of
-their fine-tuning, is chosen for them on a part of the training set that is held out, or taken over from the study named
-by ``chosen_in``; ours runs with its defaults. Then the table (``<study>.md``) and the curves (``<study>.png``, or
-``.html``
-where there is no browser to draw with) are written.
+``--minutes`` stop it in good order. The last networks are evaluated on the test set; nothing is chosen on it.
+
+What the peers' papers leave open for a run of another length, the strength of their sparsity term and the learning rate
+of their fine-tuning, is chosen for them on a part of the training set that is held out, or taken over from the study
+named by ``chosen_in``; without either they have the defaults of ``benchmarks/peers/pruning.py``. Ours runs with its
+defaults. Then the table (``<study>.md``) and the curves (``<study>.png``, or ``.html`` where there is no browser to
+draw with) are written.
 """
 
 from __future__ import annotations
@@ -143,6 +144,7 @@ def ablations(target: float) -> list[Cell]:
         cell("decide-0.8", "decided by 0.8", "--removal.decide_by", "0.8"),
         cell("no-warmup", "no warm-up", "--gate.warmup", "0"),
         cell("warmup-0.3", "warm-up 0.3", "--gate.warmup", "0.3"),
+        cell("time", "budget in measured time", "--budget.unit", "time"),
         cell("masked", "masked, not removed", ablated=("--mask",)),
         cell("channel", "channels", "--gate.units", "[channel]"),
         cell(
@@ -494,10 +496,10 @@ def report(study: Study, cells: list[Cell], found: Found, file: Path) -> str:
     where = ", ".join(provenance["gpus"]) or provenance["cpu"]
     chosen = ""
     if study.peer_targets:
-        chosen = (
-            f" The peers' settings were chosen on {HELD_OUT:.0%} of the training set, held out "
-            f"(`{study.chosen_in or study.name}/chosen-*.json`)."
-        )
+        home = study.chosen_in or (study.name if study.choices else None)
+        chosen = " The peers' settings are those of `benchmarks/peers/pruning.py`."
+        if home is not None:
+            chosen = f" The peers' settings were chosen on held-out training samples (`{home}/chosen-*.json`)."
     text += (
         f"\n\n`{shlex.join(['python', 'benchmarks/accuracy/study.py', str(file)])}`: mean ± sample standard "
         f"deviation over seeds; differences and ratios seed by seed. {some['config']['optim']['epochs']} epochs in all "

@@ -269,9 +269,18 @@ class Engine:
 
         Nothing is compiled for it: each structure would need graphs of its own that are used for a few batches.
         """
-        autocast = self._accelerator.autocast() if self._zero is None else self._zero.autocast()
-        with torch.no_grad(), autocast, torch.compiler.set_stance("force_eager") if self._compile else nullcontext():
+        with (
+            torch.no_grad(),
+            self.autocast(),
+            torch.compiler.set_stance("force_eager") if self._compile else nullcontext(),
+        ):
             yield
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Within, any network computes in the run's precision."""
+        autocast: AbstractContextManager[Any]
+        autocast = self._accelerator.autocast() if self._zero is None else self._zero.autocast()
+        return autocast
 
     def sync_buffers(self, model: nn.Module) -> None:
         """Give every rank the buffers (BatchNorm's running statistics) of rank 0, which the checkpoint holds."""

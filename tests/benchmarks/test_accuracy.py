@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,14 @@ def test_settings_of_peers_are_chosen_on_held_out_training_samples(
     monkeypatch.setattr(runner, "_run", run)
     for _ in range(2):
         runner.choose("slimming")
-        assert len(seen) == 3 * 2 * 2  # strengths, learning rates, seeds; once
+        assert len(seen) == 4 * 2 * 2  # strengths, learning rates, seeds; once
     assert all(command[-2:] == ["--data.validation", "0.2"] for command in seen)
     cell = next(cell for cell in study.cells_of(digits) if cell.peer == "slimming")
     told = shlex.join(runner.command(cell, 0))
     assert "--strength 3 --finetune-lr 0.3" in told
     assert "validation" not in told
-    cifar = study.Study.read(ROOT / "benchmarks" / "accuracy" / "cifar10.yaml")
-    other = study.Runner(cifar, tmp_path / "runs")
+    taken_over = replace(digits, name="other", choices={}, chosen_in="digits")
+    other = study.Runner(taken_over, tmp_path / "runs")
     other.choose("slimming")
     assert "--strength 3 --finetune-lr 0.3" in shlex.join(other.command(cell, 0))
 
@@ -126,6 +127,12 @@ def test_a_small_study_is_trained_kept_and_not_trained_again(tmp_path: Path) -> 
     command = [sys.executable, "benchmarks/accuracy/study.py", str(tmp_path / "small-test.yaml")]
     command += ["--runs", str(tmp_path / "runs"), "--cells", "dense", "block", "scratch-block", "random"]
     try:
+        cut = subprocess.run(
+            [*command, "--minutes", "0.08"], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+        )
+        assert cut.returncode == 1, cut.stderr
+        assert "goes on with the next command" in cut.stderr or "not begun" in cut.stderr
+        assert "Traceback" not in cut.stderr
         for _ in range(2):
             done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr

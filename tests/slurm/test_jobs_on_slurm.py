@@ -80,7 +80,10 @@ def sweep(cluster: Cluster, place: Path) -> Path:
     status = greenprune(cluster, "sweep", "status", str(folder), "--json", cwd=place)
     states = json.loads(status.stdout)
     assert len(states) == 6
-    assert {state["state"] for state in states} <= {"waiting", "running"}
+    # On a slow machine the first have ended by now; the last wait for them.
+    found = {state["state"] for state in states}
+    assert found <= {"waiting", "running", "finished", "failed"}
+    assert found & {"waiting", "running"}
     cluster.wait_for_end(submission["collect"])
     return folder
 
