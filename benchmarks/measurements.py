@@ -242,7 +242,7 @@ class _Passes:
         self._training = training
 
     def turn(self, steps: int) -> float:
-        engine, (images, labels) = self._training.engine, self._training.batch
+        engine, (images, labels) = self._training.engine, self._training.batches[0]
         engine.synchronize()
         started_s = time.perf_counter()
         for _ in range(steps):
