@@ -3,7 +3,7 @@
     python benchmarks/gate_overhead.py --batch-size 128
 
 For each kind of gate the gated and the ungated network train in turn in one process, a few steps each, on the same
-batches of random images in CIFAR's shape; the ratio is taken pair by pair. A step is the whole of it: forward, loss
+batches of random images in CIFAR's shape (:mod:`turns`, :mod:`training`). A step is the whole of it: forward, loss
 with the gates' penalty, backward, optimizer, bounds. Gates stand still, open, so that both do the same work otherwise.
 """
 
@@ -14,22 +14,15 @@ import dataclasses
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
-from torch.nn import functional
+from training import Training
+from turns import ratio_of, take_turns
 
-from greenprune.allocation import keep_freed_memory
 from greenprune.config import Config, GateConfig, ModelConfig
-from greenprune.engine import Engine
-from greenprune.gating import GatePolicy, attach_gates
-from greenprune.models import build_model
-from greenprune.network import UnitTable, unit_costs, units_present
-from greenprune.optimization import build_optimizer
 from greenprune.provenance import collect_provenance
-from greenprune.surgery import Structure
 
 RESULTS = Path(__file__).parent / "results"
 STEPS_A_TURN = 3
@@ -45,84 +38,37 @@ CASES = [
 ]
 
 
-class Contestant:
-    """One network that trains a few steps at a time."""
-
-    def __init__(self, config: Config, image_size: int) -> None:
-        torch.manual_seed(config.seed)
-        model = build_model(config.model, classes=10, channels=3, image_size=image_size)
-        self.policy = None
-        if config.gate.enabled:
-            attach_gates(model, config.gate)
-        table = UnitTable.of(model, (3, image_size, image_size))
-        if config.model.channels_last:
-            model.to(memory_format=torch.channels_last)
-        self.engine = Engine(config)
-        self.engine.prepare(model, build_optimizer(config, model, total_steps=10**9))  # gates stand still
-        self.engine.model.train()
-        if config.gate.enabled:
-            costs = unit_costs(table, config.budget)
-            self.policy = GatePolicy(
-                config,
-                model,
-                costs,
-                units_present(costs, Structure()),
-                rounding={},
-                total_steps=10**6,
-                window=10**6,
-            )
-
-    def turn(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-        """Seconds a step over one turn: of the wall clock, and of this process's threads."""
-        self.engine.synchronize()
-        start, busy = time.perf_counter(), time.process_time()
-        for _ in range(STEPS_A_TURN):
-            loss = functional.cross_entropy(self.engine.model(images), labels)
-            if self.policy is not None:
-                penalty = self.policy.penalty(500_000, len(images), self.engine.mean)
-                assert penalty is not None
-                loss = loss + penalty
-            self.engine.backward(loss)
-            self.engine.step()
-            if self.policy is not None:
-                self.policy.after_step()
-        self.engine.synchronize()
-        return (time.perf_counter() - start) / STEPS_A_TURN, (time.process_time() - busy) / STEPS_A_TURN
-
-
 def measure(
     config: Config, image_size: int, turns: int, cases: list[tuple[str, list[str], str]]
 ) -> list[dict[str, object]]:
     """One row for each kind of gate."""
     ungated = dataclasses.replace(config, gate=GateConfig(enabled=False))
-    dense = Contestant(ungated, image_size)
-    device = dense.engine.device
-    images = torch.randn(config.data.batch_size, 3, image_size, image_size, device=device)
-    if config.model.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, (config.data.batch_size,), device=device)
     rows: list[dict[str, object]] = []
     for name, units, kind in cases:
         gate = GateConfig(units=units, kind=kind)  # type: ignore[arg-type]
-        pairs = []
+        seconds: dict[str, list[float]] = {"gated": [], "ungated": []}
+        busy: dict[str, list[float]] = {"gated": [], "ungated": []}
         for _ in range(CONTESTANTS):  # where its tensors happen to lie in memory changes a network's speed by percents
-            gated = Contestant(dataclasses.replace(config, gate=gate), image_size)
-            dense = Contestant(ungated, image_size)
-            found = [(gated.turn(images, labels), dense.turn(images, labels)) for _ in range(WARMUP_TURNS + turns)]
-            pairs += found[WARMUP_TURNS:]
-        ratios = [one[0] / other[0] for one, other in pairs]
-        cpu_ratios = [one[1] / other[1] for one, other in pairs]
+            contestants = {
+                "gated": Training(dataclasses.replace(config, gate=gate), image_size),
+                "ungated": Training(ungated, image_size),
+            }
+            found = take_turns(contestants, turns=turns, steps=STEPS_A_TURN, warmup=WARMUP_TURNS)
+            for which, training in contestants.items():
+                seconds[which] += found.seconds[which]
+                busy[which] += training.busy_s[WARMUP_TURNS:]
+        ratio, cpu_ratio = ratio_of(seconds["gated"], seconds["ungated"]), ratio_of(busy["gated"], busy["ungated"])
         row = {
             "gates": name,
             "precision": config.precision,
             "channels_last": config.model.channels_last,
-            "step_s": statistics.median(one for (one, _), _ in pairs),
-            "step_s_ungated": statistics.median(other for _, (other, _) in pairs),
-            "ratio": statistics.median(ratios),
-            "cpu_ratio": statistics.median(cpu_ratios),
-            "cpu_ratio_quartiles": statistics.quantiles(cpu_ratios, n=4),
-            "ratio_quartiles": statistics.quantiles(ratios, n=4),
-            "turns": len(pairs),
+            "step_s": statistics.median(seconds["gated"]),
+            "step_s_ungated": statistics.median(seconds["ungated"]),
+            "ratio": ratio.value,
+            "ratio_quartiles": [ratio.low, ratio.high],
+            "cpu_ratio": cpu_ratio.value,
+            "cpu_ratio_quartiles": [cpu_ratio.low, cpu_ratio.high],
+            "turns": ratio.n,
         }
         rows.append(row)
         print(f"{name}: {row['ratio']:.3f}, processor time {row['cpu_ratio']:.3f}", flush=True)
@@ -142,7 +88,6 @@ def main() -> None:
     parser.add_argument("--fp32", action="store_true", help="fp32 only")
     parser.add_argument("--name", default="gate_overhead", help="name of the result files; empty: none")
     args = parser.parse_args()
-    keep_freed_memory()  # as a run does
     rows: list[dict[str, object]] = []
     base = Config()
     data = dataclasses.replace(base.data, batch_size=args.batch_size)
@@ -158,7 +103,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        low, _, high = row["ratio_quartiles"]  # type: ignore[misc]
+        low, high = row["ratio_quartiles"]  # type: ignore[misc]
         lines.append(
             f"| {row['gates']} | {'fp32' if row['precision'] == 'no' else row['precision']} "
             f"| {'channels last' if row['channels_last'] else 'channels first'} | {1e3 * row['step_s']:.1f} "  # type: ignore[operator]

@@ -195,8 +195,9 @@ def dense_loop(setting: Setting) -> list[Row]:
             theirs = stack.enter_context(Process(peer))
             if ours.about["params"] != theirs.about["params"]:
                 raise Unmeasured(f"the peer's network has {theirs.about['params']} parameters, ours {ours.about}")
+            kernels = _Asked(ours, "kernels")
             turns = take_turns(
-                {"ours": ours, "theirs": theirs, "kernels": _Asked(ours, "kernels")},
+                {"ours": ours, "theirs": theirs, "kernels": kernels},
                 turns=setting.turns,
                 steps=setting.steps,
             )
@@ -207,8 +208,9 @@ def dense_loop(setting: Setting) -> list[Row]:
                 _work(setting, precision),
                 turns.ratio("theirs", "ours"),
                 target=setting.target(">=", 1.3, 3.0),
-                note=f"{images['ours']:,.0f} against {images['theirs']:,.0f} images/s",
-                more={"step_s": turns.seconds, "peer": theirs.about},
+                note=f"{images['ours']:,.0f} against {images['theirs']:,.0f} images/s; of the processor time of the "
+                f"training process {ratio_of(theirs.busy_s[1:], ours.busy_s[1:]).value:.3f}",
+                more={"step_s": turns.seconds, "busy_s": [ours.busy_s, theirs.busy_s], "peer": theirs.about},
             )
         )
         rows.append(
@@ -217,7 +219,8 @@ def dense_loop(setting: Setting) -> list[Row]:
                 _work(setting, precision),
                 turns.ratio("ours", "kernels"),
                 target=Target("<=", 1.10),
-                note=f"{1e3 * turns.median('ours').value:.0f} against {1e3 * turns.median('kernels').value:.0f} ms",
+                note=f"{1e3 * turns.median('ours').value:.0f} against {1e3 * turns.median('kernels').value:.0f} ms; of "
+                f"processor time {ratio_of(ours.busy_s[1:], kernels.busy_s[1:]).value:.3f}",
                 more={"step_s": turns.seconds},
             )
         )
@@ -230,9 +233,12 @@ class _Asked:
 
     process: Process
     what: str
+    busy_s: list[float] = field(default_factory=list)
 
     def turn(self, steps: int) -> float:
-        return float(self.process.ask(self.what, steps)["step_s"])
+        answer = self.process.ask(self.what, steps)
+        self.busy_s.append(answer["busy_s"])
+        return float(answer["step_s"])
 
 
 class _Passes:
@@ -242,7 +248,7 @@ class _Passes:
         self._training = training
 
     def turn(self, steps: int) -> float:
-        engine, (images, labels) = self._training.engine, self._training.batch
+        engine, (images, labels) = self._training.engine, self._training.batches[0]
         engine.synchronize()
         started_s = time.perf_counter()
         for _ in range(steps):
@@ -252,7 +258,7 @@ class _Passes:
         return (time.perf_counter() - started_s) / steps
 
 
-def _half(network: torch.nn.Module) -> Structure:
+def half_of(network: torch.nn.Module) -> Structure:
     """The structure without every second block that can go."""
     names = list(residual_blocks(network))[1::2]
     return Structure([Operation("remove", name, 1, 0.1, "settled") for name in names])
@@ -267,7 +273,7 @@ def after_removal(setting: Setting) -> list[Row]:
         _fresh()
         config = setting.config(precision, network, batch)
         dense = Training(config, size)
-        small = Training(config, size, structure=_half(dense.engine.module))
+        small = Training(config, size, structure=half_of(dense.engine.module))
         contestants: dict[str, Contestant] = {"dense": dense, "small": small}
         if size == 224:
             contestants["passes"] = _Passes(dense)
@@ -276,6 +282,7 @@ def after_removal(setting: Setting) -> list[Row]:
         dense_s = turns.median("dense").value
         time_ratio, flops = turns.ratio("small", "dense"), small.cost.flops_train / dense.cost.flops_train
         work = f"random {size} x {size} images, {network}, batch {batch}, {PRECISIONS[precision]}"
+        busy = ratio_of(small.busy_s[1:], dense.busy_s[1:])
         figure = Figure(time_ratio.value / flops, time_ratio.low / flops, time_ratio.high / flops, time_ratio.n)
         rows.append(
             Row(
@@ -283,7 +290,8 @@ def after_removal(setting: Setting) -> list[Row]:
                 work,
                 figure,
                 target=setting.target("<=", 1.08, 1.15),
-                note=f"time {time_ratio.value:.3f}, FLOPs {flops:.3f}; dense {1e3 * dense_s:.0f} ms",
+                note=f"time {time_ratio.value:.3f}, FLOPs {flops:.3f}; dense {1e3 * dense_s:.0f} ms; of processor time "
+                f"{busy.value / flops:.3f}",
                 more={"step_s": turns.seconds, "flops_ratio": flops},
             )
         )
@@ -300,11 +308,13 @@ def gates(setting: Setting) -> list[Row]:
         _fresh()
         config = setting.config(precision)
         pairs: dict[str, list[float]] = {"gated": [], "dense": []}
+        busy: dict[str, list[float]] = {"gated": [], "dense": []}
         for _ in range(3):  # where its tensors happen to lie in memory changes a network's speed by percents
             contestants = {"gated": Training(_gated(config), 32), "dense": Training(config, 32)}
             found = take_turns(contestants, turns=setting.turns, steps=max(1, setting.steps // 3))
-            for name, seconds in found.seconds.items():
-                pairs[name] += seconds
+            for name, training in contestants.items():
+                pairs[name] += found.seconds[name]
+                busy[name] += training.busy_s[1:]
         rows.append(
             Row(
                 "gates on, nothing removed yet, against dense",
@@ -312,7 +322,8 @@ def gates(setting: Setting) -> list[Row]:
                 "conditional gates on blocks",
                 ratio_of(pairs["gated"], pairs["dense"]),
                 target=setting.target("<=", 1.03, 1.05),
-                more={"step_s": pairs},
+                note=f"of processor time {ratio_of(busy['gated'], busy['dense']).value:.3f}",
+                more={"step_s": pairs, "busy_s": busy},
             )
         )
     return rows
@@ -543,7 +554,7 @@ def memory(setting: Setting) -> list[Row]:
     config = _gated(setting.config())
     peaks = []
     gone: list[Operation] = []
-    operations = _half(Training(config, 32).engine.module).operations
+    operations = half_of(Training(config, 32).engine.module).operations
     for number in range(len(operations) + 1):
         gone = operations[:number]
         training = Training(config, 32, structure=Structure(list(gone)))

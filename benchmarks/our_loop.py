@@ -47,11 +47,12 @@ class PacedTrainer(Trainer):
     def _kernels(self, steps: int) -> dict[str, Any]:
         """Seconds of forward and backward of one batch, without anything else of a step."""
         self.engine.synchronize()
-        started_s = time.perf_counter()
+        started_s, busy_s = time.perf_counter(), time.process_time()
         for _ in range(steps):
             self._forward_backward()
         self.engine.synchronize()
-        return {"step_s": (time.perf_counter() - started_s) / steps}
+        wall_s, busy_s = time.perf_counter() - started_s, time.process_time() - busy_s
+        return {"step_s": wall_s / steps, "busy_s": busy_s / steps}
 
     def _memory(self, steps: int) -> dict[str, Any]:
         """Most bytes that whole steps need: of tensors, and of the process."""

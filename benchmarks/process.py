@@ -32,12 +32,14 @@ class Process:
 
     Attributes:
         about: What it says of itself once it is ready.
+        busy_s: Processor seconds a step of each turn, over all threads of its process.
 
     Raises:
         ProcessFailed: It has ended.
     """
 
     def __init__(self, command: list[str], environment: Mapping[str, str] | None = None) -> None:
+        self.busy_s: list[float] = []
         self._name = Path(command[1]).name if len(command) > 1 else command[0]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
@@ -70,7 +72,9 @@ class Process:
 
     def turn(self, steps: int) -> float:
         """Seconds a step over that many steps of its loop."""
-        return float(self.ask("steps", steps)["step_s"])
+        answer = self.ask("steps", steps)
+        self.busy_s.append(answer["busy_s"])
+        return float(answer["step_s"])
 
     def ask(self, what: str, value: object) -> dict[str, Any]:
         """Have something done, and return what it says of it."""
@@ -114,6 +118,7 @@ class Pacer:
         os.dup2(2, 1)
         self._left = self._steps = 0
         self._started_s = self._out_s = self._away_s = 0.0
+        self._started_busy_s = self._out_busy_s = self._away_busy_s = 0.0
 
     def ready(self, **about: object) -> None:
         """Say that the first step can be asked for."""
@@ -127,24 +132,27 @@ class Pacer:
         if self._steps:
             self.synchronize()
             self._away_s += time.perf_counter() - self._out_s
+            self._away_busy_s += time.process_time() - self._out_busy_s
         for batch in batches:
             if self._left == 0:
                 self._wait_for_turn()
             self._left -= 1
             yield batch
         self.synchronize()
-        self._out_s = time.perf_counter()
+        self._out_s, self._out_busy_s = time.perf_counter(), time.process_time()
 
     def _wait_for_turn(self) -> None:
         if self._steps:
             self.synchronize()
-            self._say({"step_s": (time.perf_counter() - self._started_s - self._away_s) / self._steps})
+            wall_s = time.perf_counter() - self._started_s - self._away_s
+            busy_s = time.process_time() - self._started_busy_s - self._away_busy_s
+            self._say({"step_s": wall_s / self._steps, "busy_s": busy_s / self._steps})
         for line in sys.stdin:
             asked = json.loads(line)
             if asked["do"] == "steps":
                 self._left = self._steps = asked["value"]
-                self._away_s = 0.0
-                self._started_s = time.perf_counter()
+                self._away_s = self._away_busy_s = 0.0
+                self._started_s, self._started_busy_s = time.perf_counter(), time.process_time()
                 return
             self._say(self.others[asked["do"]](asked["value"]))
         os._exit(0)  # nobody asks any more, and nothing that is still open is wanted

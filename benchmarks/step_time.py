@@ -3,88 +3,69 @@
     python benchmarks/step_time.py runs/benchmarks/digits/gated-0.5-seed*  --batch-size 256
 
 For each finished run, the dense network and the sub-network (the run's structure replayed on a fresh network) train in
-turn, a few steps each, on the same batches; the ratio is taken pair by pair, so that a drift of the machine's speed
-meets both alike. The ratio over that of the FLOPs says how much of the saving in FLOPs is a saving in time.
+turn (:mod:`turns`), a few steps each, on the same batches. The ratio of their times over that of their FLOPs says how
+much of the saving in FLOPs is a saving in time.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
-from torch.nn import functional
+from training import Training
+from turns import take_turns
 
-from greenprune.config import Config, load_config
-from greenprune.data import ImageData, open_data
+from greenprune.config import GateConfig, load_config
+from greenprune.data import open_data
 from greenprune.engine import Engine
-from greenprune.flops import count_costs
-from greenprune.models import build_model
-from greenprune.optimization import build_optimizer
 from greenprune.provenance import collect_provenance
-from greenprune.surgery import Structure, replay
+from greenprune.surgery import Structure
 
 RESULTS = Path(__file__).parent / "results"
 STEPS_A_TURN = 5
 WARMUP_TURNS = 3
 
 
-class Contestant:
-    """One network with its engine and optimizer, trained a few steps at a time."""
-
-    def __init__(self, config: Config, data: ImageData, structure: Structure) -> None:
-        torch.manual_seed(config.seed)
-        model = build_model(config.model, classes=data.classes, channels=data.channels, image_size=data.image_size)
-        replay(structure, model)
-        self.cost = count_costs(model, (data.channels, data.image_size, data.image_size))[""]
-        if config.model.channels_last:
-            model.to(memory_format=torch.channels_last)
-        self.engine = Engine(config)
-        self.engine.prepare(model, build_optimizer(config, model, total_steps=1000))
-        self.engine.model.train()
-
-    def turn(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-        """Seconds a step over one turn."""
-        self.engine.synchronize()
-        start = time.perf_counter()
-        for images, labels in batches:
-            self.engine.backward(functional.cross_entropy(self.engine.model(images), labels))
-            self.engine.step()
-        self.engine.synchronize()
-        return (time.perf_counter() - start) / len(batches)
-
-
 def measure(folder: Path, batch_size: int, turns: int) -> dict[str, object]:
     config = load_config(folder / "config.yaml")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch_size))
+    data_config = dataclasses.replace(config.data, batch_size=batch_size)
+    config = dataclasses.replace(config, data=data_config, gate=GateConfig(enabled=False))
     structure = Structure.from_dict(json.loads((folder / "structure.json").read_text()))
     data = open_data(config.data, config.data.root or os.environ.get("GREENPRUNE_DATA"), config.seed)
-    small, dense = Contestant(config, data, structure), Contestant(config, data, Structure())
-    data.to(small.engine.device, config.model.channels_last)
-    batches = []
-    for epoch in range(STEPS_A_TURN):
-        batches += list(data.train_batches(epoch))
-        if len(batches) >= STEPS_A_TURN:
-            break
-    batches = batches[:STEPS_A_TURN]
-    pairs = [(small.turn(batches), dense.turn(batches)) for _ in range(WARMUP_TURNS + turns)][WARMUP_TURNS:]
-    ratio = statistics.median(a / b for a, b in pairs)
+    engine = Engine(config)
+    data.to(engine.device, config.model.channels_last)
+    epochs = itertools.chain.from_iterable(data.train_batches(epoch) for epoch in range(STEPS_A_TURN))
+    batches = list(itertools.islice(epochs, STEPS_A_TURN))
+    small, dense = (
+        Training(
+            config,
+            data.image_size,
+            channels=data.channels,
+            classes=data.classes,
+            structure=removed,
+            batches=batches,
+        )
+        for removed in (structure, Structure())
+    )
+    found = take_turns({"small": small, "dense": dense}, turns=turns, steps=STEPS_A_TURN, warmup=WARMUP_TURNS)
+    ratio = found.ratio("small", "dense")
     flops = small.cost.flops_train / dense.cost.flops_train
     return {
         "run": folder.name,
         "turns": turns,
-        "step_s": statistics.median(a for a, _ in pairs),
-        "step_s_dense": statistics.median(b for _, b in pairs),
-        "time_ratio": ratio,
-        "time_ratio_quartiles": statistics.quantiles([a / b for a, b in pairs], n=4),
+        "step_s": found.median("small").value,
+        "step_s_dense": found.median("dense").value,
+        "time_ratio": ratio.value,
+        "time_ratio_quartiles": [ratio.low, ratio.high],
         "flops_ratio": flops,
-        "time_over_flops": ratio / flops,
+        "time_over_flops": ratio.value / flops,
     }
 
 

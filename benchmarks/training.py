@@ -1,4 +1,4 @@
-"""A network that trains on one batch a few steps at a time, in this process: a contestant of :mod:`turns`."""
+"""A network that trains a few steps at a time, in this process: a contestant of :mod:`turns`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 from greenprune.allocation import keep_freed_memory
 from greenprune.config import Config
 from greenprune.engine import Engine
-from greenprune.flops import Cost
+from greenprune.flops import Cost, count_costs
 from greenprune.gating import GatePolicy, attach_gates
 from greenprune.models import build_model
 from greenprune.network import UnitTable, unit_costs, units_present
@@ -46,6 +46,11 @@ class Training:
         classes: Number of classes.
         structure: What is removed before the first step.
         build: Makes the dense network in place of ``config.model.name``.
+        batches: What it trains on, in turn; default: one batch of random images.
+
+    Attributes:
+        cost: What the network costs, with its gates.
+        busy_s: Processor seconds a step of each turn, over all threads of this process.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class Training:
         classes: int = 10,
         structure: Structure | None = None,
         build: Callable[[], nn.Module] | None = None,
+        batches: list[Batch] | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
         shape = (channels, image_size, image_size)
@@ -66,28 +72,29 @@ class Training:
         )
         if config.gate.enabled:
             attach_gates(model, config.gate)
-        self.table = UnitTable.of(model, shape)
-        self.cost: Cost = self.table.cost_of(structure)
+        table = UnitTable.of(model, shape) if config.gate.enabled else None
         replay(structure, model)
+        self.cost: Cost = count_costs(model, shape)[""]
         if config.model.channels_last:
             model.to(memory_format=torch.channels_last)
         self.engine = Engine(config)
         self.engine.prepare(model, build_optimizer(config, model, total_steps=10**9))  # gates stand still
         self.engine.model.train()
-        self.policy = self._policy(config, structure) if config.gate.enabled else None
-        self.batch = random_batch(config, image_size, self.engine.device, channels)
+        self.policy = None if table is None else self._policy(config, table, structure)
+        self.batches = batches or [random_batch(config, image_size, self.engine.device, channels)]
+        self.busy_s: list[float] = []
 
-    def _policy(self, config: Config, structure: Structure) -> GatePolicy:
-        costs = unit_costs(self.table, config.budget)
+    def _policy(self, config: Config, table: UnitTable, structure: Structure) -> GatePolicy:
+        costs = unit_costs(table, config.budget)
         present = units_present(costs, structure)
         return GatePolicy(config, self.engine.module, costs, present, rounding={}, total_steps=10**6, window=10**6)
 
-    def step(self, batch: Batch | None = None) -> None:
-        """One whole step on a batch, by default the network's own."""
-        images, labels = batch or self.batch
+    def step(self, number: int = 0) -> None:
+        """One whole step, on one of the batches."""
+        images, labels = self.batches[number % len(self.batches)]
         loss = functional.cross_entropy(self.engine.model(images), labels)
         if self.policy is not None:
-            penalty = self.policy.penalty(500_000, len(images), self.engine.mean)
+            penalty = self.policy.penalty(500_000, len(images) * self.engine.world_size, self.engine.mean)
             assert penalty is not None
             loss = loss + penalty
         self.engine.backward(loss)
@@ -98,8 +105,9 @@ class Training:
     def turn(self, steps: int) -> float:
         """Seconds a step over some steps."""
         self.engine.synchronize()
-        started_s = time.perf_counter()
-        for _ in range(steps):
-            self.step()
+        started_s, busy_s = time.perf_counter(), time.process_time()
+        for number in range(steps):
+            self.step(number)
         self.engine.synchronize()
+        self.busy_s.append((time.process_time() - busy_s) / steps)
         return (time.perf_counter() - started_s) / steps
