@@ -412,7 +412,10 @@ def test_compare_is_quick_and_needs_no_torch_and_no_plotting(tmp_path: Path) -> 
         f"code = main(['compare', {str(tmp_path)!r}]); "
         "print([name for name in ('torch', 'plotly', 'numpy', 'wandb') if name in sys.modules]); sys.exit(code)"
     )
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert time.perf_counter() - started <= 1
+    seconds = []
+    for _ in range(3):  # the least: tests beside this one take their share of the machine
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) <= 1
     assert done.stdout.splitlines()[-1] == "[]"
