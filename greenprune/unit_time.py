@@ -46,8 +46,8 @@ def measure_unit_time(
 
     A block is timed by itself, on activations of the shape that it sees; what stays when it is removed (a shortcut that
     changes the shape) is taken off. Turns go round over all that is timed, so that each has a chance of a quiet moment,
-    and the least counts: beside other work medians are off by threefold (docs/log.md). The network and the random state
-    stay as they are.
+    and the least counts. On a CPU it is processor time, which other work on the same cores changes little where seconds
+    on the clock change by threefold (docs/log.md). The network and the random state stay as they are.
 
     Args:
         model: The dense network; its gates, if it has any, are left out.
@@ -121,14 +121,15 @@ def _pass_of(module: nn.Module, x: Tensor, autocast: Autocast) -> Callable[[], N
 
 def _least(passes: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
     least = dict.fromkeys(passes, math.inf)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     for turn in range(_WARM_UP + _TURNS):
         for name, once in passes.items():
             _wait_for(device)
-            started = time.perf_counter()
+            started = clock()
             once()
             _wait_for(device)
             if turn >= _WARM_UP:
-                least[name] = min(least[name], time.perf_counter() - started)
+                least[name] = min(least[name], clock() - started)
     return least
 
 
