@@ -49,7 +49,7 @@ PEERS = {
 }
 
 
-_OPTIONAL = "peer_targets, choices, chosen_in, ablations and flags"
+_OPTIONAL = "peer_targets, choices, chosen_in, ablations, note and flags"
 FINETUNE_LRS = (1.0, 0.3)
 """Shares of the config's learning rate that the peers' fine-tuning chooses from."""
 
@@ -71,6 +71,7 @@ class Study:
         choices: By peer, the strengths of its sparsity term to choose from, on held-out training samples.
         chosen_in: Another study whose choices are taken over; None: this one makes its own.
         ablations: Target at which the parts of the method are exchanged one by one; None: they are not.
+        note: What a reader of the table has to know besides, such as what else ran on the machine.
         flags: Further fields of all runs.
     """
 
@@ -82,6 +83,7 @@ class Study:
     choices: dict[str, list[float]] = field(default_factory=dict)
     chosen_in: str | None = None
     ablations: float | None = None
+    note: str = ""
     flags: list[str] = field(default_factory=list)
 
     @classmethod
@@ -504,7 +506,8 @@ def report(study: Study, cells: list[Cell], found: Found, file: Path) -> str:
         f"\n\n`{shlex.join(['python', 'benchmarks/accuracy/study.py', str(file)])}`: mean ± sample standard "
         f"deviation over seeds; differences and ratios seed by seed. {some['config']['optim']['epochs']} epochs in all "
         f"for every cell, evaluated on the {some['accuracy_kind']} set after the last one.{chosen} {where}, torch "
-        f"{provenance['versions']['torch']}; joules: {some['energy_quality']}. Each cell's command is in its file."
+        f"{provenance['versions']['torch']}; joules: {some['energy_quality']}. {study.note} "
+        "Each cell's command is in its file."
     )
     RESULTS.mkdir(parents=True, exist_ok=True)
     picture = write_curves(points(cells, found), study.name, RESULTS / study.name)
