@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,27 +55,19 @@ GPU: dict[str, Any] = {
 }
 
 
-def measure(names: list[str], setting: Setting) -> tuple[list[Row], dict[str, float]]:
-    """Measure lines one after another.
-
-    Returns:
-        Their rows, and the seconds that each took.
-    """
-    rows: list[Row] = []
-    seconds: dict[str, float] = {}
+def measure(names: list[str], setting: Setting) -> Iterator[tuple[str, list[Row], float]]:
+    """Measure lines one after another: the name of each, its rows, and the seconds that it took."""
     began_s = time.perf_counter()
     for number, name in enumerate(names, start=1):
         print(f"[{number}/{len(names)}, {time.perf_counter() - began_s:.0f} s] {name}", flush=True)
         started_s = time.perf_counter()
         try:
-            found = MEASUREMENTS[name](setting)
+            rows = MEASUREMENTS[name](setting)
         except (Unmeasured, PeerUnavailable, ProcessFailed, UserError, subprocess.SubprocessError) as error:
-            found = [Row((MEASUREMENTS[name].__doc__ or name).rstrip("."), "", None, note=str(error))]
-        seconds[name] = time.perf_counter() - started_s
-        for row in found:
+            rows = [Row((MEASUREMENTS[name].__doc__ or name).rstrip("."), "", None, note=str(error))]
+        for row in rows:
             print("  " + " | ".join(cells(row)), flush=True)
-        rows += found
-    return rows, seconds
+        yield name, rows, time.perf_counter() - started_s
 
 
 def cells(row: Row) -> list[str]:
@@ -121,6 +114,13 @@ def to_json(rows: list[Row]) -> list[dict[str, Any]]:
     ]
 
 
+def write(file: Path, rows: list[Row], provenance: dict[str, Any], seconds: dict[str, float]) -> None:
+    """Write the table and, beside it, all that is behind it."""
+    content = {"provenance": provenance, "arguments": sys.argv[1:], "seconds": seconds, "rows": to_json(rows)}
+    file.with_suffix(".md").write_text(table(rows, provenance, seconds))
+    file.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
@@ -137,18 +137,19 @@ def main(argv: list[str] | None = None) -> int:
     sizes = (GPU if args.device == "gpu" else {}) | (TINY | {"peers": "here"} if args.tiny else {})
     scratch = Path(tempfile.mkdtemp(prefix="bench-"))
     setting = Setting("cuda" if on_gpu else "cpu", scratch, os.environ.get("GREENPRUNE_DATA"), **sizes)
+    provenance = collect_provenance(1, torch.device(setting.device))
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    seconds: dict[str, float] = {}
     try:
-        rows, seconds = measure(args.only or list(MEASUREMENTS), setting)
+        for name, found, took_s in measure(args.only or list(MEASUREMENTS), setting):
+            rows += found
+            seconds[name] = took_s
+            # Line by line: what is measured stays when a later line is interrupted.
+            write(args.output / f"bench_{args.device}", rows, provenance, seconds)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    provenance = collect_provenance(1, torch.device(setting.device))
-    text = table(rows, provenance, seconds)
-    print(text)
-    args.output.mkdir(parents=True, exist_ok=True)
-    content = {"provenance": provenance, "arguments": sys.argv[1:], "seconds": seconds, "rows": to_json(rows)}
-    name = f"bench_{args.device}"
-    (args.output / f"{name}.md").write_text(text)
-    (args.output / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(table(rows, provenance, seconds))
     return 0
 
 

@@ -199,6 +199,7 @@ OUT_OF_RANGE = [
     ("gate.openness", 1.0, "(0.5, 1)"),
     ("gate.lr", 0.0, "above 0"),
     ("gate.polarization", -0.1, "at least 0"),
+    ("gate.every", 0, "at least 1"),
     ("budget.target", 0.0, "(0, 1]"),
     ("budget.target", 1.1, "(0, 1]"),
     ("removal.window", 0, "at least 1 step, or null"),

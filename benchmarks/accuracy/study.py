@@ -142,6 +142,10 @@ def ablations(target: float) -> list[Cell]:
             for price in (0.1, 1.0, 10.0)
         ),
         cell("static", "static gates", "--gate.kind", "static"),
+        *(
+            cell(f"every-{every}", f"gates learn from every {every}. sample", "--gate.every", f"{every}")
+            for every in (1, 2, 4)
+        ),
         cell("decide-0.2", "decided by 0.2", "--removal.decide_by", "0.2"),
         cell("decide-0.8", "decided by 0.8", "--removal.decide_by", "0.8"),
         cell("no-warmup", "no warm-up", "--gate.warmup", "0"),

@@ -164,8 +164,12 @@ class GateConfig:
     """Sum of the gates' learning rate over the run, constant in it: a step uses gate.lr divided by the run's steps."""
     polarization: float = 0.1
     """Weight of the polarization regularizer."""
+    every: int = 4
+    """Gates learn from every so many-th sample of a batch, with so many times its gradient: 1 is every sample. They
+    decide for all of them, and removals are by what they decided for all of them."""
 
     def __post_init__(self) -> None:
+        _require(self.every >= 1, "gate.every", self.every, "a whole number of at least 1")
         _require(0 <= self.warmup < 1, "gate.warmup", self.warmup, "a share in [0, 1)")
         _require(0.5 < self.openness < 1, "gate.openness", self.openness, "a number in (0.5, 1)")
         _require(self.lr > 0, "gate.lr", self.lr, "a number above 0")

@@ -38,34 +38,35 @@ GRADIENT_BOUND = 1.0
 class _StraightThrough(torch.autograd.Function):
     """The decision 1[a > 0] of a logit; its gradient goes straight to the logit, past threshold and sigmoid.
 
-    At the bounds only the part of the gradient that moves the logit inward passes, and no sample pulls harder than
-    GRADIENT_BOUND. The sigmoid's own derivative is left out because it all but vanishes near the bounds and would
-    lock the gate there (our choice).
+    At the bounds only the part of the gradient that moves the logit inward passes, and no sample pulls harder than it
+    may. The sigmoid's own derivative is left out because it all but vanishes near the bounds and would lock the gate
+    there (our choice).
     """
 
     @staticmethod
-    def forward(ctx: Any, logit: Tensor, loss_scale: Tensor | None, gain: int, parts: int) -> Tensor:
-        ctx.save_for_backward(logit)
-        ctx.loss_scale = loss_scale
-        ctx.gain = gain
-        ctx.parts = parts
+    def forward(ctx: Any, logit: Tensor, pull: Tensor, factor: float, loss_scale: Tensor | None) -> Tensor:
+        ctx.save_for_backward(logit, pull)
+        ctx.factor, ctx.loss_scale = factor, loss_scale
         return (logit > 0).to(logit.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (logit,) = ctx.saved_tensors
         (grad,) = grads
-        # A step goes against the gradient: one of the other sign moves the logit away from zero.
-        outward = (logit * grad < 0) & (logit.abs() >= BOUND)
-        grad = grad.masked_fill(outward, 0.0)
-        if ctx.gain != 1:
-            grad.mul_(ctx.gain)
-        largest = GRADIENT_BOUND / (len(grad) * ctx.parts)
-        if ctx.loss_scale is None:
-            return grad.clamp_(-largest, largest), None, None, None
-        # fp16: what arrives here is the gradient of the scaled loss.
-        bound = largest * ctx.loss_scale
-        return torch.minimum(torch.maximum(grad, -bound), bound), None, None, None
+        logit, pull = ctx.saved_tensors
+        if ctx.factor != 1:
+            grad = grad * ctx.factor
+        if ctx.loss_scale is not None:  # fp16: what arrives here is the gradient of the scaled loss.
+            pull = pull * ctx.loss_scale
+        # A step goes against the gradient: a negative one moves the logit up, which stops at the upper bound.
+        return torch.clamp(grad, (logit < BOUND) * -pull, (logit > -BOUND) * pull), None, None, None
+
+
+def _pull(samples: int, every: int, parts: int, device: torch.device) -> tuple[Tensor, float]:
+    """How hard each sample may pull [B, 1], fp32, and for how many each of those that have a voice speaks."""
+    voices = torch.zeros(samples, 1, device=device)
+    voices[::every] = 1.0
+    stands_for = samples / math.ceil(samples / every) if samples else 1.0
+    return voices * (stands_for * GRADIENT_BOUND / (max(samples, 1) * parts)), stands_for
 
 
 def _full_precision(device_type: str) -> AbstractContextManager[object]:
@@ -77,7 +78,9 @@ def _full_precision(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def straight_through(logit: Tensor, loss_scale: Tensor | None = None, gain: int = 1, parts: int = 1) -> Tensor:
+def straight_through(
+    logit: Tensor, loss_scale: Tensor | None = None, gain: int = 1, parts: int = 1, every: int = 1
+) -> Tensor:
     """Binary decisions of logits [B, ...], with the bounded straight-through gradient (Bengio et al. 2013).
 
     Args:
@@ -85,8 +88,11 @@ def straight_through(logit: Tensor, loss_scale: Tensor | None = None, gain: int 
         loss_scale: Factor (scalar) by which mixed precision scales the loss; None if it does not.
         gain: Factor of the gradient, before it is bounded.
         parts: Passes over which gradients are added up, each with a loss divided by their number.
+        every: The first of so many samples speaks for all of them: it has their share of the gradient, they have none.
     """
-    decision: Tensor = _StraightThrough.apply(logit, loss_scale, gain, parts)
+    pull, stands_for = _pull(len(logit), every, parts, logit.device)
+    pull = pull.view(-1, *[1] * (logit.dim() - 1))
+    decision: Tensor = _StraightThrough.apply(logit, pull, gain * stands_for, loss_scale)
     return decision
 
 
@@ -106,6 +112,7 @@ class Gate(nn.Module):
         loss_scale: Factor by which mixed precision scales the loss, if it does; set by the training loop.
         gain: Factor of the gradient of a decision.
         parts: Passes over which gradients are added up before a step; set by the training loop.
+        every: Of how many samples one teaches the gate.
     """
 
     decision: Tensor | None
@@ -117,15 +124,26 @@ class Gate(nn.Module):
         self.weight = weight
         self.bias = nn.Parameter(torch.full((units,), math.log(openness / (1 - openness))))
         self.decision = self.logit = self.loss_scale = None
-        self.gain = self.parts = 1
+        self.gain = self.parts = self.every = 1
+        self._pulls: tuple[tuple[object, ...], tuple[Tensor, float]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a gate has made no decisions yet (and tensors of a graph cannot be copied)."""
-        return {**self.__dict__, "decision": None, "logit": None, "loss_scale": None}
+        return {**self.__dict__, "decision": None, "logit": None, "loss_scale": None, "_pulls": None}
+
+    def _pull_of(self, logit: Tensor) -> tuple[Tensor, float]:
+        """The pull of a batch's samples, which is the same from batch to batch."""
+        case = (len(logit), self.every, self.parts, logit.device)
+        if torch.compiler.is_compiling():
+            return _pull(*case)
+        if self._pulls is None or self._pulls[0] != case:
+            self._pulls = (case, _pull(*case))
+        return self._pulls[1]
 
     def decide(self, logit: Tensor) -> Tensor:
         """Decisions [B, U] of logits [B, U], remembered in training."""
-        decision = straight_through(logit, self.loss_scale, self.gain, self.parts)
+        pull, stands_for = self._pull_of(logit)
+        decision: Tensor = _StraightThrough.apply(logit, pull, self.gain * stands_for, self.loss_scale)
         if self.training:
             self.decision, self.logit = decision, logit.detach()
         return decision
@@ -167,8 +185,8 @@ class BlockGate(Gate):
                 logit = self.bias.expand(x.shape[0], 1)
             else:
                 pooled = _pool(x.detach(), self.dim)
-                direction = functional.layer_norm(pooled, pooled.shape[1:]) / math.sqrt(pooled.shape[1])
-                logit = functional.linear(direction, self.weight, self.bias)
+                direction = functional.layer_norm(pooled, pooled.shape[1:])
+                logit = torch.addmm(self.bias, direction, self.weight.t(), alpha=1 / math.sqrt(pooled.shape[1]))
             return self.decide(logit).squeeze(1)
 
 
@@ -223,6 +241,7 @@ def attach_gates(model: nn.Module, config: GateConfig) -> list[str]:
         for name, block in residual_blocks(model).items():
             channels, dim = _input_channels(name, block)
             block.gate = BlockGate(channels if conditional else None, config.openness, dim)
+            block.every = block.gate.every = config.every
     if "channel" in config.units:
         found = find_channels(model)
         if not found.sets:
@@ -231,14 +250,15 @@ def attach_gates(model: nn.Module, config: GateConfig) -> list[str]:
         for channel_set in found.sets.values():
             if channel_set.units == 1 and not channel_set.removable:
                 continue  # the last unit of a block that has to stay has to stay
-            _gate_channels(model, channel_set, config.openness, conditional=conditional)
+            _gate_channels(model, channel_set, config)
     return list(find_gates(model))
 
 
-def _gate_channels(model: nn.Module, channel_set: ChannelSet, openness: float, *, conditional: bool) -> None:
-    inner = model.get_submodule(channel_set.slot)
-    gate = ChannelGate(channel_set.units, openness, channel_set.channel_dim, conditional=conditional)
-    slot = ChannelSlot(inner, gate, channel_set.channel_dim, channel_set.label)
+def _gate_channels(model: nn.Module, channel_set: ChannelSet, config: GateConfig) -> None:
+    inner, dim = model.get_submodule(channel_set.slot), channel_set.channel_dim
+    gate = ChannelGate(channel_set.units, config.openness, dim, conditional=config.kind == "conditional")
+    slot = ChannelSlot(inner, gate, dim, channel_set.label)
+    slot.every = gate.every = config.every
     slot.train(inner.training)
     parent, _, child = channel_set.slot.rpartition(".")
     setattr(model.get_submodule(parent), child, slot)

@@ -13,7 +13,8 @@ def _known_all_on(decision: Tensor) -> bool:
 
     On a GPU looking would make the host wait; under the compiler it would break the graph.
     """
-    return decision.device.type == "cpu" and not torch.compiler.is_compiling() and bool((decision == 1).all())
+    on_cpu = decision.device.type == "cpu"
+    return on_cpu and not torch.compiler.is_compiling() and len(decision) > 0 and decision.amin().item() == 1
 
 
 def sum_over(x: Tensor, dims: list[int], dtype: torch.dtype) -> Tensor:
@@ -27,50 +28,66 @@ def sum_over(x: Tensor, dims: list[int], dtype: torch.dtype) -> Tensor:
     return x.sum(dim=dims, dtype=dtype)
 
 
+def _into_every(values: Tensor, every: int, samples: int) -> Tensor:
+    """What every ``every``-th of B samples has, with zeros for the others: [B, ...]."""
+    if every == 1:
+        return values
+    spread = values.new_zeros(samples, *values.shape[1:])
+    spread[::every] = values
+    return spread
+
+
 class _GatedSum(torch.autograd.Function):
     """``shortcut + decision * branch`` in one pass over the activations, and at most two in the backward.
 
-    The derivative of torch.addcmul makes two more passes, to multiply by its factor of 1.
+    The derivative of torch.addcmul makes two more passes, to multiply by its factor of 1. Only every ``every``-th
+    decision has a gradient: for the others it is not computed.
     """
 
     @staticmethod
-    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, decision: Tensor) -> Tensor:
+    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, decision: Tensor, every: int) -> Tensor:
         ctx.all_on = _known_all_on(decision)
+        ctx.every = every
         ctx.save_for_backward(branch if ctx.needs_input_grad[2] else None, decision)
         if ctx.all_on:
             return shortcut + branch
         return torch.addcmul(shortcut, branch, _per_sample(decision, branch))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         (grad,) = grads
         branch, decision = ctx.saved_tensors
         towards_decision = None
         if ctx.needs_input_grad[2]:
-            towards_decision = sum_over(grad * branch, list(range(1, grad.dim())), decision.dtype)
-        return grad, grad if ctx.all_on else grad * _per_sample(decision, grad), towards_decision
+            products = grad[:: ctx.every] * branch[:: ctx.every]
+            summed = sum_over(products, list(range(1, grad.dim())), decision.dtype)
+            towards_decision = _into_every(summed, ctx.every, len(grad))
+        return grad, grad if ctx.all_on else grad * _per_sample(decision, grad), towards_decision, None
 
 
 class _OpenReLU(torch.autograd.Function):
     """``relu(shortcut + branch)`` while every decision is 1, with the decisions' gradient.
 
     The branch's output is not kept for the backward, as it is not without a gate. Where the gradient is not 0 it is the
-    difference of result and shortcut, and those are kept anyway, by the layers that they go into.
+    difference of result and shortcut, and those are kept anyway, by the layers that they go into. Only every
+    ``every``-th decision has a gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, decision: Tensor) -> Tensor:
+    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, decision: Tensor, every: int) -> Tensor:
         out = (shortcut + branch).relu_()
         ctx.save_for_backward(shortcut, out)
+        ctx.every = every
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (grad,) = grads
         shortcut, out = ctx.saved_tensors
         grad = torch.ops.aten.threshold_backward(grad, out, 0)
-        branch = out - shortcut
-        return grad, grad, branch.mul_(grad).sum(dim=tuple(range(1, grad.dim())))
+        branch = out[:: ctx.every] - shortcut[:: ctx.every]
+        summed = branch.mul_(grad[:: ctx.every]).sum(dim=tuple(range(1, grad.dim())))
+        return grad, grad, _into_every(summed, ctx.every, len(grad)), None
 
 
 def _per_sample(decision: Tensor, activations: Tensor) -> Tensor:
@@ -79,28 +96,31 @@ def _per_sample(decision: Tensor, activations: Tensor) -> Tensor:
 
 
 class _GatedChannels(torch.autograd.Function):
-    """``decision * activations``, with one decision for each sample and unit of channels."""
+    """``decision * activations``, with one decision for each sample and unit of channels.
+
+    Only every ``every``-th sample's decisions have a gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, activations: Tensor, decision: Tensor, dim: int) -> Tensor:
+    def forward(ctx: Any, activations: Tensor, decision: Tensor, dim: int, every: int) -> Tensor:
         ctx.all_on = _known_all_on(decision)
         ctx.save_for_backward(activations, decision)
-        ctx.dim = dim
+        ctx.dim, ctx.every = dim, every
         if ctx.all_on:
             return activations.view_as(activations)
         return activations * _per_channel(decision, activations, dim)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grads
         activations, decision = ctx.saved_tensors
         channel_dim = ctx.dim % grad.dim()
         positions = [dim for dim in range(1, grad.dim()) if dim != channel_dim]
-        products = grad * activations
+        products = grad[:: ctx.every] * activations[:: ctx.every]
         # Without positions there is nothing to sum over; for torch that would mean to sum over everything.
         by_channel = sum_over(products, positions, decision.dtype) if positions else products.to(decision.dtype)
-        by_unit = by_channel.unflatten(1, (decision.shape[1], -1)).sum(2)
-        return grad if ctx.all_on else grad * _per_channel(decision, grad, ctx.dim), by_unit, None
+        by_unit = _into_every(by_channel.unflatten(1, (decision.shape[1], -1)).sum(2), ctx.every, len(grad))
+        return grad if ctx.all_on else grad * _per_channel(decision, grad, ctx.dim), by_unit, None, None
 
 
 def _per_channel(decision: Tensor, activations: Tensor, dim: int) -> Tensor:
@@ -126,6 +146,7 @@ class ChannelSlot(nn.Module):
         label: Name of the set of channels within its block.
 
     Attributes:
+        every: One of so many samples has a gradient towards its decisions.
         some_on: Of the last pass: for each sample [B], 1 if any unit was on.
     """
 
@@ -137,6 +158,7 @@ class ChannelSlot(nn.Module):
         self.gate = gate
         self.dim = dim
         self.label = label
+        self.every = 1
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a slot has switched nothing yet."""
@@ -147,7 +169,7 @@ class ChannelSlot(nn.Module):
         activations = self.inner(x)
         decision = self.gate(activations)
         self.some_on = decision.detach().amax(1)
-        gated: Tensor = _GatedChannels.apply(activations, decision, self.dim)
+        gated: Tensor = _GatedChannels.apply(activations, decision, self.dim, self.every)
         return gated
 
 
@@ -167,6 +189,7 @@ class ResidualBlock(nn.Module):
 
     Attributes:
         gate: From x to decisions [B], or None.
+        every: One of so many samples has a gradient towards its decision.
         slots: The channel slots inside the branch.
         channels_left: By the label of a set of channels: dense indices of the units left, once some were removed.
     """
@@ -180,6 +203,7 @@ class ResidualBlock(nn.Module):
         self.activation = activation
         self.input_activated = input_activated
         self.gate = None
+        self.every = 1
         self.slots: list[ChannelSlot] = []  # not children: they stand in the branch
         self.channels_left: dict[str, list[int]] = {}
 
@@ -197,9 +221,9 @@ class ResidualBlock(nn.Module):
             if not decision.requires_grad:
                 return self._activate(shortcut + branch)
             if type(self.activation) is nn.ReLU and branch.dtype == torch.float32:  # in bf16 a difference is too coarse
-                activated: Tensor = _OpenReLU.apply(shortcut, branch, decision)
+                activated: Tensor = _OpenReLU.apply(shortcut, branch, decision, self.every)
                 return activated
-        return self._activate(_GatedSum.apply(shortcut, branch, decision))
+        return self._activate(_GatedSum.apply(shortcut, branch, decision, self.every))
 
     def _activate(self, total: Tensor) -> Tensor:
         activated: Tensor = self.activation(total)

@@ -10,11 +10,12 @@ from launching import TRAIN, run
 
 HERE = Path(__file__).parent
 
+# Gates learn from every sample: the first of every four is another one in each half of a batch than in the whole.
 CONFIG = """
 model: {name: resnet20}
 data: {name: digits, batch_size: 64}
 optim: {epochs: 3, lr: 0.02}
-gate: {kind: conditional, warmup: 0.0, lr: 10.0, polarization: 2.0}
+gate: {kind: conditional, every: 1, warmup: 0.0, lr: 10.0, polarization: 2.0}
 budget: {target: 0.6}
 removal: {window: 11, decide_by: 0.8}
 """

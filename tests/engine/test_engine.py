@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from greenprune.config import Config, ConfigError, GateConfig, OptimConfig, UserError
 from greenprune.engine import Engine
-from greenprune.gating import find_gates, take_decisions
+from greenprune.gating import attach_gates, find_gates, take_decisions
 from greenprune.optimization import build_optimizer, build_schedule
 from greenprune.surgery import Surgeon, update_optimizer
 
@@ -282,7 +282,9 @@ def test_another_run_in_the_same_process_has_its_own_precision(make_engine: Make
 def test_parts_of_a_batch_add_up_to_its_gradient(make_network: MakeNetwork, make_engine: MakeEngine) -> None:
     """With BatchNorm held still and no bound reached, two halves of a batch give one step of the whole."""
     config = replace(CONFIG, optim=OptimConfig(lr=0.05, warmup=0.0), gate=GateConfig(kind="static"))
-    models = [make_network(kind="static")]
+    models = [make_network(kind=None)]
+    # From every sample: of a half of four samples the first of every four would be another one than of the whole.
+    attach_gates(models[0], replace(config.gate, every=1))
     models.append(copy.deepcopy(models[0]))
     engine = make_engine(config)
     for parts, model in zip((1, 2), models, strict=True):

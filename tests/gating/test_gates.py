@@ -131,6 +131,62 @@ def test_one_sample_cannot_drown_the_others() -> None:
     assert gradient([0.5] * 4, [1e9, -0.2, 0.0, 0.1]) == pytest.approx([0.25, -0.2, 0.0, 0.1])
 
 
+@pytest.mark.parametrize("samples", [1, 5, 6, 64])
+@pytest.mark.parametrize("every", [2, 3])
+def test_the_first_of_every_few_samples_speaks_for_all_of_them(samples: int, every: int) -> None:
+    logit = torch.full((samples, 2), 0.5, requires_grad=True)
+    straight_through(logit, every=every).backward(torch.full((samples, 2), 0.3 / samples))
+    voices = logit.grad[::every]
+    assert voices.sum(0).tolist() == pytest.approx([0.3, 0.3])  # as with every sample
+    assert (voices == voices[0]).all()
+    assert logit.grad.sum(0).tolist() == pytest.approx([0.3, 0.3])  # nobody else says anything
+
+
+def test_what_a_few_samples_say_for_others_is_bounded_by_the_share_of_all_of_them() -> None:
+    logit = torch.tensor([0.5, 0.5, 0.5, 0.5, BOUND, BOUND], requires_grad=True)
+    upstream = torch.tensor([9.0, -9.0, -9.0, 9.0, -0.1, 9.0])
+    straight_through(logit, every=2).backward(upstream)
+    assert logit.grad.tolist() == pytest.approx(
+        [2 / 6, 0, -2 / 6, 0, 0, 0]
+    )  # at its bound the last voice may not go up
+
+
+@pytest.mark.parametrize("units", [["block"], ["channel"], ["block", "channel"]])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_gates_that_learn_from_a_few_samples_leave_the_networks_own_gradients_alone(
+    make_network: Callable[..., nn.Module], units: list[str], precision: torch.dtype
+) -> None:
+    images = torch.randn(9, 3, 8, 8)
+
+    def gradients(every: int, rows: slice) -> tuple[dict[str, Tensor], Tensor]:
+        """Of all parameters; and what the last block's gate would get from some of its decisions."""
+        torch.manual_seed(0)
+        model = make_network(kind=None).train()
+        attach_gates(model, GateConfig(units=units, every=every))  # type: ignore[arg-type]
+        gates = list(find_gates(model).values())
+        with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
+            loss = model(images).float().logsumexp(1).mean()
+        decisions = [gate.decision for gate in gates]
+        towards = torch.autograd.grad(loss, decisions, retain_graph=True)
+        take_decisions(gates)
+        loss.backward()
+        bound = 1 / len(images)
+        told = [(gate.gain * grad)[rows].clamp(-bound, bound).sum(0) for gate, grad in zip(gates, towards, strict=True)]
+        return {name: parameter.grad for name, parameter in model.named_parameters()}, torch.cat(told)
+
+    all_of_them, told = gradients(1, slice(None, None, 4))
+    some, _ = gradients(4, slice(None))
+    assert all_of_them.keys() == some.keys()
+    biases = []
+    for name, gradient in some.items():
+        if name.endswith("gate.bias"):
+            biases.append(gradient)
+        elif "gate." not in name:
+            assert torch.equal(gradient, all_of_them[name]), name
+    # Samples 0, 4 and 8 of 9 speak, each for three. The order of the gates is that of the parameters.
+    torch.testing.assert_close(torch.cat(biases).sort().values, (3 * told).sort().values, rtol=2e-2, atol=1e-6)
+
+
 @pytest.mark.parametrize("beyond", [0.0, 2.0])
 def test_at_the_bounds_only_the_inward_part_passes(beyond: float) -> None:
     logits = [BOUND + beyond, BOUND + beyond, -BOUND - beyond, -BOUND - beyond]
@@ -556,6 +612,23 @@ def test_decisions_are_exact_in_half_precision() -> None:
 def test_the_gated_sum_passes_autograds_own_check() -> None:
     *inputs, _ = terms(torch.float64, binary=False)
     assert torch.autograd.gradcheck(gated_sum, inputs)
+
+
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.ReLU()], ids=["no activation", "ReLU"])
+@pytest.mark.parametrize("all_on", [True, False], ids=["all on", "some off"])
+def test_with_a_gradient_for_every_third_decision_only_the_others_have_none(
+    activation: nn.Module, all_on: bool
+) -> None:
+    shortcut, branch, decision, upstream = terms(torch.float32)
+    if all_on:
+        decision = torch.ones(6, requires_grad=True)
+    block = ResidualBlock(Given(branch), Given(shortcut), activation, input_activated=False)
+    block.gate = Given(decision)
+    wanted = torch.autograd.grad(block(shortcut), (shortcut, branch, decision), upstream)
+    block.every = 3
+    found = torch.autograd.grad(block(shortcut), (shortcut, branch, decision), upstream)
+    assert all(torch.equal(one, other) for one, other in zip(found[:2], wanted[:2], strict=True))
+    assert found[2].tolist() == [wanted[2][0].item(), 0, 0, wanted[2][3].item(), 0, 0]
 
 
 @pytest.mark.parametrize("wide", ["shortcut", "branch"])
