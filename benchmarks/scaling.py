@@ -31,6 +31,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from greenprune.engine.peers import BEAT_S, WATCHED
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
@@ -300,9 +302,9 @@ def bound_by(ranks: int, images: float) -> str:
 def watch_requests_per_s(ranks: int) -> float:
     """Requests that all ranks together send to the key-value store to watch each other (greenprune/engine/peers.py).
 
-    Every 2 s each rank tells of itself and asks three things of every other one.
+    At every beat each rank tells of itself, asks whether any has failed, and asks two things of those it watches.
     """
-    return ranks * (1 + 3 * (ranks - 1)) / 2.0 if ranks > 1 else 0.0
+    return ranks * (2 + 2 * min(WATCHED, ranks - 1)) / BEAT_S if ranks > 1 else 0.0
 
 
 def store_capacity(seconds: float = 2.0) -> float:

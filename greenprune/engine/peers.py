@@ -3,6 +3,9 @@
 A collective whose partner is gone fails with a message of the network's, or waits for half an hour. Here each process
 says every few seconds that it lives and where it is, through the key-value store that the launcher keeps, so that the
 run ends soon and says which rank on which host is the cause.
+
+All processes share that one store, so each asks it for the same few things however many there are: whether anybody has
+left with an error, and how the next processes of a ring are. Whoever misses one of these tells all.
 """
 
 from __future__ import annotations
@@ -28,6 +31,13 @@ from greenprune.redaction import without_secrets
 # Seconds between two signs of life, and without one after which a process counts as frozen or cut off (our choice).
 BEAT_S = 2.0
 SILENCE_S = 20.0
+
+# Following ranks whose signs of life a process looks at (our choice): of any group that falls silent together, such as
+# a host, somebody outside looks at the first.
+WATCHED = 2
+
+# Most processes whose whereabouts a standstill is told with.
+_TOLD = 64
 
 # Seconds in which a process whose peer has ended finds out by itself, from a collective that fails; NCCL's may not.
 _GRACE_S = 10.0
@@ -123,7 +133,10 @@ class Peers:
     def __init__(self, me: Peer, all_peers: list[Peer], stall_s: float, advice: Callable[[], str]) -> None:
         self._me = me
         self._others = [peer for peer in all_peers if peer.rank != me.rank]
-        self._all = all_peers
+        place = all_peers.index(me)
+        following = all_peers[place + 1 :] + all_peers[:place]
+        self._watched = following[:WATCHED]
+        self._here = [peer for peer in self._others if peer.host == me.host]
         self._stall_s = stall_s
         self._advice = advice
         # A connection of its own: a wait on it holds up nobody else's.
@@ -131,7 +144,7 @@ class Peers:
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._over = threading.Event()
         now = time.monotonic()
-        self._heard = {peer.rank: ("", now) for peer in self._others}
+        self._heard = {peer.rank: ("", now) for peer in self._watched}
         self._progress = 0
 
     def __enter__(self) -> Peers:
@@ -145,7 +158,9 @@ class Peers:
         self._over.set()
         words = "" if error is None else " ".join(str(error).split()) or type(error).__name__
         with contextlib.suppress(RuntimeError):
-            self._store.set(f"end/{self._me.rank}", words[:500])
+            if error is not None:
+                self._announce(f"{self._me} has ended: {words[:500]}")
+            self._store.set(f"end/{self._me.rank}", "")
         self._thread.join(timeout=BEAT_S)
 
     def got_on(self) -> None:
@@ -182,43 +197,52 @@ class Peers:
         """Which peer has ended or fallen silent, and why, as far as is known."""
         return self._ended() or self._silent()
 
+    def _announce(self, cause: str) -> None:
+        """Let all processes know what happened; the first cause stands, others follow from it."""
+        self._store.compare_set("cause", "", cause)
+
     def _ended(self) -> str | None:
         """Which peer has ended other than in good order."""
-        ends = {peer: self._end_of(peer) for peer in self._others}
-        for peer, words in ends.items():
-            if words:
-                return f"{peer} has ended: {words}"
-        for peer, words in ends.items():
-            if words is None and peer.is_dead:
+        with contextlib.suppress(RuntimeError):
+            if self._store.check(["cause"]):
+                return self._store.get("cause").decode()
+        for peer in self._here:
+            if peer.is_dead and not self._has_left(peer):
                 return f"{peer} has ended without a word: killed (out of memory?) or crashed"
         return None
 
     def _silent(self) -> str | None:
-        """Which peer gives no sign of life any more."""
+        """Which of the watched peers gives no sign of life any more."""
         now = time.monotonic()
-        for peer in self._others:
+        for peer in self._watched:
             silent_s = now - self._heard[peer.rank][1]
-            if silent_s > SILENCE_S and self._end_of(peer) is None:
-                return f"{peer} has not been heard of for {silent_s:.0f} s: its process is frozen or its host cut off"
+            if silent_s > SILENCE_S and not self._has_left(peer):
+                cause = f"{peer} has not been heard of for {silent_s:.0f} s: its process is frozen or its host cut off"
+                with contextlib.suppress(RuntimeError):
+                    self._announce(cause)
+                return cause
         return None
 
-    def _end_of(self, peer: Peer) -> str | None:
-        """The error with which a peer left this watch, empty if it left in good order; None if it has not left."""
-        key = f"end/{peer.rank}"
+    def _has_left(self, peer: Peer) -> bool:
+        """Whether a peer has left this watch, in good order or with an error that it has announced."""
         try:
-            return self._store.get(key).decode() if self._store.check([key]) else None
+            return bool(self._store.check([f"end/{peer.rank}"]))
         except RuntimeError:
-            return None
+            return False
 
     def _beat(self) -> None:
         sign = {"progress": self._progress, "where": _where_main_is(), "at": time.monotonic()}
         self._store.set(f"beat/{self._me.rank}", json.dumps(sign))
 
+    def _sign_of(self, peer: Peer) -> str:
+        """A peer's last sign of life; empty before its first."""
+        key = f"beat/{peer.rank}"
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
     def _listen(self) -> None:
         now = time.monotonic()
-        for peer in self._others:
-            key = f"beat/{peer.rank}"
-            sign = self._store.get(key).decode() if self._store.check([key]) else ""
+        for peer in self._watched:
+            sign = self._sign_of(peer)
             if sign != self._heard[peer.rank][0]:
                 self._heard[peer.rank] = (sign, now)
 
@@ -249,10 +273,14 @@ class Peers:
                 self._end(self._standstill(since))
 
     def _standstill(self, since: float) -> str:
-        places = {self._me.rank: _where_main_is()}
-        for rank, (sign, _) in self._heard.items():
-            places[rank] = json.loads(sign)["where"] if sign else "unknown"
-        where = "; ".join(f"{peer} is in {places[peer.rank]}" for peer in self._all)
+        told = [self._me, *self._others][:_TOLD]
+        places = {self._me: _where_main_is()}
+        for peer in told[1:]:
+            sign = ""
+            with contextlib.suppress(RuntimeError):
+                sign = self._sign_of(peer)
+            places[peer] = json.loads(sign)["where"] if sign else "unknown"
+        where = "; ".join(f"{peer} is in {places[peer]}" for peer in sorted(told, key=lambda peer: peer.rank))
         return f"no step for {time.monotonic() - since:.0f} s: {where}"
 
     def _end(self, cause: str) -> None:
