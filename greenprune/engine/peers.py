@@ -32,6 +32,9 @@ from greenprune.redaction import without_secrets
 BEAT_S = 2.0
 SILENCE_S = 20.0
 
+# Processes that send signs every BEAT_S; more send them more rarely, so that one store can answer (our choice).
+_FREQUENT = 1600
+
 # Following ranks whose signs of life a process looks at (our choice): of any group that falls silent together, such as
 # a host, somebody outside looks at the first.
 WATCHED = 2
@@ -62,6 +65,11 @@ def join_after_restart(on_cpu: bool) -> None:
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )
+
+
+def beat_s(ranks: int) -> float:
+    """Seconds between two signs of life of a process, of so many in all; several of them fit into SILENCE_S."""
+    return min(SILENCE_S / 4, BEAT_S * max(1.0, ranks / _FREQUENT))
 
 
 class PeerLost(RuntimeError):
@@ -138,6 +146,7 @@ class Peers:
         self._watched = following[:WATCHED]
         self._here = [peer for peer in self._others if peer.host == me.host]
         self._stall_s = stall_s
+        self._beat_s = beat_s(len(all_peers))
         self._advice = advice
         # A connection of its own: a wait on it holds up nobody else's.
         self._store = PrefixStore("greenprune/peers", _get_default_store().clone())
@@ -161,7 +170,7 @@ class Peers:
             if error is not None:
                 self._announce(f"{self._me} has ended: {words[:500]}")
             self._store.set(f"end/{self._me.rank}", "")
-        self._thread.join(timeout=BEAT_S)
+        self._thread.join(timeout=self._beat_s)
 
     def got_on(self) -> None:
         """Note that this process has done a piece of its work."""
@@ -170,7 +179,7 @@ class Peers:
     def find_lost(self) -> PeerLost | None:
         """Which peer is gone, now that a collective has failed; None if all are there. Takes up to half a minute."""
         has_remote = any(peer.host != self._me.host for peer in self._others)
-        deadline = time.monotonic() + (SILENCE_S if has_remote else 0.0) + 2 * BEAT_S
+        deadline = time.monotonic() + (SILENCE_S if has_remote else 0.0) + 2 * self._beat_s
         while time.monotonic() < deadline:
             cause = self._cause()
             if cause is not None:
@@ -250,7 +259,7 @@ class Peers:
         """Give and take signs of life; end this process if a peer is gone or nobody gets on."""
         progress, since, gone_since = self._progress, time.monotonic(), None
         last = since
-        while not self._over.wait(BEAT_S):
+        while not self._over.wait(self._beat_s):
             now = time.monotonic()
             if now - last > SILENCE_S / 2:  # this process itself was frozen, perhaps with all others
                 self._heard = {rank: (sign, now) for rank, (sign, _) in self._heard.items()}

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from scaling import CASES, Fabric, Kept, Network, fit_fabric, fit_network, forecast, step_s, validate
+from scaling import CASES, Fabric, Kept, Network, fit_fabric, fit_network, fit_wait, forecast, step_s, validate
 
 NETWORK = Network(host_s=0.01, sample_s=0.001, gradient_bytes=4e6)
-FABRIC = Fabric(bandwidth=1e9, latency_s=1e-4)
+FABRIC = Fabric(bandwidth=1e9, latency_s=1e-4, wait_s=3e-3)
 
 
 def test_one_rank_computes_and_exchanges_nothing() -> None:
@@ -21,8 +21,8 @@ def test_one_rank_computes_and_exchanges_nothing() -> None:
 
 def test_two_ranks_add_gradients_buckets_and_gates() -> None:
     exchange = 4e6 / 1e9 + 2 * 1e-4  # half of twice the bytes, in two buckets
-    assert step_s(NETWORK, FABRIC, 2, 10, Kept(gates=False)) == pytest.approx(0.02 + exchange)
-    assert step_s(NETWORK, FABRIC, 2, 10, Kept()) == pytest.approx(0.02 + exchange + 1e-4)
+    assert step_s(NETWORK, FABRIC, 2, 10, Kept(gates=False)) == pytest.approx(0.02 + exchange + 3e-3)
+    assert step_s(NETWORK, FABRIC, 2, 10, Kept()) == pytest.approx(0.02 + exchange + 1e-4 + 3e-3)
 
 
 def test_an_exchange_hides_behind_compute_as_far_as_it_may() -> None:
@@ -52,7 +52,10 @@ def test_fitting_finds_the_numbers_that_steps_and_collectives_were_made_from() -
         ]
         runs[ranks] = {"rows": rows, "collectives": sizes}
     assert fit_network(runs[1]["rows"][:3]).sample_s == pytest.approx(0.001)
-    found = validate(runs[1], runs[2])
+    fabric = fit_wait(fabric, runs[1], runs[2])
+    assert fabric.wait_s == pytest.approx(3e-3)
+    found = validate(fabric, runs[1], runs[2])
+    assert sum(row["ranks"] == 2 for row in found) == 2 * sum(len(batches) for *_, batches in CASES) - 1
     assert {row["ranks"] for row in found} == {1, 2}
     assert max(abs(row["error"]) for row in found) < 1e-9
 

@@ -12,7 +12,7 @@ import pytest
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from greenprune.engine import peers as module
-from greenprune.engine.peers import WATCHED, Peer, Peers
+from greenprune.engine.peers import BEAT_S, SILENCE_S, WATCHED, Peer, Peers, beat_s
 
 MakePeers = Callable[[int], list[Peers]]
 
@@ -60,6 +60,11 @@ def test_what_a_process_asks_of_the_store_does_not_grow_with_their_number(make_p
             watch._beat()
         found.append(requests_of_a_beat(watches[1]))
     assert found[0] == found[1] <= 2 + 2 * WATCHED
+
+
+def test_many_processes_beat_more_rarely_but_still_several_times_before_they_count_as_silent() -> None:
+    assert beat_s(1) == beat_s(64) == BEAT_S
+    assert BEAT_S < beat_s(4096) <= beat_s(10**6) < SILENCE_S / 3
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
