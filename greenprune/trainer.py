@@ -19,7 +19,7 @@ from greenprune.config import Config, shaping_values
 from greenprune.data import ImageData
 from greenprune.engine import Engine
 from greenprune.evaluation import Evaluation, evaluate
-from greenprune.gating import GatePolicy, Verdict
+from greenprune.gating import GatePolicy, Verdict, default_window
 from greenprune.interrupt import Interrupted, InterruptRequest
 from greenprune.network import Network, kept_cost, units_present
 from greenprune.optimization import WeightAverage, build_optimizer, build_schedule
@@ -126,7 +126,8 @@ class Trainer:
             units_present(self.costs, self.structure),
             rounding=self.unit_table.rounding(self.config.surgery, self.engine.device),
             total_steps=self.total_steps,
-            window=self.config.removal.window or self.data.steps_per_epoch,
+            window=self.config.removal.window
+            or default_window(self.data.steps_per_epoch, self.total_steps, self.config.data.batch_size),
             parts=self._parts,
         )
 

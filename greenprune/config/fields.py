@@ -201,7 +201,8 @@ class RemovalConfig:
     """When units leave the network for good."""
 
     window: int | None = None
-    """Steps over which a unit must be off for every sample to be removed. Unset: one epoch."""
+    """Steps over which a unit must be off for every sample to be removed. Unset: one epoch, or, if shorter, a 25th
+    of the run but at least 10,000 samples."""
     freeze_after: int = 3
     """Windows over which a unit must be on for every sample to lose its gate. Before the budget is met a unit whose
     gate is gone could no longer be chosen, so units freeze only then."""

@@ -21,7 +21,7 @@ from greenprune.gating.gates import (
     straight_through,
     take_decisions,
 )
-from greenprune.gating.policy import GatePolicy, PolicySettings
+from greenprune.gating.policy import GatePolicy, PolicySettings, default_window
 from greenprune.gating.settling import Verdict, decide, settle
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "by_gate",
     "channel_unit",
     "decide",
+    "default_window",
     "find_gates",
     "gate_parameters",
     "gated_units",

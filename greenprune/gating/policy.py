@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -28,6 +29,23 @@ RAMP_SHARE = 0.6
 # Windows that removals may trail the ramped target before undecided units are settled to catch up (our choice). A
 # unit that is off is removed a whole window later at the earliest; with less, gates would never decide for themselves.
 LAG = 2
+
+
+# Windows of a run, and the least samples of one, where it is not given (our choice): enough windows before the deadline
+# of a run of few epochs that units leave on the way to it, and enough samples that "off for all" says something.
+WINDOWS = 25
+WINDOW_SAMPLES = 10_000
+
+
+def default_window(steps_per_epoch: int, total_steps: int, batch_size: int) -> int:
+    """Steps of a window: an epoch; in a run of few epochs less, but not fewer than so many samples.
+
+    Args:
+        steps_per_epoch: Steps of an epoch.
+        total_steps: Steps of the whole run.
+        batch_size: Samples of a step, over all ranks.
+    """
+    return min(steps_per_epoch, max(total_steps // WINDOWS, math.ceil(WINDOW_SAMPLES / batch_size)))
 
 
 class PolicySettings(Protocol):

@@ -18,6 +18,7 @@ from greenprune.gating import (
     GatePolicy,
     UnitCosts,
     Verdict,
+    default_window,
     find_gates,
     gate_parameters,
     global_rates,
@@ -431,3 +432,19 @@ def test_the_policy_tells_its_gates_of_the_loss_scale(make_network: Callable[...
     assert all(gate.loss_scale is scale for gate in gates)
     policy.scale_losses_by(None)
     assert all(gate.loss_scale is None for gate in gates)
+
+
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "epochs", "batch_size", "window"),
+    [
+        (22, 24, 64, 22),  # digits: an epoch has fewer samples than a window needs
+        (390, 160, 128, 390),  # a long run: an epoch
+        (390, 8, 128, 124),  # a short one: a 25th of it
+        (390, 2, 128, 79),  # a very short one: 10,000 samples
+        (1, 1, 128, 1),
+    ],
+)
+def test_a_window_is_an_epoch_or_in_a_short_run_less(
+    steps_per_epoch: int, epochs: int, batch_size: int, window: int
+) -> None:
+    assert default_window(steps_per_epoch, epochs * steps_per_epoch, batch_size) == window
