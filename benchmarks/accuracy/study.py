@@ -143,7 +143,7 @@ def ablations(target: float) -> list[Cell]:
         ),
         cell("static", "static gates", "--gate.kind", "static"),
         *(
-            cell(f"every-{every}", f"gates learn from every {every}. sample", "--gate.every", f"{every}")
+            cell(f"every-{every}", f"gates learn from one sample in {every}", "--gate.every", f"{every}")
             for every in (1, 2, 4)
         ),
         cell("decide-0.2", "decided by 0.2", "--removal.decide_by", "0.2"),
