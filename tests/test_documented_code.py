@@ -30,7 +30,10 @@ def test_the_example_of_the_library_page(capsys: pytest.CaptureFixture[str]) -> 
     assert 0.49 < report["kept_cost"] <= 0.5
     assert report["params"] == sum(parameter.numel() for parameter in names["model"].parameters())
     assert gate_parameters(names["model"]) == []
-    assert names["loss"].item() < 0.5
+    # It has learnt: on all images, as the last batch has five of them.
+    with torch.no_grad():
+        right = names["model"].eval()(names["images"]).argmax(1) == torch.tensor(names["digits"].target)
+    assert right.float().mean() > 0.9
     assert "remove" in capsys.readouterr().out
 
 
