@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from greenprune.config import BudgetConfig, GateConfig, RemovalConfig, SurgeryConfig
-from greenprune.gating import GatePolicy, Verdict, attach_gates, find_gates, gate_parameters
+from greenprune.gating import WINDOWS, GatePolicy, Verdict, attach_gates, find_gates, gate_parameters
 from greenprune.models import convert_blocks
 from greenprune.network import UnitTable, gating_notes, unit_costs, units_present
 from greenprune.surgery import Operation, Structure, carry_out, refuse_wrapped, replay, update_optimizer
@@ -94,7 +94,7 @@ class Pruner:
             units_present(self._costs, self.structure),
             rounding=self._rounding,
             total_steps=self.total_steps,
-            window=self.removal.window or max(1, self.total_steps // 25),
+            window=self.removal.window or max(1, self.total_steps // WINDOWS),
         )
 
     # The run.

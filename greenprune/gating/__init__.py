@@ -21,10 +21,11 @@ from greenprune.gating.gates import (
     straight_through,
     take_decisions,
 )
-from greenprune.gating.policy import GatePolicy, PolicySettings, default_window
+from greenprune.gating.policy import WINDOWS, GatePolicy, PolicySettings, default_window
 from greenprune.gating.settling import Verdict, decide, settle
 
 __all__ = [
+    "WINDOWS",
     "BlockGate",
     "BudgetController",
     "ChannelGate",

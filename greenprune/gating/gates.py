@@ -65,7 +65,7 @@ def _pull(samples: int, every: int, parts: int, device: torch.device) -> tuple[T
     """How hard each sample may pull [B, 1], fp32, and for how many each of those that have a voice speaks."""
     voices = torch.zeros(samples, 1, device=device)
     voices[::every] = 1.0
-    stands_for = samples / math.ceil(samples / every) if samples else 1.0
+    stands_for = samples / -(-samples // every) if samples else 1.0
     return voices * (stands_for * GRADIENT_BOUND / (max(samples, 1) * parts)), stands_for
 
 
@@ -142,8 +142,11 @@ class Gate(nn.Module):
 
     def decide(self, logit: Tensor) -> Tensor:
         """Decisions [B, U] of logits [B, U], remembered in training."""
-        pull, stands_for = self._pull_of(logit)
-        decision: Tensor = _StraightThrough.apply(logit, pull, self.gain * stands_for, self.loss_scale)
+        if torch.is_grad_enabled():
+            pull, stands_for = self._pull_of(logit)
+            decision: Tensor = _StraightThrough.apply(logit, pull, self.gain * stands_for, self.loss_scale)
+        else:  # nothing is kept that was made in inference mode: training could not save it
+            decision = (logit > 0).to(logit.dtype)
         if self.training:
             self.decision, self.logit = decision, logit.detach()
         return decision

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -146,9 +147,8 @@ def test_what_a_few_samples_say_for_others_is_bounded_by_the_share_of_all_of_the
     logit = torch.tensor([0.5, 0.5, 0.5, 0.5, BOUND, BOUND], requires_grad=True)
     upstream = torch.tensor([9.0, -9.0, -9.0, 9.0, -0.1, 9.0])
     straight_through(logit, every=2).backward(upstream)
-    assert logit.grad.tolist() == pytest.approx(
-        [2 / 6, 0, -2 / 6, 0, 0, 0]
-    )  # at its bound the last voice may not go up
+    # The last that speaks is at its bound and may not go further up.
+    assert logit.grad.tolist() == pytest.approx([2 / 6, 0, -2 / 6, 0, 0, 0])
 
 
 @pytest.mark.parametrize("units", [["block"], ["channel"], ["block", "channel"]])
@@ -159,7 +159,7 @@ def test_gates_that_learn_from_a_few_samples_leave_the_networks_own_gradients_al
     images = torch.randn(9, 3, 8, 8)
 
     def gradients(every: int, rows: slice) -> tuple[dict[str, Tensor], Tensor]:
-        """Of all parameters; and what the last block's gate would get from some of its decisions."""
+        """Of all parameters; and for each unit the bounded gradient of some samples' decisions, summed."""
         torch.manual_seed(0)
         model = make_network(kind=None).train()
         attach_gates(model, GateConfig(units=units, every=every))  # type: ignore[arg-type]
@@ -447,6 +447,18 @@ def test_openness_is_that_of_the_logits_as_they_are() -> None:
     _, openness = take_decisions([conditional, static, further])
     expected = [1 / (1 + math.exp(BOUND + beyond)) for beyond in (0.5, 1.0)]
     assert openness.tolist() == [gate_openness(conditional, x), *map(pytest.approx, expected)]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", ["conditional", "static"])
+def test_a_gate_can_be_trained_after_an_evaluation_of_as_many_samples(kind: str, mode: Callable[[], Any]) -> None:
+    gate, x = gate_of(kind), torch.randn(4, CHANNELS, 2, 2)
+    with mode():
+        evaluated = gate.eval()(x)
+    decision = gate.train()(x)
+    assert torch.equal(decision, evaluated)
+    decision.sum().backward()
+    assert gate.bias.grad.item() == pytest.approx(1.0)  # at first each of four may pull by a quarter
 
 
 @pytest.mark.parametrize("kind", ["conditional", "static"])
