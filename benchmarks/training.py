@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 
 from greenprune.allocation import keep_freed_memory
 from greenprune.config import Config
@@ -22,6 +23,26 @@ from greenprune.surgery import Structure, replay
 keep_freed_memory()  # as a run does
 
 Batch = tuple[Tensor, Tensor]
+
+
+def kernels_s(passes: Callable[[int], object], engine: Engine, steps: int) -> float:
+    """Seconds a step that the GPU's kernels take, added up from torch's profiler; the gradients are freed.
+
+    Args:
+        passes: Does the passes of a step, given its number.
+        engine: Of the network.
+        steps: How many are measured, after two that are not.
+    """
+    for number in range(2):
+        passes(number)
+        engine.optimizer.zero_grad()
+    engine.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for number in range(steps):
+            passes(number)
+            engine.optimizer.zero_grad()
+        engine.synchronize()
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6 / steps
 
 
 def random_batch(config: Config, image_size: int, device: torch.device, channels: int = 3) -> Batch:
@@ -80,6 +101,7 @@ class Training:
         self.engine = Engine(config)
         self.engine.prepare(model, build_optimizer(config, model, total_steps=10**9))  # gates stand still
         self.engine.model.train()
+        self._do_passes = self.engine.recorded(self._pass)
         self.policy = None if table is None else self._policy(config, table, structure)
         self.batches = batches or [random_batch(config, image_size, self.engine.device, channels)]
         self.busy_s: list[float] = []
@@ -92,15 +114,25 @@ class Training:
     def step(self, number: int = 0) -> None:
         """One whole step, on one of the batches."""
         images, labels = self.batches[number % len(self.batches)]
-        loss = functional.cross_entropy(self.engine.model(images), labels)
         if self.policy is not None:
-            penalty = self.policy.penalty(500_000, len(images) * self.engine.world_size, self.engine.mean)
-            assert penalty is not None
-            loss = loss + penalty
-        self.engine.backward(loss)
+            self.policy.begin_step(500_000, len(images) * self.engine.world_size)
+        self._do_passes(images, labels, None)
         self.engine.step()
         if self.policy is not None:
             self.policy.after_step()
+
+    def _pass(self, images: Tensor, labels: Tensor) -> Tensor:
+        loss = functional.cross_entropy(self.engine.model(images), labels)
+        if self.policy is not None:
+            penalty = self.policy.penalty_of_pass(len(images) * self.engine.world_size, self.engine.mean)
+            assert penalty is not None
+            loss = loss + penalty
+        self.engine.backward(loss)
+        return loss.detach()
+
+    def kernels_s(self, steps: int) -> float:
+        """Seconds of the GPU's kernels in forward and backward of a step, added up; nothing between them counts."""
+        return kernels_s(lambda number: self._pass(*self.batches[number % len(self.batches)]), self.engine, steps)
 
     def turn(self, steps: int) -> float:
         """Seconds a step over some steps."""

@@ -111,6 +111,7 @@ class Trainer:
         if checkpoint is not None:
             optimizer.load_state_dict(checkpoint.training["optimizer"])
         self.engine.prepare(model, optimizer)
+        self._do_passes = self.engine.recorded(self._pass if self._parts == 1 else self._passes)
         self.schedule = build_schedule(config, self.engine.optimizer, self.total_steps)
         self.policy = self._new_policy() if config.gate.enabled else None
         self.skipper = self._new_skipper() if config.optim.nonfinite == "skip" else None
@@ -219,7 +220,11 @@ class Trainer:
         """One optimizer step on this rank's slice of a global batch."""
         if self.skipper is not None:
             self.skipper.begin(self.engine.module)
-        seen = self._pass(images, labels) if self._parts == 1 else self._passes(images, labels)
+        in_warmup = None
+        if self.policy is not None and self.policy.active:
+            self.policy.begin_step(self.step, self.config.data.batch_size, self._parts)
+            in_warmup = self.policy.in_warmup
+        seen = self._do_passes(images, labels, in_warmup)
         if self.skipper is not None:
             self.skipper.judge(self.engine.module)
         self.engine.step()
@@ -248,7 +253,7 @@ class Trainer:
         return torch.stack(seen).sum(0)
 
     def _pass(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Forward and backward, which adds to the gradients.
+        """Forward and backward, which adds to the gradients. May be recorded: it must not look at the device.
 
         Returns:
             Sum of the losses and number of hits [2], on the device.
@@ -257,7 +262,7 @@ class Trainer:
         task = functional.cross_entropy(logits, labels, label_smoothing=self.config.optim.label_smoothing)
         loss = task
         if self.policy is not None and self.policy.active:
-            penalty = self.policy.penalty(self.step, self.config.data.batch_size // self._parts, self.engine.mean)
+            penalty = self.policy.penalty_of_pass(self.config.data.batch_size // self._parts, self.engine.mean)
             loss = task if penalty is None else task + penalty
         if self._parts > 1:
             loss = loss / self._parts

@@ -32,9 +32,9 @@ def fix_price(price: float) -> None:
     class FixedPrice(BudgetController):
         """A price that does not move."""
 
-        def penalty(self, kept: Tensor, kept_by_all: Tensor, step: int) -> Tensor:
+        def penalty(self, kept: Tensor, kept_by_all: Tensor) -> Tensor:
             """``price * rho``."""
-            del kept_by_all, step
+            del kept_by_all
             self.price = torch.full_like(self.price, price)
             return self.price * kept
 

@@ -37,9 +37,9 @@ class RandomPolicy(GatePolicy):
     schedule: Structure
     seed: int
 
-    def penalty(self, *args: Any, **kwargs: Any) -> None:
+    def penalty_of_pass(self, *args: Any, **kwargs: Any) -> None:
         """No penalty; decisions are counted as ever."""
-        super().penalty(*args, **kwargs)
+        super().penalty_of_pass(*args, **kwargs)
 
     def _decide(self, window: dict[str, UnitWindow], steps_done: int, *, final: bool) -> list[Verdict]:
         left = sorted(window)

@@ -10,13 +10,14 @@ versions and hardware; what is there is not done again, and a run that was stopp
 What the peers' papers leave open for a run of another length, the strength of their sparsity term and the learning rate
 of their fine-tuning, is chosen for them on a part of the training set that is held out, or taken over from the study
 named by ``chosen_in``; without either they have the defaults of ``benchmarks/peers/pruning.py``. Ours runs with its
-defaults. Then the table (``<study>.md``) and the curves (``<study>.png``, or ``.html`` where there is no browser to
-draw with) are written.
+defaults. Then the table (``<study>.md``) and, where plotly is installed, the curves (``<study>.png``, or ``.html``
+where there is no browser to draw with) are written.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -32,9 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parent))
-from curves import write_curves  # it lies beside this file
 
 from greenprune.tracking import read_attempts, write_json
 
@@ -514,8 +512,13 @@ def report(study: Study, cells: list[Cell], found: Found, file: Path) -> str:
         "Each cell's command is in its file."
     )
     RESULTS.mkdir(parents=True, exist_ok=True)
-    picture = write_curves(points(cells, found), study.name, RESULTS / study.name)
-    (RESULTS / f"{study.name}.md").write_text(f"{text}\n\n![curves]({picture.name})\n")
+    drawn = ""
+    if importlib.util.find_spec("plotly") is not None:
+        sys.path.insert(0, str(Path(__file__).parent))
+        from curves import write_curves  # it lies beside this file
+
+        drawn = f"\n![curves]({write_curves(points(cells, found), study.name, RESULTS / study.name).name})\n"
+    (RESULTS / f"{study.name}.md").write_text(f"{text}\n{drawn}")
     return text
 
 

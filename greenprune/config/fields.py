@@ -58,6 +58,10 @@ class ModelConfig:
     """Normalise over the whole global batch and not over each process's part of it (GPUs only)."""
     compile: bool = False
     """Compile each block with torch.compile; after a removal, those that lost channels are compiled anew."""
+    cuda_graph: bool = True
+    """Record the passes of a step once for each structure and replay them (one process on one GPU, without DeepSpeed):
+    the host then starts one graph instead of a thousand kernels. To be turned off for networks of one's own whose
+    forward pass looks at the device or depends on Python's random numbers."""
     structure: str | None = None
     """What is removed before training begins: the folder of a run that found it, its structure.json, or the removals as
     text, as which the run keeps them: remove UNIT UNIT[CHANNELS] ... Without gates what a run has found is so trained
@@ -382,7 +386,8 @@ class Config:
 
 _NOT_SHAPING = (
     *("output_dir", "run_name", "resume", "device", "stall_s"),
-    *("data.root", "data.download", "data.workers", "data.eval_batch_size", "model.compile"),
+    *("data.root", "data.download", "data.workers", "data.eval_batch_size"),
+    *("model.compile", "model.cuda_graph"),
 )
 _NOT_SHAPING_SECTIONS = ("energy", "tracking", "checkpoint")
 MAY_CHANGE = ", ".join((*_NOT_SHAPING, *(f"{section}.*" for section in _NOT_SHAPING_SECTIONS)))

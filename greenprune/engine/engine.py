@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -29,6 +29,7 @@ from greenprune.allocation import give_back_freed_memory
 from greenprune.config import Config, ConfigError, UserError
 from greenprune.engine.compilation import compile_blocks
 from greenprune.engine.peers import Peer, Peers, is_of_network, join_after_restart
+from greenprune.engine.step_graph import Passes, StepGraph
 from greenprune.engine.zero import ZeroParallel, quiet_deepspeed, zero_plugin, zero_stage
 from greenprune.interrupt import InterruptRequest
 
@@ -130,6 +131,8 @@ class Engine:
             )
         self._clip_norm = config.optim.clip_norm
         self._compile = config.model.compile
+        self._records = config.model.cuda_graph and announced == 1 and stage is None and not on_cpu
+        self._graph: StepGraph | None = None
         self._last = True
         self._peers: Peers | None = None
         self.name: str = _engine_name(stage, announced)
@@ -201,6 +204,23 @@ class Engine:
             return context
         return nullcontext()
 
+    def recorded(self, passes: Passes) -> Callable[[Tensor, Tensor, Hashable], Tensor]:
+        """What does the passes of a step: as a CUDA graph that is recorded once, where there is a GPU for it alone.
+
+        With several processes or DeepSpeed, whose collectives wait for one another, and on a CPU it is the passes
+        themselves.
+
+        Args:
+            passes: From images and labels to a tensor: forward passes and :meth:`backward`, with no look at the device.
+
+        Returns:
+            The same with a third argument: whatever Python's part in the passes depends on.
+        """
+        if not self._records:
+            return lambda images, labels, phase: passes(images, labels)
+        self._graph = StepGraph(passes, lambda: self.module.zero_grad(set_to_none=True), self.device)
+        return self._graph
+
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss, averaged over the ranks."""
         if self._zero is not None:
@@ -217,7 +237,8 @@ class Engine:
         if self._clip_norm is not None:
             self._accelerator.clip_grad_norm_(self.module.parameters(), self._clip_norm)
         self._prepared_optimizer.step()
-        self._prepared_optimizer.zero_grad()
+        if self._graph is None or not self._graph.keeps_gradients:
+            self._prepared_optimizer.zero_grad()
 
     def optimizer_state(self) -> dict[str, Any]:
         """The whole state of the optimizer, whichever rank keeps it, as a plain torch optimizer's ``state_dict``.
@@ -238,6 +259,8 @@ class Engine:
             del self.model
             self._zero.release(self.optimizer)
             return
+        if self._graph is not None:
+            self._graph.forget()
         self.optimizer.zero_grad(set_to_none=True)
         # What preparing has put on the module: the wrappers of mixed precision, or autocast would nest one level deeper
         # each time, and the mark with which preparing again would do nothing on one process. Accelerate's own
@@ -474,6 +497,7 @@ class Engine:
 
     def finish(self) -> None:
         """Let go of everything in an order that ends the process cleanly; trackers have been finished before."""
+        self._graph = None
         if hasattr(self, "model"):
             self._prepared_optimizer = None
             del self.model, self.module, self.optimizer

@@ -281,6 +281,7 @@ class BudgetController:
         self.ramp_end = ramp_end
         self.integral = torch.zeros((), device=device)
         self.price = torch.zeros((), device=device)
+        self._aim = torch.ones((), device=device)
 
     def target_at(self, step: int) -> float:
         """The ramped target tau(t)."""
@@ -289,19 +290,22 @@ class BudgetController:
         share = min(1.0, (step - self.warmup_end) / max(1, self.ramp_end - self.warmup_end))
         return 1.0 - share * (1.0 - self.target)
 
-    def penalty(self, kept: Tensor, kept_by_all: Tensor, step: int) -> Tensor:
-        """``price * (rho - tau(t))``, after the price has moved by this pass's error.
+    def aim(self, step: int) -> None:
+        """Tell the device the ramped target of a step, from 0."""
+        self._aim.fill_(self.target_at(step))
+
+    def penalty(self, kept: Tensor, kept_by_all: Tensor) -> Tensor:
+        """``price * (rho - tau(t))`` at the target last aimed at, after the price has moved by this pass's error.
 
         Args:
             kept: Kept cost rho, a scalar with gradient.
             kept_by_all: The same value, computed alike on every rank to the last bit, so that prices never drift apart.
-            step: Step of the run, from 0; after the warm-up.
         """
-        error = kept_by_all - self.target_at(step)
+        error = kept_by_all - self._aim
         self.integral.add_(error, alpha=INTEGRAL / self.passes).clamp_(min=0.0)
         # A new tensor: the graph of this step's loss holds on to the price it was computed with.
         self.price = (self.integral + PROPORTIONAL * error).clamp(min=0.0)
-        return self.price * (kept - self.target_at(step))
+        return self.price * (kept - self._aim)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint needs to go on exactly."""

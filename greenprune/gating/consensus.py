@@ -53,17 +53,20 @@ class Consensus:
         self._always_on = dict.fromkeys(units, 0)
 
     def observe(self, rates: Tensor, openness: Tensor, samples: int) -> None:
-        """Add one step.
+        """Add one pass on the device; the host's part is :meth:`count`.
 
         Args:
             rates: Rates [U] over the global batch, of whole numbers of samples.
             openness: Mean openness [U].
-            samples: Size of the global batch.
+            samples: Samples of the pass, over all ranks.
         """
         # Whole numbers below 2^24 are exact in fp32; rounding undoes the division by the batch size.
         self._on += (rates.detach() * samples).round().to(torch.int64)
         self._openness += openness
-        self._steps += 1
+
+    def count(self, samples: int, passes: int) -> None:
+        """Count passes and their samples, over all ranks, on the host: what a replayed CUDA graph does not do."""
+        self._steps += passes
         self._samples += samples
 
     def remember(self) -> None:

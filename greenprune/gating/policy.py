@@ -81,6 +81,9 @@ class GatePolicy:
         total_steps: Steps of the whole run.
         window: Steps between two boundaries.
         parts: Passes a step, over which gradients are added up.
+
+    Attributes:
+        in_warmup: Whether the step that was begun last lies before the end of the warm-up.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class GatePolicy:
         self._parts = parts
         self._link(model)
         self.consensus = Consensus(self._units, self._device)
+        self.in_warmup = True
 
     def _link(self, model: nn.Module) -> None:
         """Find the gates that are left, and what their units cost."""
@@ -139,11 +143,24 @@ class GatePolicy:
         """Share of the dense cost in the units that are physically there."""
         return self.costs.kept(self.present)
 
-    def penalty(self, step: int, samples: int, mean_over_ranks: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """Count the decisions of the forward pass just done, and the loss that they add.
+    def begin_step(self, step: int, samples: int, passes: int = 1) -> None:
+        """What the host does for a step, before its passes; :meth:`penalty_of_pass` is then the device's part alone.
 
         Args:
             step: Step of the run, from 0.
+            samples: Samples of the step, over all ranks.
+            passes: Passes of the step.
+        """
+        self.in_warmup = step < self.warmup_end
+        self.consensus.count(samples, passes)
+        self.controller.aim(step)
+
+    def penalty_of_pass(self, samples: int, mean_over_ranks: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Count the decisions of the forward pass just done, and the loss that they add.
+
+        Nothing in it depends on the step but through tensors on the device and :attr:`in_warmup`.
+
+        Args:
             samples: Samples of the pass, over all ranks.
             mean_over_ranks: Averages a tensor over all ranks; the one collective of this method.
 
@@ -153,12 +170,23 @@ class GatePolicy:
         local, openness = take_decisions(self._gates)
         shared = mean_over_ranks(torch.stack([local.detach(), openness]))
         self.consensus.observe(shared[0], shared[1], samples)
-        if step < self.warmup_end:
+        if self.in_warmup:
             return None
         rates = global_rates(local, shared[0])
         kept, kept_by_all = self._expected_cost(rates), self._expected_cost(shared[0])
         scattered = polarization(rates, self._weights)
-        return self.polarization * scattered + self.controller.penalty(kept, kept_by_all, step)
+        return self.polarization * scattered + self.controller.penalty(kept, kept_by_all)
+
+    def penalty(self, step: int, samples: int, mean_over_ranks: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """:meth:`begin_step` and :meth:`penalty_of_pass` for a step of one pass.
+
+        Args:
+            step: Step of the run, from 0.
+            samples: Samples of the pass, over all ranks.
+            mean_over_ranks: Averages a tensor over all ranks.
+        """
+        self.begin_step(step, samples)
+        return self.penalty_of_pass(samples, mean_over_ranks)
 
     def after_step(self) -> None:
         """Keep the gates within their bounds after an optimizer step."""
@@ -167,7 +195,7 @@ class GatePolicy:
     def remember_step(self) -> None:
         """Keep what the next step's penalty changes, for :meth:`forget_step`."""
         self.consensus.remember()
-        self._before = (self.controller.integral.clone(), self.controller.price)
+        self._before = (self.controller.integral.clone(), self.controller.price.clone())
 
     def forget_step(self, skipped: Tensor) -> None:
         """Put back what the last step changed if it was skipped.
@@ -178,7 +206,7 @@ class GatePolicy:
         self.consensus.take_back(skipped, self._parts)
         integral, price = self._before
         self.controller.integral.copy_(torch.where(skipped, integral, self.controller.integral))
-        self.controller.price = torch.where(skipped, price, self.controller.price)
+        self.controller.price.copy_(torch.where(skipped, price, self.controller.price))
 
     def scale_losses_by(self, loss_scale: Tensor | None) -> None:
         """Tell the gates the factor by which mixed precision scales the loss, if it does."""

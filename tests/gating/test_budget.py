@@ -39,7 +39,8 @@ def controller(target: float = 0.4, **changes: int) -> BudgetController:
 def pay(budget: BudgetController, kept: float, step: int) -> tuple[float, float]:
     """The penalty and its gradient for a kept cost."""
     rho = torch.tensor(kept, requires_grad=True)
-    penalty = budget.penalty(rho, rho.detach(), step)
+    budget.aim(step)
+    penalty = budget.penalty(rho, rho.detach())
     penalty.backward()
     return penalty.item(), rho.grad.item()
 
@@ -256,7 +257,8 @@ def test_the_gradient_of_a_step_is_that_of_its_own_price() -> None:
     """The next step's price does not reach back into a loss that is not yet differentiated."""
     budget = controller()
     rho = torch.tensor(0.8, requires_grad=True)
-    loss = budget.penalty(rho, rho.detach(), 600)
+    budget.aim(600)
+    loss = budget.penalty(rho, rho.detach())
     price = budget.price.item()
     pay(budget, 0.9, 601)
     loss.backward()
@@ -273,7 +275,8 @@ def test_ranks_whose_kept_cost_differs_in_the_last_bit_pay_the_same_price() -> N
         assert kept.item() != beside.item()
         gradients = []
         for budget, rho in ((one, kept), (other, beside)):
-            budget.penalty(rho, shared, step).backward()
+            budget.aim(step)
+            budget.penalty(rho, shared).backward()
             gradients.append(rho.grad.item())
         assert gradients[0] == gradients[1] == one.price.item() == other.price.item()
         assert torch.equal(one.integral, other.integral)
@@ -392,9 +395,9 @@ def test_the_ranks_prices_follow_one_kept_cost_to_the_last_bit(
     seen = []
     penalty = BudgetController.penalty
 
-    def spy(budget: BudgetController, kept: Tensor, kept_by_all: Tensor, step: int) -> Tensor:
+    def spy(budget: BudgetController, kept: Tensor, kept_by_all: Tensor) -> Tensor:
         seen.append((kept.item(), kept_by_all.item()))
-        return penalty(budget, kept, kept_by_all, step)
+        return penalty(budget, kept, kept_by_all)
 
     monkeypatch.setattr(BudgetController, "penalty", spy)
     for step in range(20, 620):

@@ -64,7 +64,7 @@ def test_counts_are_exact_over_many_steps_of_odd_batches(ranks: int) -> None:
         batch = ranks * (1, 3, 7, 37, 129, 333)[step % 6]
         decisions = torch.rand(3, batch) < torch.tensor([[0.003], [0.5], [0.997]])
         rates = torch.stack([share.float().mean(1) for share in decisions.chunk(ranks, 1)]).mean(0)
-        consensus.observe(rates, torch.tensor([0.1, 0.5, 0.9]), batch)
+        observe(consensus, rates, torch.tensor([0.1, 0.5, 0.9]), batch)
         expected += decisions.sum(1)
         samples += batch
     window = consensus.close_window()
@@ -78,16 +78,21 @@ def test_one_sample_among_many_is_not_lost(batch: int) -> None:
     consensus = Consensus(["almost off", "almost on", "off", "on"], CPU)
     rates = torch.tensor([1 / batch, (batch - 1) / batch, 0.0, 1.0])
     for _ in range(100):
-        consensus.observe(rates, torch.zeros(4), batch)
+        observe(consensus, rates, torch.zeros(4), batch)
     counts = [unit.on for unit in consensus.close_window().values()]
     assert counts == [100, 100 * (batch - 1), 0, 100 * batch]
 
 
+def observe(consensus: Consensus, rates: torch.Tensor, openness: torch.Tensor, samples: int) -> None:
+    consensus.observe(rates, openness, samples)
+    consensus.count(samples, 1)
+
+
 def test_a_closed_window_is_over() -> None:
     consensus = Consensus(["a"], CPU)
-    consensus.observe(torch.tensor([1.0]), torch.tensor([0.9]), 8)
+    observe(consensus, torch.tensor([1.0]), torch.tensor([0.9]), 8)
     assert consensus.close_window() == {"a": UnitWindow(8, 8, pytest.approx(0.9), 1)}
-    consensus.observe(torch.tensor([0.25]), torch.tensor([0.5]), 4)
+    observe(consensus, torch.tensor([0.25]), torch.tensor([0.5]), 4)
     second = consensus.close_window()["a"]
     assert second == UnitWindow(1, 4, 0.5, 0)
     assert second.rate == 0.25
@@ -97,8 +102,8 @@ def test_windows_of_being_on_count_only_in_a_row() -> None:
     consensus = Consensus(["a", "b"], CPU)
     seen = []
     for rates in ([1.0, 1.0], [1.0, 1.0], [0.75, 1.0], [1.0, 1.0]):
-        consensus.observe(torch.tensor([1.0, 1.0]), torch.ones(2), 4)
-        consensus.observe(torch.tensor(rates), torch.ones(2), 4)
+        observe(consensus, torch.tensor([1.0, 1.0]), torch.ones(2), 4)
+        observe(consensus, torch.tensor(rates), torch.ones(2), 4)
         window = consensus.close_window()
         seen.append((window["a"].always_on, window["b"].always_on))
     assert seen == [(1, 1), (2, 2), (0, 3), (1, 4)]
@@ -106,23 +111,23 @@ def test_windows_of_being_on_count_only_in_a_row() -> None:
 
 def test_dropped_units_are_forgotten_and_the_others_kept_apart() -> None:
     consensus = Consensus(["a", "b", "c"], CPU)
-    consensus.observe(torch.tensor([1.0, 0.5, 1.0]), torch.ones(3), 4)
+    observe(consensus, torch.tensor([1.0, 0.5, 1.0]), torch.ones(3), 4)
     consensus.close_window()
     consensus.drop({"b"})
-    consensus.observe(torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.75]), 4)
+    observe(consensus, torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.75]), 4)
     window = consensus.close_window()
     assert window == {"a": UnitWindow(2, 4, 0.5, 0), "c": UnitWindow(4, 4, 0.75, 2)}
 
 
 def test_a_window_goes_on_from_its_state() -> None:
     first = Consensus(["a", "b"], CPU)
-    first.observe(torch.tensor([1.0, 0.5]), torch.ones(2), 4)
+    observe(first, torch.tensor([1.0, 0.5]), torch.ones(2), 4)
     first.close_window()
-    first.observe(torch.tensor([1.0, 0.0]), torch.tensor([0.9, 0.2]), 5)
+    observe(first, torch.tensor([1.0, 0.0]), torch.tensor([0.9, 0.2]), 5)
     second = Consensus(["a", "b"], CPU)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for consensus in (first, second):
-        consensus.observe(torch.tensor([1.0, 1.0]), torch.tensor([0.7, 0.6]), 3)
+        observe(consensus, torch.tensor([1.0, 1.0]), torch.tensor([0.7, 0.6]), 3)
     window = second.close_window()
     assert window == first.close_window()
     assert (window["a"].on, window["a"].always_on) == (8, 2)

@@ -6,11 +6,28 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from families import BATCH, CLASSES, FAMILIES
 from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from greenprune.accounts import Records
+from greenprune.config import Config, ConfigError, DataConfig, GateConfig, ModelConfig, OptimConfig, RemovalConfig
+from greenprune.data import open_data
+from greenprune.energy import open_meter
+from greenprune.engine import Engine
+from greenprune.gating import attach_gates, find_gates, take_decisions
+from greenprune.models import convert_blocks, find_channels
+from greenprune.network import prepare_network
+from greenprune.optimization import build_optimizer
+from greenprune.tracking import RunFolder
+from greenprune.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from launching import TRAIN, command, environment, run
@@ -28,7 +45,12 @@ removal: {window: 11, decide_by: 0.6}
 CASES = [("no", "block"), ("bf16", "block"), ("fp16", "block"), ("no", "channel"), ("bf16", "block, channel")]
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+# With `-n 8 --dist loadgroup` the cases run side by side.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, marks=pytest.mark.xdist_group("-".join(case))) for case in CASES],
+    ids=["-".join(case) for case in CASES],
+)
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert torch.cuda.is_available(), "the gpu tests were asked for, but there is no GPU"
     precision, units = request.param
@@ -57,6 +79,8 @@ ENGINES = {
     "zero1": (["--num_processes", "1"], "deepspeed_zero1", [], "DeepSpeed ZeRO-1"),
     "zero2 in bf16": (["--num_processes", "1"], "deepspeed_zero2", ["--precision", "bf16"], "DeepSpeed ZeRO-2"),
     "compiled": ([], "gpu", ["--model.compile", "true", "--precision", "bf16"], "one process"),
+    "not recorded": ([], "gpu", ["--model.cuda_graph", "false", "--precision", "bf16"], "one process"),
+    "skipping": ([], "gpu", ["--optim.nonfinite", "skip", "--precision", "fp16"], "one process"),
     "synchronised": (["--num_processes", "1"], "ddp", ["--model.sync_batchnorm", "true"], "one process"),
     "parts and average": ([], "gpu", ["--optim.accumulate", "2", "--optim.ema", "0.9"], "one process"),
 }
@@ -116,40 +140,140 @@ def test_channels_are_left_in_eights(finished: Path) -> None:
     assert all(len(tensor) % 8 == 0 for tensor in hidden)
 
 
-@pytest.mark.parametrize("units", [["block"], ["block", "channel"]], ids="-".join)
-def test_a_training_step_does_not_wait_for_the_gpu(units: list[str]) -> None:
-    """Between two reads nothing on the step's path makes the host wait."""
-    from greenprune.accounts import Records
-    from greenprune.config import Config, DataConfig, GateConfig, ModelConfig, OptimConfig
-    from greenprune.data import open_data
-    from greenprune.energy import open_meter
-    from greenprune.engine import Engine
-    from greenprune.network import prepare_network
-    from greenprune.tracking import RunFolder
-    from greenprune.trainer import Trainer
-
+@contextmanager
+def training(tmp_path: Path, **changes: Any) -> Iterator[tuple[Trainer, list[tuple[Tensor, Tensor]]]]:
+    """A trainer in this process, and its batches; changes are fields of its config."""
     config = Config(
-        model=ModelConfig(name="resnet20"),
+        model=ModelConfig(name="resnet20", cuda_graph=changes.pop("cuda_graph", True)),
         data=DataConfig(batch_size=64),
-        optim=OptimConfig(epochs=24),
-        gate=GateConfig(units=units),  # type: ignore[arg-type]
+        gate=GateConfig(units=changes.pop("units", ["block"])),
+        optim=OptimConfig(epochs=changes.pop("epochs", 24), **changes.pop("optim", {})),
+        removal=RemovalConfig(**changes.pop("removal", {})),
+        **changes,
     )
+    torch.manual_seed(0)
     engine = Engine(config)
-    data = open_data(config.data, None, 0).to(engine.device)
-    network = prepare_network(config, data)
-    with open_meter(gpu_uuids=[], host=False) as meter:
-        engine.rank = 1  # writes no files
-        records = Records(RunFolder(Path("unused")), meter, None, [], [])
-        trainer = Trainer(config, data, engine, network, records, None)
-        batches = list(data.train_batches(0))
-        for images, labels in batches[:3]:
-            trainer._train_step(images, labels)
+    try:
+        data = open_data(config.data, None, 0).to(engine.device)
+        network = prepare_network(config, data)
+        with open_meter(gpu_uuids=[], host=False) as meter:
+            engine.rank = 1  # writes no files
+            trainer = Trainer(config, data, engine, network, Records(RunFolder(tmp_path), meter, None, [], []), None)
+            yield trainer, list(data.train_batches(0))
+    finally:
+        engine.finish()
+
+
+@pytest.mark.parametrize("units", [["block"], ["block", "channel"]], ids="-".join)
+@pytest.mark.parametrize("cuda_graph", [True, False], ids=["recorded", "as it is"])
+def test_a_training_step_does_not_wait_for_the_gpu(tmp_path: Path, units: list[str], cuda_graph: bool) -> None:
+    """Between two reads nothing on the step's path makes the host wait."""
+    with training(tmp_path, units=units, cuda_graph=cuda_graph) as (trainer, batches):
         trainer.step = trainer.policy.warmup_end + 1
+        for images, labels in batches[:5]:
+            trainer._train_step(images, labels)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for images, labels in batches[3:10]:
+            for images, labels in batches[5:12]:
                 trainer._train_step(images, labels)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    engine.finish()
+
+
+RECORDED = {
+    "blocks": {},
+    "blocks and channels in bf16": {"units": ["block", "channel"], "precision": "bf16"},
+    "fp16": {"precision": "fp16"},
+    "in parts": {"optim": {"accumulate": 2}},
+    "clipped": {"optim": {"clip_norm": 0.5}},
+    "skipping": {"optim": {"nonfinite": "skip"}},
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_steps_do_what_the_steps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Through the warm-up's end and removals, the same losses, counts, prices and weights."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    found = []
+    for cuda_graph in (True, False):
+        removal = {"window": 10, "decide_by": 0.6}
+        case = {"epochs": 4, "removal": removal, "cuda_graph": cuda_graph, **RECORDED[name]}
+        with training(tmp_path, **case) as (trainer, batches):
+            told = []
+            for number in range(60):
+                trainer._train_step(*batches[number % len(batches)])
+                told.append(torch.cat([trainer._totals, trainer.policy.controller.price.double().view(1)]))
+                if trainer.policy.at_boundary(trainer.step):
+                    trainer._at_boundary()
+                    told.append(torch.tensor([float(len(trainer.structure.operations)), 0, 0, 0]).to(told[0]))
+            assert (trainer.engine._graph is not None) == cuda_graph
+            if cuda_graph:
+                assert trainer.engine._graph.keeps_gradients
+            weights = torch.cat([parameter.detach().flatten() for parameter in trainer.engine.module.parameters()])
+            found.append((torch.stack(told).cpu(), trainer.structure.to_dict(), weights.cpu()))
+    (told, structure, weights), (told_as_is, structure_as_is, weights_as_is) = found
+    assert structure == structure_as_is
+    assert structure["operations"]
+    torch.testing.assert_close(told, told_as_is, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weights, weights_as_is, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def new_engine() -> Iterator[Callable[[Config], Engine]]:
+    """Makes engines, and lets go of them whatever becomes of the test."""
+    with ExitStack() as stack:
+
+        def make(config: Config) -> Engine:
+            engine = Engine(config)
+            stack.callback(engine.finish)
+            return engine
+
+        yield make
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_can_be_recorded(new_engine: Callable[[Config], Engine], name: str) -> None:
+    config = Config(precision="bf16", gate=GateConfig(units=["block", "channel"]))
+    engine = new_engine(config)
+    family = FAMILIES[name]
+    images, labels = family.images().to(engine.device), torch.arange(BATCH, device=engine.device) % CLASSES
+    model = family.build().to(engine.device)
+    convert_blocks(model, images)
+    with_channels = bool(find_channels(model).sets)
+    attach_gates(model, config.gate if with_channels else GateConfig())
+    engine.prepare(model, build_optimizer(config, model, 100))
+
+    def passes(images: Tensor, labels: Tensor) -> Tensor:
+        loss = torch.nn.functional.cross_entropy(engine.model(images), labels)
+        engine.backward(loss + take_decisions(list(find_gates(engine.module).values()))[0].sum())
+        return loss.detach()
+
+    step = engine.recorded(passes)
+    losses = []
+    for _ in range(8):
+        losses.append(step(images, labels, None).clone())
+        engine.step()
+    assert engine._graph.keeps_gradients
+    assert torch.stack(losses).isfinite().all()
+    assert len({loss.item() for loss in losses}) == 8
+
+
+def test_a_network_that_looks_at_the_device_is_told_to_go_without(new_engine: Callable[[Config], Engine]) -> None:
+    config = Config(gate=GateConfig(enabled=False))
+    engine = new_engine(config)
+    model = nn.Linear(4, 2).to(engine.device)
+    engine.prepare(model, build_optimizer(config, model, 100))
+
+    def passes(images: Tensor, labels: Tensor) -> Tensor:
+        loss = engine.model(images).sum()
+        engine.backward(loss * max(1.0, loss.item()))
+        return loss.detach()
+
+    step = engine.recorded(passes)
+    batch = torch.randn(3, 4, device=engine.device), torch.zeros(3, device=engine.device)
+    for _ in range(3):
+        step(*batch, None)
+        engine.step()
+    with pytest.raises(ConfigError, match=r"model\.cuda_graph: True is not valid .* expected false"):
+        step(*batch, None)
