@@ -45,8 +45,8 @@ TINY: dict[str, Any] = {
     "launches": 1,
 }
 GPU: dict[str, Any] = {
-    "turns": 6,
-    "steps": 48,
+    "turns": 5,
+    "steps": 24,
     "batch_size": 512,
     "imagenet_batch": 128,
     "seeds": (0, 1),
@@ -126,6 +126,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=list(MEASUREMENTS), help="only these lines")
     parser.add_argument("--tiny", action="store_true", help="sizes that say nothing, to see that it works")
+    parser.add_argument(
+        "--peers",
+        choices=("own", "here"),
+        default="own",
+        help="peers run in environments of their own, installed from PyPI, or in this one, where there is no network",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result files")
     args = parser.parse_args(argv)
     if args.device == "gpu" and not args.tiny and not torch.cuda.is_available():
@@ -134,7 +140,8 @@ def main(argv: list[str] | None = None) -> int:
     if not on_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(RESULTS.parents[1]), os.environ.get("PYTHONPATH")]))
-    sizes = (GPU if args.device == "gpu" else {}) | (TINY | {"peers": "here"} if args.tiny else {})
+    sizes = (GPU if args.device == "gpu" else {}) | (TINY if args.tiny else {})
+    sizes["peers"] = "here" if args.tiny else args.peers
     scratch = Path(tempfile.mkdtemp(prefix="bench-"))
     setting = Setting("cuda" if on_gpu else "cpu", scratch, os.environ.get("GREENPRUNE_DATA"), **sizes)
     provenance = collect_provenance(1, torch.device(setting.device))

@@ -23,13 +23,15 @@ def peak_rss(work: Callable[[], object]) -> int | None:
 def peak_of_tensors(step: Callable[[], object], device: torch.device) -> int:
     """Most bytes of tensors that were allocated at once during a step and not before it.
 
-    On a CPU from the allocations that torch's profiler records, on a GPU from its allocator's own count.
+    On a CPU from the allocations that torch's profiler records. On a GPU from its allocator's own count over the first
+    steps, the recording of the step among them.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        step()
+        for _ in range(5):
+            step()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device)) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

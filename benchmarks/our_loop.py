@@ -64,8 +64,11 @@ class PacedTrainer(Trainer):
     def _memory(self, steps: int) -> dict[str, Any]:
         """Most bytes that whole steps need: of tensors, and of the process."""
         engine, batch = self.engine, self._batch
+        if engine.device.type == "cuda":  # first, before the step is recorded
+            tensors = peak_of_tensors(lambda: self._train_step(*batch), engine.device)
         rss = peak_rss(lambda: [self._train_step(*batch) for _ in range(steps)])
-        tensors = peak_of_tensors(lambda: self._train_step(*batch), engine.device)
+        if engine.device.type != "cuda":
+            tensors = peak_of_tensors(lambda: self._train_step(*batch), engine.device)
         return {"rss": rss, "tensors": tensors + kept_by(engine.module, engine.optimizer)}
 
 

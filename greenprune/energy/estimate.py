@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +23,15 @@ _MIN_SPAN_S = 0.1
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep CodeCarbon's log lines off the screen: what they say is in the source's name and in the notes."""
+    """Keep CodeCarbon's words off the screen: what they say is in the source's name and in the notes.
+
+    Its imports may print (amdsmi does, on a machine without AMD's library), where a measured command's output belongs.
+    """
     logger = logging.getLogger("codecarbon")
     before, logger.disabled = logger.disabled, True
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         logger.disabled = before
 

@@ -139,6 +139,10 @@ class Engine:
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
+        if not on_cpu:
+            torch.backends.cudnn.benchmark = (
+                True  # the shapes of a structure stay: the fastest kernels are worth finding
+            )
         # What the imports left behind stays for good; without it a collection takes milliseconds, not a quarter second.
         gc.collect()
         gc.freeze()

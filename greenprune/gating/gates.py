@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from greenprune.models import (
     PlainBlock,
     ResidualBlock,
     find_channels,
+    kernels_for,
     residual_blocks,
     sum_over,
 )
@@ -29,6 +31,8 @@ from greenprune.models import (
 # Logits move between -BOUND and BOUND, openness between 0.047 and 0.953: a gate that the task has driven fully open
 # is then a known, short way from its threshold. Unbounded, it drifts so far that no price brings it back.
 BOUND = 3.0
+
+_EPS = 1e-5  # of the layer normalisation, as in torch.nn.functional.layer_norm
 
 # Largest gradient of one decision, for a loss summed over the batch (our choice). With unbounded ones gates closed at
 # random before the network had learnt anything, and training diverged (docs/log.md).
@@ -61,12 +65,52 @@ class _StraightThrough(torch.autograd.Function):
         return torch.clamp(grad, (logit < BOUND) * -pull, (logit > -BOUND) * pull), None, None, None
 
 
+class _FusedDecision(torch.autograd.Function):
+    """A conditional block gate's decision with its straight-through gradient, in one kernel each.
+
+    The same as :class:`_StraightThrough` of the logit that :class:`BlockGate` computes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: ModuleType, x: Tensor, weight: Tensor, bias: Tensor, gate: BlockGate
+    ) -> tuple[Tensor, Tensor]:
+        decision, logit, direction = kernels.decide(x, gate.dim, weight, bias, _EPS)
+        ctx.save_for_backward(logit, direction)
+        ctx.mark_non_differentiable(logit)
+        ctx.kernels, ctx.loss_scale, ctx.every = kernels, gate.loss_scale, gate.every
+        ctx.pull, stands_for = _pull_of_one(len(x), gate.every, gate.parts)
+        ctx.factor = gate.gain * stands_for
+        return decision, logit
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, Tensor, None]:
+        logit, direction = ctx.saved_tensors
+        weight, bias = ctx.kernels.decide_backward(
+            grads[0],
+            logit,
+            direction,
+            every=ctx.every,
+            factor=ctx.factor,
+            pull=ctx.pull,
+            bound=BOUND,
+            loss_scale=ctx.loss_scale,
+        )
+        return None, None, weight, bias, None
+
+
+def _pull_of_one(samples: int, every: int, parts: int) -> tuple[float, float]:
+    """How hard a sample that has a voice may pull, and for how many it speaks."""
+    stands_for = samples / -(-samples // every) if samples else 1.0
+    return stands_for * GRADIENT_BOUND / (max(samples, 1) * parts), stands_for
+
+
 def _pull(samples: int, every: int, parts: int, device: torch.device) -> tuple[Tensor, float]:
     """How hard each sample may pull [B, 1], fp32, and for how many each of those that have a voice speaks."""
     voices = torch.zeros(samples, 1, device=device)
     voices[::every] = 1.0
-    stands_for = samples / -(-samples // every) if samples else 1.0
-    return voices * (stands_for * GRADIENT_BOUND / (max(samples, 1) * parts)), stands_for
+    pull, stands_for = _pull_of_one(samples, every, parts)
+    return voices * pull, stands_for
 
 
 def _full_precision(device_type: str) -> AbstractContextManager[object]:
@@ -147,6 +191,9 @@ class Gate(nn.Module):
             decision: Tensor = _StraightThrough.apply(logit, pull, self.gain * stands_for, self.loss_scale)
         else:  # nothing is kept that was made in inference mode: training could not save it
             decision = (logit > 0).to(logit.dtype)
+        return self._remembered(decision, logit)
+
+    def _remembered(self, decision: Tensor, logit: Tensor) -> Tensor:
         if self.training:
             self.decision, self.logit = decision, logit.detach()
         return decision
@@ -183,12 +230,17 @@ class BlockGate(Gate):
 
     def forward(self, x: Tensor) -> Tensor:
         """Decisions [B] for the unit's input ``x`` [B, C, ...]."""
+        kernels = kernels_for(x)
+        fits = kernels is not None and torch.is_grad_enabled() and kernels.can_decide(x, self.dim)
+        if fits and self.weight is not None:
+            decision, logit = _FusedDecision.apply(kernels, x.detach(), self.weight, self.bias, self)
+            return self._remembered(decision, logit).squeeze(1)
         with _full_precision(x.device.type):
             if self.weight is None:
                 logit = self.bias.expand(x.shape[0], 1)
             else:
                 pooled = _pool(x.detach(), self.dim)
-                direction = functional.layer_norm(pooled, pooled.shape[1:])
+                direction = functional.layer_norm(pooled, pooled.shape[1:], eps=_EPS)
                 logit = torch.addmm(self.bias, direction, self.weight.t(), alpha=1 / math.sqrt(pooled.shape[1]))
             return self.decide(logit).squeeze(1)
 

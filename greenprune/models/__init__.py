@@ -14,7 +14,14 @@ from greenprune.config import ConfigError, ModelConfig
 from greenprune.models.blocks import BlockError, convert_blocks, register_block
 from greenprune.models.channels import ChannelMap, ChannelSet, Slice, find_channels, register_channelwise
 from greenprune.models.cifar_resnet import CifarResNet
-from greenprune.models.residual import ChannelSlot, PlainBlock, ResidualBlock, residual_blocks, sum_over
+from greenprune.models.residual import (
+    ChannelSlot,
+    PlainBlock,
+    ResidualBlock,
+    kernels_for,
+    residual_blocks,
+    sum_over,
+)
 
 __all__ = [
     "BlockError",
@@ -28,6 +35,7 @@ __all__ = [
     "build_model",
     "convert_blocks",
     "find_channels",
+    "kernels_for",
     "model_names",
     "register_block",
     "register_channelwise",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +19,23 @@ def _known_all_on(decision: Tensor) -> bool:
     """
     on_cpu = decision.device.type == "cpu"
     return on_cpu and not torch.compiler.is_compiling() and len(decision) > 0 and decision.amin().item() == 1
+
+
+@lru_cache
+def _triton_kernels(capability: tuple[int, int]) -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None or capability < (7, 0):  # it makes none for older GPUs
+        return None
+    return importlib.import_module("greenprune.kernels")
+
+
+def kernels_for(x: Tensor) -> ModuleType | None:
+    """The fused kernels (:mod:`greenprune.kernels`) if they can be used for a tensor.
+
+    They cannot on a CPU or without Triton, and what is compiled is fused by the compiler.
+    """
+    if x.device.type != "cuda" or torch.compiler.is_compiling():
+        return None
+    return _triton_kernels(torch.cuda.get_device_capability(x.device))
 
 
 def sum_over(x: Tensor, dims: list[int], dtype: torch.dtype) -> Tensor:
@@ -88,6 +109,31 @@ class _OpenReLU(torch.autograd.Function):
         branch = out[:: ctx.every] - shortcut[:: ctx.every]
         summed = branch.mul_(grad[:: ctx.every]).sum(dim=tuple(range(1, grad.dim())))
         return grad, grad, _into_every(summed, ctx.every, len(grad)), None
+
+
+class _FusedSum(torch.autograd.Function):
+    """``activation(shortcut + decision * branch)`` in one kernel, and one in the backward.
+
+    The branch is kept of every ``every``-th sample alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: ModuleType, shortcut: Tensor, branch: Tensor, decision: Tensor, every: int, relu: bool
+    ) -> Tensor:
+        out: Tensor
+        out, kept = kernels.gated_sum(shortcut, branch, decision, every, relu=relu)
+        ctx.save_for_backward(out, kept, decision)
+        ctx.kernels, ctx.every, ctx.relu = kernels, every, relu
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None, None]:
+        out, kept, decision = ctx.saved_tensors
+        shortcut, branch, towards = ctx.kernels.gated_sum_backward(
+            grads[0], out, kept, decision, ctx.every, relu=ctx.relu
+        )
+        return None, shortcut, branch, towards, None, None
 
 
 def _per_sample(decision: Tensor, activations: Tensor) -> Tensor:
@@ -223,6 +269,11 @@ class ResidualBlock(nn.Module):
             if type(self.activation) is nn.ReLU and branch.dtype == torch.float32:  # in bf16 a difference is too coarse
                 activated: Tensor = _OpenReLU.apply(shortcut, branch, decision, self.every)
                 return activated
+        kernels = kernels_for(branch)
+        if kernels is not None and torch.is_grad_enabled() and kernels.can_sum(shortcut, branch):
+            relu = type(self.activation) is nn.ReLU
+            fused = _FusedSum.apply(kernels, shortcut, branch, decision.contiguous(), self.every, relu)
+            return fused if relu else self._activate(fused)
         return self._activate(_GatedSum.apply(shortcut, branch, decision, self.every))
 
     def _activate(self, total: Tensor) -> Tensor:

@@ -67,6 +67,15 @@ def test_json_has_every_device_with_source_quality_and_reason(nvml_stub: Path, t
     assert any("MIG" in note for note in report["notes"])
 
 
+def test_what_libraries_print_while_they_are_imported_is_not_in_the_output(tmp_path: Path) -> None:
+    """As amdsmi does where AMD's library is missing."""
+    (tmp_path / "amdsmi").mkdir()
+    (tmp_path / "amdsmi" / "__init__.py").write_text("print('cannot find libamd_smi.so')\nraise ImportError('amdsmi')\n")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = run("--json", "--", "true", env={**os.environ, "PYTHONPATH": path})
+    assert json.loads(done.stdout)["devices"]
+
+
 def test_a_report_that_cannot_be_written_does_not_change_the_exit_code(tmp_path: Path) -> None:
     done = run("--output", str(tmp_path), "--", "sh", "-c", "exit 5")
     assert done.returncode == 5

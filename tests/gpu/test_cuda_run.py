@@ -259,6 +259,13 @@ def test_every_family_can_be_recorded(new_engine: Callable[[Config], Engine], na
     assert len({loss.item() for loss in losses}) == 8
 
 
+def test_fused_kernels_do_what_the_operators_do() -> None:
+    script = Path(__file__).parents[1] / "gating" / "fused_like_operators.py"
+    done = subprocess.run([sys.executable, str(script), "cuda"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "112 cases alike" in done.stdout
+
+
 def test_a_network_that_looks_at_the_device_is_told_to_go_without(new_engine: Callable[[Config], Engine]) -> None:
     config = Config(gate=GateConfig(enabled=False))
     engine = new_engine(config)
