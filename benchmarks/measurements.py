@@ -430,17 +430,15 @@ def _pruned(setting: Setting, ours: list[dict]) -> list[Row]:
 class _Told:
     """Turns of one network: plain, or metered, with its events recorded and mirrored as the trainer does."""
 
-    log_every, epoch = 10, 22
-
-    def __init__(self, training: Training, record: Callable[[int], None] | None) -> None:
-        self._training, self._record = training, record
+    def __init__(self, training: Training, every: int, record: Callable[[int], None] | None) -> None:
+        self._training, self._every, self._record = training, every, record
 
     def turn(self, steps: int) -> float:
         self._training.engine.synchronize()
         started_s = time.perf_counter()
         for number in range(1, steps + 1):
             self._training.step()
-            if self._record is not None and number % self.log_every == 0:
+            if self._record is not None and number % self._every == 0:
                 self._record(number)
         self._training.engine.synchronize()
         return (time.perf_counter() - started_s) / steps
@@ -462,6 +460,8 @@ def telling(setting: Setting) -> list[Row]:
         raise Unmeasured(f"no tracker: {' '.join(notes)}")
     log = EventLog(folder.events, [*mirrors])
     taken: list[float] = []
+    training.turn(10)
+    every = max(10, int(1.0 / training.turn(20)))  # as the trainer does: ten steps, or a second
     numbers = {f"train__{key}": 0.5 for key in ("loss", "accuracy", "lr", "samples_per_s", "step_time_s")}
     with ExitStack() as stack:
         meter = stack.enter_context(
@@ -479,16 +479,14 @@ def telling(setting: Setting) -> list[Row]:
                 with meter.window("train"):
                     return super().turn(steps)
 
-        contestants = {"plain": _Told(training, None), "told": Metered(training, record)}
-        turns = take_turns(
-            contestants, turns=4 * setting.turns, steps=max(_Told.log_every, 3 * setting.steps), warmup=2
-        )
+        contestants = {"plain": _Told(training, every, None), "told": Metered(training, every, record)}
+        turns = take_turns(contestants, turns=4 * setting.turns, steps=max(every, 3 * setting.steps), warmup=2)
     log.close()
     for mirror in mirrors:
         mirror.close()
     ratio = turns.ratio("told", "plain")
     cost = Figure(*(100 * (value - 1) for value in (ratio.value, ratio.low, ratio.high)), n=ratio.n)
-    direct = 100 * statistics.median(taken) / _Told.log_every / turns.median("plain").value
+    direct = 100 * statistics.median(taken) / every / turns.median("plain").value
     return [
         Row(
             "metering, events and tracking (W&B offline) together, of a step",
@@ -496,7 +494,7 @@ def telling(setting: Setting) -> list[Row]:
             cost,
             "%",
             Target("<=", 1.0),
-            f"on the training thread alone {direct:.2f} %: {1e3 * statistics.median(taken):.2f} ms every ten steps",
+            f"on the training thread alone {direct:.2f} %: {1e3 * statistics.median(taken):.2f} ms every {every} steps",
             {"step_s": turns.seconds, "record_s": taken},
         )
     ]

@@ -31,7 +31,8 @@ from greenprune.surgery import Operation, Structure, carry_out, replay, update_o
 from greenprune.timing import IntervalClock, StepTimes
 from greenprune.tracking import Ledger
 
-_ASK_S = 1.0  # a question to all ranks waits for the device: once a second costs nothing that can be seen
+_ASK_S = 1.0  # a question to all ranks, or a look at the loss, waits for the device: once a second cannot be seen
+_LOG_EVERY = 10  # steps between two train events at least, where the config does not say
 
 
 class TrainingDiverged(RuntimeError):
@@ -76,7 +77,9 @@ class Trainer:
         self.interrupt = InterruptRequest()
         self._load_of_process = ProcessLoad()
         self._step_s = 0.0
-        self._ask_every = 1  # steps between two questions to all ranks whether to stop, the same on every rank
+        # Steps between two questions to all ranks whether to stop, and between two train events; alike on every rank.
+        self._ask_every = 1
+        self._log_every = config.tracking.log_every or _LOG_EVERY
         # Loss and hits of this epoch, and its steps that were skipped.
         self._totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
         self._seen = self._totals[:2]
@@ -208,7 +211,7 @@ class Trainer:
                 stop = self.interrupt.signal
             else:  # ranks must stop after the same step
                 stop = self.step % self._ask_every == 0 and self._stop_agreed()
-            if stop or in_epoch == 0 or self.step % self.config.tracking.log_every == 0:
+            if stop or in_epoch == 0 or self.step % self._log_every == 0:
                 stop = self._record_train(clock)
             if at_boundary:
                 self._at_boundary()
@@ -370,8 +373,10 @@ class Trainer:
         return Told(loss, hits, round(skipped / engine.world_size), price_known, int(stop), loads)
 
     def _ask_again_after(self, step_s: float) -> None:
-        """Set after how many steps ranks ask each other again; ``step_s`` is the sum over the ranks, alike on all."""
+        """Set after how many steps ranks look up again; ``step_s`` is the sum over the ranks, alike on all."""
         self._ask_every = max(1, int(_ASK_S * self.engine.world_size / step_s)) if step_s else 1
+        if self.config.tracking.log_every is None:
+            self._log_every = max(_LOG_EVERY, self._ask_every)
 
     def _record_epoch(self, epoch: int) -> None:
         assert self.last_evaluation is not None

@@ -113,6 +113,19 @@ def test_energy_adds_up_and_names_its_source(finished: Path) -> None:
     assert summary["co2_g"] == pytest.approx(summary["energy_j"] / 3.6e6 * summary["carbon_intensity_g_per_kwh"])
 
 
+def test_fast_steps_are_told_about_once_a_second(config: Path, tmp_path: Path) -> None:
+    """Reading the device and the meters every ten steps would slow down steps of milliseconds."""
+    args = ["--config", str(config), "--output_dir", str(tmp_path), "--gate.enabled", "false", "--data.batch_size", "2"]
+    done = run(TRAIN, [*args, "--run_name", "it", "--optim.epochs", "2"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [event["step"] for event in read_events(tmp_path / "it") if event["kind"] == "train"]
+    per_epoch = steps[-1] // 2
+    assert per_epoch > 700
+    second = [step for step in steps if step > per_epoch]
+    assert second[-1] == 2 * per_epoch
+    assert len(second) < per_epoch / 10 / 2
+
+
 def test_the_dense_twin_removes_nothing(config: Path, tmp_path: Path) -> None:
     args = ["--config", str(config), "--output_dir", str(tmp_path), "--gate.enabled", "false", "--optim.epochs", "1"]
     done = run(TRAIN, args)

@@ -59,9 +59,9 @@ class ModelConfig:
     compile: bool = False
     """Compile each block with torch.compile; after a removal, those that lost channels are compiled anew."""
     cuda_graph: bool = True
-    """Record the passes of a step once for each structure and replay them (one process on one GPU, without DeepSpeed):
-    the host then starts one graph instead of a thousand kernels. To be turned off for networks of one's own whose
-    forward pass looks at the device or depends on Python's random numbers."""
+    """Record the passes of a step once for each structure and replay them, so that the host starts one graph instead of
+    a thousand kernels: one process on one GPU, without DeepSpeed and model.compile. To be turned off for networks of
+    one's own whose forward pass looks at the device or depends on Python's random numbers."""
     structure: str | None = None
     """What is removed before training begins: the folder of a run that found it, its structure.json, or the removals as
     text, as which the run keeps them: remove UNIT UNIT[CHANNELS] ... Without gates what a run has found is so trained
@@ -287,11 +287,13 @@ class TrackingConfig:
     """W&B group; null: the Slurm array that the run belongs to, else runs that differ in their seed alone."""
     mode: Literal["auto", "online", "offline"] = "auto"
     """How W&B runs: auto is online if you are logged in, else offline."""
-    log_every: int = 10
-    """Steps between two train events; the loss is read from the device only then."""
+    log_every: int | None = None
+    """Steps between two train events; the loss and the meters are read only then. Unset: ten, or as many as take a
+    second where that is more."""
 
     def __post_init__(self) -> None:
-        _require(self.log_every >= 1, "tracking.log_every", self.log_every, "a whole number of at least 1")
+        valid = self.log_every is None or self.log_every >= 1
+        _require(valid, "tracking.log_every", self.log_every, "null or a whole number of at least 1")
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,8 @@ class Engine:
             )
         self._clip_norm = config.optim.clip_norm
         self._compile = config.model.compile
-        self._records = config.model.cuda_graph and announced == 1 and stage is None and not on_cpu
+        alone = announced == 1 and stage is None and not on_cpu
+        self._records = config.model.cuda_graph and not config.model.compile and alone
         self._graph: StepGraph | None = None
         self._last = True
         self._peers: Peers | None = None
@@ -211,8 +212,8 @@ class Engine:
     def recorded(self, passes: Passes) -> Callable[[Tensor, Tensor, Hashable], Tensor]:
         """What does the passes of a step: as a CUDA graph that is recorded once, where there is a GPU for it alone.
 
-        With several processes or DeepSpeed, whose collectives wait for one another, and on a CPU it is the passes
-        themselves.
+        With several processes or DeepSpeed, whose collectives wait for one another, with compiled blocks and on a CPU
+        it is the passes themselves.
 
         Args:
             passes: From images and labels to a tensor: forward passes and :meth:`backward`, with no look at the device.

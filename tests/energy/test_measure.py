@@ -70,7 +70,9 @@ def test_json_has_every_device_with_source_quality_and_reason(nvml_stub: Path, t
 def test_what_libraries_print_while_they_are_imported_is_not_in_the_output(tmp_path: Path) -> None:
     """As amdsmi does where AMD's library is missing."""
     (tmp_path / "amdsmi").mkdir()
-    (tmp_path / "amdsmi" / "__init__.py").write_text("print('cannot find libamd_smi.so')\nraise ImportError('amdsmi')\n")
+    (tmp_path / "amdsmi" / "__init__.py").write_text(
+        "print('cannot find libamd_smi.so')\nraise ImportError('amdsmi')\n"
+    )
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     done = run("--json", "--", "true", env={**os.environ, "PYTHONPATH": path})
     assert json.loads(done.stdout)["devices"]
