@@ -336,3 +336,18 @@ def can_sum(shortcut: Tensor, branch: Tensor) -> bool:
     if not alike or branch.numel() == 0 or branch.dtype not in _PRECISIONS:
         return False
     return _stride_of(branch) == 1 and branch.stride(0) == branch[0].numel()
+
+
+def try_out(device: torch.device) -> None:
+    """Make and run each kernel once on a small block.
+
+    Raises:
+        Exception: Whatever Triton, its compiler or the driver raises where it does not work.
+    """
+    x, weight, bias = (torch.zeros(shape, device=device) for shape in ((4, 8, 2, 2), (1, 8), (1,)))
+    decision, logit, direction = decide(x, 1, weight, bias, 1e-5)
+    out, kept = gated_sum(x, x, decision.view(4), 4, relu=True)
+    gated_sum_backward(out, out, kept, decision.view(4), 4, relu=True)
+    decide_backward(decision, logit, direction, every=4, factor=1.0, pull=1.0, bound=1.0, loss_scale=None)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from functools import lru_cache
+from subprocess import CalledProcessError
 from types import ModuleType
 from typing import Any
 
@@ -22,20 +24,29 @@ def _known_all_on(decision: Tensor) -> bool:
 
 
 @lru_cache
-def _triton_kernels(capability: tuple[int, int]) -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None or capability < (7, 0):  # it makes none for older GPUs
+def _triton_kernels(device: torch.device) -> ModuleType | None:
+    """The fused kernels once they have run on a GPU: Triton needs a compiler, a folder to write to, and to know the GPU."""
+    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
         return None
-    return importlib.import_module("greenprune.kernels")
+    try:
+        kernels = importlib.import_module("greenprune.kernels")
+        kernels.try_out(device)
+    except (ImportError, AttributeError, TypeError, ValueError, OSError, RuntimeError, CalledProcessError) as error:
+        reason = " ".join(str(error).split())[:200]
+        said = f"Triton cannot make kernels here ({type(error).__name__}: {reason}); gates run as separate operators"
+        warnings.warn(f"{said}, which cost a GPU about a tenth of a step", RuntimeWarning, stacklevel=2)
+        return None
+    return kernels
 
 
 def kernels_for(x: Tensor) -> ModuleType | None:
     """The fused kernels (:mod:`greenprune.kernels`) if they can be used for a tensor.
 
-    They cannot on a CPU or without Triton, and what is compiled is fused by the compiler.
+    They cannot on a CPU or where Triton does not work, and what is compiled is fused by the compiler.
     """
     if x.device.type != "cuda" or torch.compiler.is_compiling():
         return None
-    return _triton_kernels(torch.cuda.get_device_capability(x.device))
+    return _triton_kernels(x.device)
 
 
 def sum_over(x: Tensor, dims: list[int], dtype: torch.dtype) -> Tensor:

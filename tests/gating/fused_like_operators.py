@@ -113,6 +113,7 @@ def main() -> None:
             assert difference < limit, f"{name}, {layout}, {dtype}, {activation}, every {every}: {key} {difference}"
     assert open_ > 50
     assert closed > 50
+    kernels.try_out(torch.device(DEVICE))
     print(f"{number + 1} cases alike, {open_} decisions on, {closed} off")
 
 

@@ -266,6 +266,17 @@ def test_fused_kernels_do_what_the_operators_do() -> None:
     assert "112 cases alike" in done.stdout
 
 
+def test_without_a_compiler_for_triton_gates_are_operators(tmp_path: Path) -> None:
+    program = (
+        "import torch\nfrom greenprune.models import kernels_for\nprint(kernels_for(torch.zeros(1, device='cuda')))"
+    )
+    environment = {**os.environ, "CC": str(tmp_path / "none"), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "None"
+    assert "gates run as separate operators" in done.stderr
+
+
 def test_a_network_that_looks_at_the_device_is_told_to_go_without(new_engine: Callable[[Config], Engine]) -> None:
     config = Config(gate=GateConfig(enabled=False))
     engine = new_engine(config)
