@@ -25,7 +25,7 @@ def _known_all_on(decision: Tensor) -> bool:
 
 @lru_cache
 def _triton_kernels(device: torch.device) -> ModuleType | None:
-    """The fused kernels once they have run on a GPU: Triton needs a compiler, a folder to write to, and to know the GPU."""
+    """The fused kernels, once they have run there: Triton needs a C compiler, a folder to write to and a known GPU."""
     if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
         return None
     try:
