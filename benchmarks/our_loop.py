@@ -64,7 +64,8 @@ class PacedTrainer(Trainer):
     def _memory(self, steps: int) -> dict[str, Any]:
         """Most bytes that whole steps need: of tensors, and of the process."""
         engine, batch = self.engine, self._batch
-        if engine.device.type == "cuda":  # first, before the step is recorded
+        if engine.device.type == "cuda":  # before the step is recorded, and after the optimizer has made its state
+            self._train_step(*batch)
             tensors = peak_of_tensors(lambda: self._train_step(*batch), engine.device)
         rss = peak_rss(lambda: [self._train_step(*batch) for _ in range(steps)])
         if engine.device.type != "cuda":

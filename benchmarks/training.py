@@ -26,7 +26,8 @@ Batch = tuple[Tensor, Tensor]
 
 
 def kernels_s(passes: Callable[[int], object], engine: Engine, steps: int) -> float:
-    """Seconds a step that the GPU's kernels take, added up from torch's profiler; the gradients are freed.
+    """Seconds a step that the GPU's kernels take, added up from torch's profiler. Gradients are freed; a
+    recorded step finds its own again.
 
     Args:
         passes: Does the passes of a step, given its number.

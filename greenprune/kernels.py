@@ -21,7 +21,17 @@ _TILE = 4_096  # elements at a time
 
 @triton.jit
 def _sum_forward(
-    shortcut, branch, decision, out, kept, size, every, relu: tl.constexpr, piece: tl.constexpr, tile: tl.constexpr
+    shortcut,
+    branch,
+    decision,
+    out,
+    kept,
+    size,
+    every,
+    keeps: tl.constexpr,
+    relu: tl.constexpr,
+    piece: tl.constexpr,
+    tile: tl.constexpr,
 ):
     sample = tl.program_id(0).to(tl.int64)
     on = tl.load(decision + sample)
@@ -36,7 +46,8 @@ def _sum_forward(
             # As torch's: what is not a number stays so.
             total = tl.where(total < 0, 0.0, total)
         tl.store(out + sample * size + index, total.to(out.dtype.element_ty), mask=inside)
-        tl.store(kept + sample // every * size + index, of_branch, mask=inside & is_kept)
+        if keeps:
+            tl.store(kept + sample // every * size + index, of_branch, mask=inside & is_kept)
 
 
 @triton.jit
@@ -50,6 +61,7 @@ def _sum_backward(
     to_decision,
     size,
     every,
+    keeps: tl.constexpr,
     relu: tl.constexpr,
     piece: tl.constexpr,
     tile: tl.constexpr,
@@ -69,8 +81,11 @@ def _sum_backward(
         tl.store(to_shortcut + sample * size + index, slope, mask=inside)
         wide = slope.to(tl.float32)
         tl.store(to_branch + sample * size + index, (wide * on).to(to_branch.dtype.element_ty), mask=inside)
-        total += wide * tl.load(kept + sample // every * size + index, mask=inside & is_kept, other=0.0).to(tl.float32)
-    tl.store(to_decision + sample * tl.num_programs(1) + tl.program_id(1), tl.sum(total))
+        if keeps:
+            of_branch = tl.load(kept + sample // every * size + index, mask=inside & is_kept, other=0.0)
+            total += wide * of_branch.to(tl.float32)
+    if keeps:
+        tl.store(to_decision + sample * tl.num_programs(1) + tl.program_id(1), tl.sum(total))
 
 
 @triton.jit
@@ -160,7 +175,9 @@ def _pieces(size: int) -> int:
     return -(-size // _PIECE)
 
 
-def gated_sum(shortcut: Tensor, branch: Tensor, decision: Tensor, every: int, *, relu: bool) -> tuple[Tensor, Tensor]:
+def gated_sum(
+    shortcut: Tensor, branch: Tensor, decision: Tensor, every: int, *, keeps: bool, relu: bool
+) -> tuple[Tensor, Tensor | None]:
     """``shortcut + decision * branch``, then ReLU if asked for.
 
     Args:
@@ -168,6 +185,7 @@ def gated_sum(shortcut: Tensor, branch: Tensor, decision: Tensor, every: int, *,
         branch: The same of the same shape, layout and precision.
         decision: Decisions [B], fp32.
         every: Of how many samples one has a gradient towards its decision.
+        keeps: Whether decisions have a gradient at all.
         relu: Whether ReLU follows.
 
     Returns:
@@ -175,39 +193,67 @@ def gated_sum(shortcut: Tensor, branch: Tensor, decision: Tensor, every: int, *,
     """
     samples, size = len(branch), branch[0].numel()
     out = torch.empty_like(branch)
-    kept = branch.new_empty(-(-samples // every), size)
+    kept = branch.new_empty(-(-samples // every), size) if keeps else None
     grid = (samples, _pieces(size))
     with torch.cuda.device_of(branch):
-        _sum_forward[grid](shortcut, branch, decision, out, kept, size, every, relu, _PIECE, _TILE, num_warps=8)
+        _sum_forward[grid](
+            shortcut,
+            branch,
+            decision,
+            out,
+            out if kept is None else kept,
+            size,
+            every,
+            keeps,
+            relu,
+            _PIECE,
+            _TILE,
+            num_warps=8,
+        )
     return out, kept
 
 
 def gated_sum_backward(
-    grad: Tensor, out: Tensor, kept: Tensor, decision: Tensor, every: int, *, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, out: Tensor | None, kept: Tensor | None, decision: Tensor, every: int, stride: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of :func:`gated_sum` towards shortcut, branch and decision.
 
     Args:
         grad: Gradient of the result [B, ...].
-        out: The result.
+        out: The result if ReLU followed; else None.
         kept: As :func:`gated_sum` gave it.
         decision: Decisions [B], fp32.
         every: As it was there.
-        relu: As it was there.
+        stride: Layout of the result.
 
     Returns:
-        The gradients; towards the decision [B] in fp32, 0 for samples without one.
+        The gradients; towards the decision [B] in fp32, 0 for samples without one, None if nothing was kept.
     """
-    if grad.stride() != out.stride():
-        grad = torch.empty_like(out).copy_(grad)
-    samples, size = len(out), out[0].numel()
+    if grad.stride() != stride:
+        grad = torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
+    samples, size = len(grad), grad[0].numel()
     grid = (samples, _pieces(size))
-    to_shortcut, to_branch = torch.empty_like(out), torch.empty_like(out)
+    to_shortcut, to_branch = torch.empty_like(grad), torch.empty_like(grad)
     sums = decision.new_empty(grid)
     with torch.cuda.device_of(grad):
         _sum_backward[grid](
-            grad, out, kept, decision, to_shortcut, to_branch, sums, size, every, relu, _PIECE, _TILE, num_warps=8
+            grad,
+            grad if out is None else out,
+            grad if kept is None else kept,
+            decision,
+            to_shortcut,
+            to_branch,
+            sums,
+            size,
+            every,
+            kept is not None,
+            out is not None,
+            _PIECE,
+            _TILE,
+            num_warps=8,
         )
+    if kept is None:
+        return to_shortcut, to_branch, None
     return to_shortcut, to_branch, sums.sum(1) if grid[1] > 1 else sums.view(samples)
 
 
@@ -339,15 +385,18 @@ def can_sum(shortcut: Tensor, branch: Tensor) -> bool:
 
 
 def try_out(device: torch.device) -> None:
-    """Make and run each kernel once on a small block.
+    """Make and run each kernel once on a small block, in each precision of the device.
 
     Raises:
         Exception: Whatever Triton, its compiler or the driver raises where it does not work.
     """
-    x, weight, bias = (torch.zeros(shape, device=device) for shape in ((4, 8, 2, 2), (1, 8), (1,)))
-    decision, logit, direction = decide(x, 1, weight, bias, 1e-5)
-    out, kept = gated_sum(x, x, decision.view(4), 4, relu=True)
-    gated_sum_backward(out, out, kept, decision.view(4), 4, relu=True)
-    decide_backward(decision, logit, direction, every=4, factor=1.0, pull=1.0, bound=1.0, loss_scale=None)
+    halves = torch.bfloat16 if device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0) else None
+    weight, bias = torch.zeros(1, 8, device=device), torch.zeros(1, device=device)
+    for dtype in filter(None, (torch.float32, torch.float16, halves)):
+        x = torch.zeros(4, 8, 2, 2, device=device, dtype=dtype)
+        decision, logit, direction = decide(x, 1, weight, bias, 1e-5)
+        out, kept = gated_sum(x, x, decision.view(4), 4, keeps=True, relu=True)
+        gated_sum_backward(out, out, kept, decision.view(4), 4, out.stride())
+        decide_backward(decision, logit, direction, every=4, factor=1.0, pull=1.0, bound=1.0, loss_scale=None)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

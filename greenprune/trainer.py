@@ -80,6 +80,7 @@ class Trainer:
         # Steps between two questions to all ranks whether to stop, and between two train events; alike on every rank.
         self._ask_every = 1
         self._log_every = config.tracking.log_every or _LOG_EVERY
+        self._told_at = 0  # step of the last train event of this attempt, or at which it began
         # Loss and hits of this epoch, and its steps that were skipped.
         self._totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
         self._seen = self._totals[:2]
@@ -155,7 +156,7 @@ class Trainer:
             self._totals.copy_(totals[self.engine.rank])
         elif self.engine.is_main:
             self._totals.copy_(torch.stack(totals).sum(0))
-        self.step = state["step"]
+        self.step = self._told_at = state["step"]
         self.saving.goes_on_from(self.step)
         self.accounts.ledger = Ledger(**state["ledger"])
         self.step_times = StepTimes(**state["step_times"])
@@ -211,13 +212,18 @@ class Trainer:
                 stop = self.interrupt.signal
             else:  # ranks must stop after the same step
                 stop = self.step % self._ask_every == 0 and self._stop_agreed()
-            if stop or in_epoch == 0 or self.step % self._log_every == 0:
+            if stop or in_epoch == 0 or self._train_event_is_due():
                 stop = self._record_train(clock)
             if at_boundary:
                 self._at_boundary()
                 clock = IntervalClock()
             if stop and in_epoch != 0:
                 self._stop()
+
+    def _train_event_is_due(self) -> bool:
+        if self.config.tracking.log_every is not None:
+            return self.step % self._log_every == 0
+        return self.step - self._told_at >= self._log_every
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         """One optimizer step on this rank's slice of a global batch."""
@@ -335,11 +341,12 @@ class Trainer:
         self.saving.look()
         step_s = self._step_s = clock.seconds_per_step()
         self.step_times.add(step_s)
-        clock.restart()
+        self._told_at = self.step
         samples = self._samples_in_epoch(told.skipped)
         if not math.isfinite(told.loss):
             self._diverged(told.loss / samples)
         self.recorder.train(self.step, told, samples, step_s, float(self.schedule.get_last_lr()[0]))
+        clock.restart()
         return told.signal
 
     def _samples_in_epoch(self, skipped: int) -> int:

@@ -223,7 +223,7 @@ class Engine:
         """
         if not self._records:
             return lambda images, labels, phase: passes(images, labels)
-        self._graph = StepGraph(passes, lambda: self.module.zero_grad(set_to_none=True), self.device)
+        self._graph = StepGraph(passes, self.module.parameters, self.device)
         return self._graph
 
     def backward(self, loss: Tensor) -> None:

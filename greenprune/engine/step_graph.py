@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import random
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from greenprune.config import ConfigError
 
@@ -23,19 +26,19 @@ class StepGraph:
     Every one of them counts: no batch is passed through twice, and the results are those of the passes as they are.
 
     A record holds addresses: the network's tensors have to stay where they are, and so do the gradients, which a replay
-    overwrites. They must therefore not be freed between replays (:attr:`keeps_gradients`). What Python does in the
-    passes is done when they are recorded and not when they are replayed: it must not depend on the step, unless by
-    ``phase``.
+    overwrites. They need not be freed between replays (:attr:`keeps_gradients`). What Python does in the passes is done
+    when they are recorded and not when they are replayed: it must not depend on the step, unless by ``phase``.
 
     Args:
         passes: From images [B, ...] and labels [B] on the GPU to a tensor on it; adds to the gradients.
-        free_gradients: Sets all gradients to None.
+        parameters: The parameters as they are now.
         device: The GPU.
     """
 
-    def __init__(self, passes: Passes, free_gradients: Callable[[], None], device: torch.device) -> None:
+    def __init__(self, passes: Passes, parameters: Callable[[], Iterable[nn.Parameter]], device: torch.device) -> None:
         self._passes = passes
-        self._free_gradients = free_gradients
+        self._parameters = parameters
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         # Warmed up and recorded on the same stream: what autograd remembers of a stream then fits.
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._phase: Hashable = None
@@ -81,6 +84,10 @@ class StepGraph:
         assert self._graph is not None
         self._images.copy_(images)
         self._labels.copy_(labels)
+        first, gradient = self._gradients[0]
+        if first.grad is not gradient:  # someone freed them: the optimizer would find nothing
+            for parameter, gradient in self._gradients:
+                parameter.grad = gradient
         self._graph.replay()
         return self._result
 
@@ -93,17 +100,63 @@ class StepGraph:
         return result
 
     def _record(self, images: Tensor, labels: Tensor) -> None:
+        """Record the passes for the batches to come; nothing is computed yet.
+
+        Raises:
+            ConfigError: They look at the device, or draw random numbers on the host.
+        """
         self._images, self._labels = images.clone(), labels.clone()
-        graph = torch.cuda.CUDAGraph()
+        drawn = _random_states()
+        graph = self._capture()
+        if _random_states() != drawn:
+            # Another thread may have drawn them: what the passes draw they draw again.
+            self._free_gradients()
+            drawn = _random_states()
+            graph = self._capture()
+            if _random_states() != drawn:
+                raise _refusal("its passes draw random numbers on the host, which a record would repeat")
+        self._gradients = [
+            (parameter, parameter.grad) for parameter in self._parameters() if parameter.grad is not None
+        ]
+        self._graph = graph
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # Other threads (checkpoints, loaders) may use the GPU meanwhile: only this one is held to what can be
             # recorded.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._result = self._passes(self._images, self._labels)
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ConfigError(
-                f"model.cuda_graph: True is not valid for this network, whose step cannot be recorded ({reason}); "
-                "expected false"
-            ) from error
-        self._graph = graph
+            torch.cuda.set_stream(here)  # PyTorch leaves its own where a recording fails
+            causes = list(_chain(error))
+            if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):
+                raise
+            raise _refusal(str(causes[-1]).strip().partition("\n")[0]) from error
+        return graph
+
+    def _free_gradients(self) -> None:
+        self._gradients = []
+        for parameter in self._parameters():
+            parameter.grad = None
+
+
+def _refusal(reason: str) -> ConfigError:
+    return ConfigError(
+        f"model.cuda_graph: True is not valid for this network, whose step cannot be recorded ({reason}); "
+        "expected false"
+    )
+
+
+def _chain(error: BaseException) -> Iterable[BaseException]:
+    """An error and those that it came from: the last is what went wrong at first."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _random_states() -> tuple[object, ...]:
+    """Where the host's random numbers are."""
+    numpys: Any = np.random.get_state(legacy=True)
+    return random.getstate(), numpys[1].tobytes(), numpys[2], torch.get_rng_state().numpy().tobytes()

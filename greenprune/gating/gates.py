@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from greenprune.config import GateConfig
@@ -84,6 +85,7 @@ class _FusedDecision(torch.autograd.Function):
         return decision, logit
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, Tensor, None]:
         logit, direction = ctx.saved_tensors
         weight, bias = ctx.kernels.decide_backward(

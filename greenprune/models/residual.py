@@ -6,12 +6,12 @@ import importlib
 import importlib.util
 import warnings
 from functools import lru_cache
-from subprocess import CalledProcessError
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def _known_all_on(decision: Tensor) -> bool:
@@ -31,7 +31,7 @@ def _triton_kernels(device: torch.device) -> ModuleType | None:
     try:
         kernels = importlib.import_module("greenprune.kernels")
         kernels.try_out(device)
-    except (ImportError, AttributeError, TypeError, ValueError, OSError, RuntimeError, CalledProcessError) as error:
+    except Exception as error:  # noqa: BLE001 - compilers, drivers and file systems all raise their own
         reason = " ".join(str(error).split())[:200]
         said = f"Triton cannot make kernels here ({type(error).__name__}: {reason}); gates run as separate operators"
         warnings.warn(f"{said}, which cost a GPU about a tenth of a step", RuntimeWarning, stacklevel=2)
@@ -133,17 +133,17 @@ class _FusedSum(torch.autograd.Function):
         ctx: Any, kernels: ModuleType, shortcut: Tensor, branch: Tensor, decision: Tensor, every: int, relu: bool
     ) -> Tensor:
         out: Tensor
-        out, kept = kernels.gated_sum(shortcut, branch, decision, every, relu=relu)
-        ctx.save_for_backward(out, kept, decision)
-        ctx.kernels, ctx.every, ctx.relu = kernels, every, relu
+        out, kept = kernels.gated_sum(shortcut, branch, decision, every, keeps=ctx.needs_input_grad[3], relu=relu)
+        # Without ReLU the result is not needed, and what comes next may change it in place.
+        ctx.save_for_backward(out if relu else None, kept, decision)
+        ctx.kernels, ctx.every, ctx.stride = kernels, every, out.stride()
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, Tensor | None, None, None]:
         out, kept, decision = ctx.saved_tensors
-        shortcut, branch, towards = ctx.kernels.gated_sum_backward(
-            grads[0], out, kept, decision, ctx.every, relu=ctx.relu
-        )
+        shortcut, branch, towards = ctx.kernels.gated_sum_backward(grads[0], out, kept, decision, ctx.every, ctx.stride)
         return None, shortcut, branch, towards, None, None
 
 

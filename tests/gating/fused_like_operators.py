@@ -22,6 +22,7 @@ from greenprune.gating import gates
 from greenprune.gating.gates import BlockGate
 from greenprune.models import ResidualBlock, residual
 
+ACTIVATIONS = [nn.ReLU(), nn.Identity(), nn.SiLU(inplace=True)]
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cuda"
 SHAPES = {
     "one tile": (5, 8, 4, 4),
@@ -82,7 +83,7 @@ def main() -> None:
     # On a CPU operators round a sum in bf16, and would see that there is nothing to multiply by.
     residual.sum_over = gates.sum_over = lambda x, dims, dtype: x.sum(dim=dims, dtype=dtype)  # type: ignore[attr-defined]
     residual._known_all_on = lambda _: False
-    cases = list(itertools.product(SHAPES.items(), layouts, dtypes, [nn.ReLU(), nn.Identity()], [1, 4]))
+    cases = list(itertools.product(SHAPES.items(), layouts, dtypes, ACTIVATIONS, [1, 4]))
     if DEVICE == "cpu":
         cases = cases[::5]  # some of every kind: the interpreter takes its time
     for number, ((name, shape), layout, dtype, activation, every) in enumerate(cases):

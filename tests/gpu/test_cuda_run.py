@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -219,6 +220,18 @@ def test_recorded_steps_do_what_the_steps_do(tmp_path: Path, monkeypatch: pytest
     torch.testing.assert_close(weights, weights_as_is, rtol=1e-3, atol=1e-4)
 
 
+def test_freed_gradients_come_back_with_the_next_recorded_step(tmp_path: Path) -> None:
+    with training(tmp_path) as (trainer, batches):
+        for images, labels in batches[:6]:
+            trainer._train_step(images, labels)
+        trainer.engine.optimizer.zero_grad()
+        parameter = next(trainer.engine.module.parameters())
+        before = parameter.detach().clone()
+        trainer._train_step(*batches[6])
+        assert parameter.grad is not None
+        assert not torch.equal(parameter.detach(), before)
+
+
 @pytest.fixture
 def new_engine() -> Iterator[Callable[[Config], Engine]]:
     """Makes engines, and lets go of them whatever becomes of the test."""
@@ -263,7 +276,7 @@ def test_fused_kernels_do_what_the_operators_do() -> None:
     script = Path(__file__).parents[1] / "gating" / "fused_like_operators.py"
     done = subprocess.run([sys.executable, str(script), "cuda"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "112 cases alike" in done.stdout
+    assert "168 cases alike" in done.stdout
 
 
 def test_without_a_compiler_for_triton_gates_are_operators(tmp_path: Path) -> None:
@@ -290,8 +303,30 @@ def test_a_network_that_looks_at_the_device_is_told_to_go_without(new_engine: Ca
 
     step = engine.recorded(passes)
     batch = torch.randn(3, 4, device=engine.device), torch.zeros(3, device=engine.device)
+    here = torch.cuda.current_stream()
     for _ in range(3):
         step(*batch, None)
         engine.step()
     with pytest.raises(ConfigError, match=r"model\.cuda_graph: True is not valid .* expected false"):
+        step(*batch, None)
+    assert torch.cuda.current_stream() == here
+
+
+def test_a_network_that_draws_on_the_host_is_told_to_go_without(new_engine: Callable[[Config], Engine]) -> None:
+    config = Config(gate=GateConfig(enabled=False))
+    engine = new_engine(config)
+    model = nn.Linear(4, 2).to(engine.device)
+    engine.prepare(model, build_optimizer(config, model, 100))
+
+    def passes(images: Tensor, labels: Tensor) -> Tensor:
+        loss = engine.model(images).sum() * random.random()
+        engine.backward(loss)
+        return loss.detach()
+
+    step = engine.recorded(passes)
+    batch = torch.randn(3, 4, device=engine.device), torch.zeros(3, device=engine.device)
+    for _ in range(3):
+        step(*batch, None)
+        engine.step()
+    with pytest.raises(ConfigError, match="draw random numbers on the host"):
         step(*batch, None)
