@@ -35,6 +35,8 @@ def test_a_closed_terminal(ignored: bool, last: str, tmp_path: Path) -> None:
         env=environment(),
         stdout=writer,
         stderr=writer,
+        # These tests may themselves have been started by nohup.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     os.close(writer)
     events = tmp_path / "it" / "events.jsonl"
