@@ -30,22 +30,23 @@ def wait_for(events: Path, kind: str, process: subprocess.Popen[bytes]) -> None:
 def test_a_closed_terminal(ignored: bool, last: str, tmp_path: Path) -> None:
     """The run stops in good order at SIGHUP with its output gone; one started by nohup goes on."""
     reader, writer = os.pipe()
+    # The process starts with the signal as a terminal has it, also where nohup has started these tests.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process = subprocess.Popen(
         [*(["nohup"] if ignored else []), *command(TRAIN, [*FLAGS, "--output_dir", str(tmp_path)], 1)],
         env=environment(),
         stdout=writer,
         stderr=writer,
-        # These tests may themselves have been started by nohup.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
+    signal.signal(signal.SIGHUP, before)
     os.close(writer)
     events = tmp_path / "it" / "events.jsonl"
     wait_for(events, "epoch", process)
     os.close(reader)  # the terminal and with it the reader is gone
     process.send_signal(signal.SIGHUP)
     if ignored:
-        before = len(read_events(events))
-        while process.poll() is None and len(read_events(events)) < before + 40:
+        told_before = len(read_events(events))
+        while process.poll() is None and len(read_events(events)) < told_before + 40:
             time.sleep(0.02)
         assert process.poll() is None
         process.kill()
