@@ -61,7 +61,7 @@ class ModelConfig:
     cuda_graph: bool = True
     """Record the passes of a step once for each structure and replay them, so that the host starts one graph instead of
     a thousand kernels: one process on one GPU, without DeepSpeed and model.compile. To be turned off for networks of
-    one's own whose forward pass looks at the device or depends on Python's random numbers."""
+    one's own whose forward pass looks at the device or draws random numbers on the host."""
     structure: str | None = None
     """What is removed before training begins: the folder of a run that found it, its structure.json, or the removals as
     text, as which the run keeps them: remove UNIT UNIT[CHANNELS] ... Without gates what a run has found is so trained

@@ -28,54 +28,13 @@ from torch.optim import Optimizer
 from greenprune.allocation import give_back_freed_memory
 from greenprune.config import Config, ConfigError, UserError
 from greenprune.engine.compilation import compile_blocks
+from greenprune.engine.launch_checks import check_launch, check_precision
 from greenprune.engine.peers import Peer, Peers, is_of_network, join_after_restart
 from greenprune.engine.step_graph import Passes, StepGraph
 from greenprune.engine.zero import ZeroParallel, quiet_deepspeed, zero_plugin, zero_stage
 from greenprune.interrupt import InterruptRequest
 
 T = TypeVar("T")
-
-
-def _check_precision(config: Config, on_cpu: bool) -> None:
-    """Check that the device computes in the precision that is asked for.
-
-    Raises:
-        ConfigError: It does not.
-    """
-    if config.precision == "fp16" and on_cpu:
-        raise ConfigError("precision: 'fp16' is not valid on a CPU; expected no or bf16")
-    if config.precision == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError(
-            f"precision: 'bf16' is not valid on a {torch.cuda.get_device_name()}, which has no bf16 arithmetic; "
-            "expected no or fp16"
-        )
-
-
-def _check_launch(config: Config, stage: int | None, processes: int) -> None:
-    """Check that the run can be done the way it was launched.
-
-    Raises:
-        UserError: It cannot.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError(
-            "the launcher asks for FSDP, which shares out the weights, so that no rank holds a network to operate on "
-            "(docs/decisions/0010); expected a file in launch/"
-        )
-    if stage is not None and config.device == "cpu" and torch.cuda.is_available():
-        raise ConfigError(
-            "device: 'cpu' is not valid with DeepSpeed on a machine with GPUs; expected auto, or an environment with "
-            "CUDA_VISIBLE_DEVICES= that hides them"
-        )
-    if stage is not None and config.optim.nonfinite == "skip":
-        raise ConfigError(
-            "optim.nonfinite: 'skip' is not valid with DeepSpeed, whose optimizer takes every step; expected stop, or "
-            "a file in launch/ without DeepSpeed"
-        )
-    if config.model.sync_batchnorm and processes > 1 and (config.device == "cpu" or not torch.cuda.is_available()):
-        raise ConfigError(
-            "model.sync_batchnorm: True is not valid on CPUs, where torch has no synchronised BatchNorm; expected false"
-        )
 
 
 def _engine_name(stage: int | None, processes: int) -> str:
@@ -106,10 +65,10 @@ class Engine:
 
     def __init__(self, config: Config) -> None:
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-        _check_precision(config, on_cpu)
+        check_precision(config, on_cpu)
         stage = zero_stage(os.environ)
         announced = int(os.environ.get("WORLD_SIZE", "1"))
-        _check_launch(config, stage, announced)
+        check_launch(config, stage, announced)
         handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         if on_cpu and announced > 1:
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
@@ -141,9 +100,8 @@ class Engine:
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
         if not on_cpu:
-            torch.backends.cudnn.benchmark = (
-                True  # the shapes of a structure stay: the fastest kernels are worth finding
-            )
+            # The shapes of a structure stay: the fastest kernels are worth finding.
+            torch.backends.cudnn.benchmark = True
         # What the imports left behind stays for good; without it a collection takes milliseconds, not a quarter second.
         gc.collect()
         gc.freeze()

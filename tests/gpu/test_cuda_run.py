@@ -290,7 +290,17 @@ def test_without_a_compiler_for_triton_gates_are_operators(tmp_path: Path) -> No
     assert "gates run as separate operators" in done.stderr
 
 
-def test_a_network_that_looks_at_the_device_is_told_to_go_without(new_engine: Callable[[Config], Engine]) -> None:
+@pytest.mark.parametrize(
+    ("factor", "reason"),
+    [
+        (lambda loss: max(1.0, loss.item()), "cannot be recorded"),
+        (lambda _: random.random(), "random numbers on the host"),
+    ],
+    ids=["looks at the device", "draws on the host"],
+)
+def test_a_network_that_cannot_be_recorded_is_told_to_go_without(
+    new_engine: Callable[[Config], Engine], factor: Callable[[Tensor], float], reason: str
+) -> None:
     config = Config(gate=GateConfig(enabled=False))
     engine = new_engine(config)
     model = nn.Linear(4, 2).to(engine.device)
@@ -298,7 +308,7 @@ def test_a_network_that_looks_at_the_device_is_told_to_go_without(new_engine: Ca
 
     def passes(images: Tensor, labels: Tensor) -> Tensor:
         loss = engine.model(images).sum()
-        engine.backward(loss * max(1.0, loss.item()))
+        engine.backward(loss * factor(loss))
         return loss.detach()
 
     step = engine.recorded(passes)
@@ -307,26 +317,6 @@ def test_a_network_that_looks_at_the_device_is_told_to_go_without(new_engine: Ca
     for _ in range(3):
         step(*batch, None)
         engine.step()
-    with pytest.raises(ConfigError, match=r"model\.cuda_graph: True is not valid .* expected false"):
+    with pytest.raises(ConfigError, match=rf"model\.cuda_graph: True is not valid .*{reason}.* expected false"):
         step(*batch, None)
     assert torch.cuda.current_stream() == here
-
-
-def test_a_network_that_draws_on_the_host_is_told_to_go_without(new_engine: Callable[[Config], Engine]) -> None:
-    config = Config(gate=GateConfig(enabled=False))
-    engine = new_engine(config)
-    model = nn.Linear(4, 2).to(engine.device)
-    engine.prepare(model, build_optimizer(config, model, 100))
-
-    def passes(images: Tensor, labels: Tensor) -> Tensor:
-        loss = engine.model(images).sum() * random.random()
-        engine.backward(loss)
-        return loss.detach()
-
-    step = engine.recorded(passes)
-    batch = torch.randn(3, 4, device=engine.device), torch.zeros(3, device=engine.device)
-    for _ in range(3):
-        step(*batch, None)
-        engine.step()
-    with pytest.raises(ConfigError, match="draw random numbers on the host"):
-        step(*batch, None)
