@@ -25,10 +25,11 @@ from slurm_cluster import (
 from greenprune.report import compare_runs
 from greenprune.sweep.jobs import Shape
 
+# Long enough that a run is still going on when Slurm has taken in what was submitted after its first removal.
 BASE = """
 model: {name: resnet20}
 data: {name: digits, batch_size: 64}
-optim: {epochs: 6, lr: 0.05}
+optim: {epochs: 18, lr: 0.05}
 gate: {warmup: 0.1}
 budget: {target: 0.5}
 removal: {window: 11, decide_by: 0.6}
