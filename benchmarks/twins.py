@@ -25,13 +25,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def do_run(config: Path, folder: Path, name: str, flags: list[str]) -> dict:
-    summary = folder / name / "summary.json"
-    if not summary.exists():
-        command = [sys.executable, "-m", "greenprune.train", "--config", str(config), "--resume", "auto"]
-        command += ["--output_dir", str(folder), "--run_name", name, *flags]
-        print(" ".join(command[3:]), flush=True)
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(summary.read_text())
+    """A run's summary. One that has ended is not done again; one of another config in its folder is an error."""
+    command = [sys.executable, "-m", "greenprune.train", "--config", str(config), "--resume", "auto"]
+    command += ["--output_dir", str(folder), "--run_name", name, *flags]
+    print(" ".join(command[3:]), flush=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((folder / name / "summary.json").read_text())
 
 
 def spread(values: list[float], digits: int, scale: float = 1.0) -> str:
