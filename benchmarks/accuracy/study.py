@@ -346,6 +346,24 @@ class Runner:
         return found  # type: ignore[no-any-return]
 
 
+def select(cells: list[Cell], asked: list[str] | None) -> list[Cell]:
+    """The cells asked for: a cell's name means it alone, anything else all cells whose names begin so.
+
+    Raises:
+        SystemExit: Nothing is called so.
+    """
+    if asked is None:
+        return cells
+    names = {cell.name for cell in cells}
+    taken: set[str] = set()
+    for word in asked:
+        meant = {word} if word in names else {name for name in names if name.startswith(word)}
+        if not meant:
+            raise SystemExit(f"--cells {word}: no such cell; expected one of {', '.join(sorted(names))}")
+        taken |= meant
+    return [cell for cell in cells if cell.name in taken]
+
+
 def train_all(runner: Runner, cells: list[Cell], seeds: Iterable[int], jobs: int) -> list[str]:
     """Train all cells, seed by seed so that a table of all cells is there early.
 
@@ -526,7 +544,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", help="only these of the study's")
-    parser.add_argument("--cells", nargs="+", help="only cells whose names begin so")
+    parser.add_argument("--cells", nargs="+", help="only these cells, or those whose names begin so")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; joules and seconds are fair with 1 only")
     parser.add_argument("--minutes", type=float, help="stop in good order after so long; the same command goes on")
     parser.add_argument("--runs", type=Path, default=RUNS, help="where the runs are kept")
@@ -535,7 +553,7 @@ def main() -> int:
     study = Study.read(args.study)
     runner = Runner(study, args.runs)
     cells = cells_of(study)
-    chosen = [cell for cell in cells if args.cells is None or cell.name.startswith(tuple(args.cells))]
+    chosen = select(cells, args.cells)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: runner.stop())
     if args.minutes is not None:

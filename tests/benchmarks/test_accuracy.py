@@ -30,6 +30,20 @@ def test_every_cell_has_a_command_and_what_it_needs_comes_before(tmp_path: Path)
     assert all("--seed 0" in command or "random_removal" in command for command in commands)
 
 
+def test_a_cell_is_asked_for_by_its_name_or_with_others_by_how_theirs_begin() -> None:
+    cells = study.cells_of(study.Study.read(ROOT / "benchmarks" / "accuracy" / "fashion_mnist.yaml"))
+    assert study.select(cells, None) == cells
+    assert [cell.name for cell in study.select(cells, ["dense"])] == ["dense"]  # and not dense-b
+    assert [cell.name for cell in study.select(cells, ["scratch", "slimming-0.5"])] == [
+        "scratch-block-0.5",
+        "scratch-channel-0.5",
+        "scratch-both-0.5",
+        "slimming-0.5",
+    ]
+    with pytest.raises(SystemExit, match=r"--cells chanel: no such cell; expected one of block-0\.5"):
+        study.select(cells, ["chanel"])
+
+
 def test_an_unknown_key_of_a_study_is_named(tmp_path: Path) -> None:
     (tmp_path / "it.yaml").write_text("config: configs/digits.yaml\nseeds: [0]\ntargets: [0.5]\nepochs: 3\n")
     with pytest.raises(SystemExit, match=r"unexpected keyword argument 'epochs'; expected config, seeds, targets"):
