@@ -162,7 +162,9 @@ class Trainer:
         self.step_times = StepTimes(**state["step_times"])
         if state["evaluation"] is not None:
             self.last_evaluation = Evaluation(**state["evaluation"])
-        torch.set_rng_state(training["random"][min(self.engine.rank, len(training["random"]) - 1)])
+        random = training["random"][min(self.engine.rank, len(training["random"]) - 1)]
+        # Older checkpoints have the state of the host's generator alone.
+        self.engine.load_random_states([random] if isinstance(random, Tensor) else random)
 
     # The run.
 
@@ -419,7 +421,7 @@ class Trainer:
             self.engine.sync_buffers(self.engine.module)
             if self.average is not None:
                 self.engine.sync_buffers(self.average.module)
-            of_ranks = self.engine.gather_objects((torch.get_rng_state(), self._totals.cpu()))
+            of_ranks = self.engine.gather_objects((self.engine.random_states(), self._totals.cpu()))
             snapshot = self._snapshot(of_ranks, self.accounts.ledger_now())
             self.saving.begin(self.step, snapshot, self._score(), started)
         return path
@@ -429,7 +431,7 @@ class Trainer:
         within = self.step % self.data.steps_per_epoch != 0
         return None if within or self.last_evaluation is None else self.last_evaluation.accuracy
 
-    def _snapshot(self, of_ranks: list[tuple[Tensor, Tensor]], ledger: Ledger) -> Checkpoint:
+    def _snapshot(self, of_ranks: list[tuple[list[Tensor], Tensor]], ledger: Ledger) -> Checkpoint:
         training = {
             "optimizer": self.engine.optimizer_state(),
             "scaler": self.engine.scaler_state(),

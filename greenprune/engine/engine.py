@@ -383,6 +383,20 @@ class Engine:
         scale: Tensor = scaler._scale
         return scale
 
+    def random_states(self) -> list[Tensor]:
+        """States of this process's generators: the host's, and the device's own where it has one."""
+        states = [torch.get_rng_state()]
+        if self.device.type != "cpu":
+            states.append(torch.get_device_module(self.device).get_rng_state(self.device))
+        return states
+
+    def load_random_states(self, states: Sequence[Tensor]) -> None:
+        """Take up states of :meth:`random_states`, as far as there are such here: a GPU's mean nothing to a CPU."""
+        host, *own = states
+        torch.set_rng_state(host)
+        if own and self.device.type != "cpu":
+            torch.get_device_module(self.device).set_rng_state(own[0], self.device)
+
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""
         if self.device.type == "cuda":

@@ -354,3 +354,13 @@ def test_synchronised_batch_norm_loses_channels_like_any_other(make_network: Mak
         network.eval()
     images, _ = batch(0)
     torch.testing.assert_close(model(images), plain(images))
+
+
+def test_the_draws_of_a_step_come_again_with_the_states_of_the_generators(make_engine: MakeEngine) -> None:
+    engine = make_engine(CONFIG)
+    states = engine.random_states()
+    drawn = torch.rand(5)
+    engine.load_random_states(states)
+    assert torch.equal(torch.rand(5), drawn)
+    engine.load_random_states([states[0], torch.arange(16, dtype=torch.uint8)])  # of a run that was on a GPU
+    assert torch.equal(torch.rand(5), drawn)

@@ -245,6 +245,18 @@ def new_engine() -> Iterator[Callable[[Config], Engine]]:
         yield make
 
 
+def test_the_draws_on_the_gpu_come_again_with_the_states_of_the_generators(
+    new_engine: Callable[[Config], Engine],
+) -> None:
+    engine = new_engine(Config())
+    states = [state.clone() for state in engine.random_states()]
+    assert len(states) == 2
+    drawn = torch.rand(5), nn.functional.dropout(torch.ones(64, device=engine.device))
+    engine.load_random_states(states)
+    again = torch.rand(5), nn.functional.dropout(torch.ones(64, device=engine.device))
+    assert all(torch.equal(one, other) for one, other in zip(drawn, again, strict=True))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_can_be_recorded(new_engine: Callable[[Config], Engine], name: str) -> None:
     config = Config(precision="bf16", gate=GateConfig(units=["block", "channel"]))
