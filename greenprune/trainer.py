@@ -396,7 +396,7 @@ class Trainer:
 
     def _diverged(self, loss: float) -> None:
         raise TrainingDiverged(
-            f"the loss or a weight is {loss} after step {self.step}; {self.saving.last()}. "
+            f"the loss, a weight or a statistic of it is {loss} after step {self.step}; {self.saving.last()}. "
             "A smaller optim.lr or optim.clip_norm may help"
         )
 
@@ -415,10 +415,12 @@ class Trainer:
         started = time.monotonic()
         with self.meter.window("checkpoint"):
             self.saving.wait()
-            size = float(torch.nn.utils.get_total_norm(self.engine.module.parameters()))
+            self.engine.sync_buffers(self.engine.module)
+            # Statistics too, which are alike on all ranks now: a variance is infinite long before its weights are.
+            buffers = [buffer for buffer in self.engine.module.buffers() if buffer.is_floating_point()]
+            size = float(torch.nn.utils.get_total_norm([*self.engine.module.parameters(), *buffers]))
             if not math.isfinite(size):
                 self._diverged(size)
-            self.engine.sync_buffers(self.engine.module)
             if self.average is not None:
                 self.engine.sync_buffers(self.average.module)
             of_ranks = self.engine.gather_objects((self.engine.random_states(), self._totals.cpu()))

@@ -38,7 +38,10 @@ def test_all_ranks_stop_together(fault: str, tmp_path: Path) -> None:
     done, events = broken(tmp_path, f"{fault}:1:26")
     assert done.returncode != 0
     assert "trainer.py" not in done.stderr, done.stderr  # no traceback but the launcher's
-    found = re.findall(r"greenprune: error: the loss or a weight is (\w+) after step (\d+); the last good", done.stderr)
+    found = re.findall(
+        r"greenprune: error: the loss, a weight or a statistic of it is (\w+) after step (\d+); the last good",
+        done.stderr,
+    )
     assert [step for _, step in found] == ["28"], done.stderr  # the next read of the loss, said once
     assert "step-000000022" in done.stderr
     assert [event["step"] for event in events if event["kind"] == "train"][-1] == 24
