@@ -96,6 +96,7 @@ def _decide_forward(
     direction,
     logit,
     decision,
+    counted,
     channels,
     positions,
     sample_stride,
@@ -123,11 +124,13 @@ def _decide_forward(
     tl.store(direction + sample * channels + channel, normed, mask=is_channel)
     tl.store(logit + sample, value)
     tl.store(decision + sample, (value > 0).to(tl.float32))
+    tl.store(counted + sample, (value > 0).to(tl.float32))
 
 
 @triton.jit
 def _decide_backward(
-    grad,
+    task,
+    counted,
     logit,
     direction,
     loss_scale,
@@ -136,7 +139,9 @@ def _decide_backward(
     channels,
     voices,
     every,
-    grad_stride,
+    task_stride,
+    counted_stride,
+    curvature,
     factor,
     pull,
     bound,
@@ -149,6 +154,7 @@ def _decide_backward(
     is_channel = channel < channels
     if scaled:
         pull = pull * tl.load(loss_scale)
+        curvature = curvature / tl.load(loss_scale)
     weights = tl.zeros((block_c,), tl.float32)
     biases = 0.0
     for start in range(0, voices, block_v):
@@ -156,7 +162,9 @@ def _decide_backward(
         is_voice = voice < voices
         sample = voice.to(tl.int64) * every
         value = tl.load(logit + sample, mask=is_voice, other=0.0)
-        slope = tl.load(grad + sample * grad_stride, mask=is_voice, other=0.0) * factor
+        slope = tl.load(task + sample * task_stride, mask=is_voice, other=0.0)
+        slope -= tl.where(value > 0, curvature * slope * slope, 0.0)
+        slope = (slope + tl.load(counted + sample * counted_stride, mask=is_voice, other=0.0)) * factor
         # At the bounds only what moves the logit inward passes.
         least = tl.where(value < bound, -pull, 0.0)
         most = tl.where(value > -bound, pull, 0.0)
@@ -257,7 +265,7 @@ def gated_sum_backward(
     return to_shortcut, to_branch, sums.sum(1) if grid[1] > 1 else sums.view(samples)
 
 
-def decide(x: Tensor, dim: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def decide(x: Tensor, dim: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Decisions of a gate ``a = w . norm(GAP(x)) / sqrt(C) + b`` from its input, read once.
 
     Args:
@@ -268,7 +276,8 @@ def decide(x: Tensor, dim: int, weight: Tensor, bias: Tensor, eps: float) -> tup
         eps: What is added to the variance.
 
     Returns:
-        Decisions and logits [B, 1], and the normalised input [B, C] for :func:`decide_backward`; fp32.
+        Decisions [B, 1], the same again for counts, logits [B, 1], and the normalised input [B, C] for
+        :func:`decide_backward`; fp32.
     """
     samples, channels = len(x), x.shape[dim]
     positions = x[0].numel() // channels
@@ -277,7 +286,7 @@ def decide(x: Tensor, dim: int, weight: Tensor, bias: Tensor, eps: float) -> tup
     block_c = triton.next_power_of_2(channels)
     block_p = max(1, min(triton.next_power_of_2(positions), _TILE // block_c))
     direction = bias.new_empty(samples, channels)
-    logit, decision = bias.new_empty(samples, 1), bias.new_empty(samples, 1)
+    logit, decision, counted = (bias.new_empty(samples, 1) for _ in range(3))
     with torch.cuda.device_of(x):
         _decide_forward[(samples,)](
             x,
@@ -286,6 +295,7 @@ def decide(x: Tensor, dim: int, weight: Tensor, bias: Tensor, eps: float) -> tup
             direction,
             logit,
             decision,
+            counted,
             channels,
             positions,
             x.stride(0),
@@ -297,15 +307,17 @@ def decide(x: Tensor, dim: int, weight: Tensor, bias: Tensor, eps: float) -> tup
             block_p,
             num_warps=8,
         )
-    return decision, logit, direction
+    return decision, counted, logit, direction
 
 
 def decide_backward(
-    grad: Tensor,
+    task: Tensor,
+    counted: Tensor,
     logit: Tensor,
     direction: Tensor,
     *,
     every: int,
+    curvature: float,
     factor: float,
     pull: float,
     bound: float,
@@ -314,10 +326,12 @@ def decide_backward(
     """Gradients of :func:`decide` towards weight [1, C] and bias [1], by the bounded straight-through estimator.
 
     Args:
-        grad: Gradient of the decisions [B, 1].
+        task: Gradient of the decisions [B, 1], which are bent as :mod:`greenprune.gating.gates` says.
+        counted: Gradient of the counted decisions [B, 1].
         logit: Logits [B, 1].
         direction: As :func:`decide` gave it.
         every: Of how many samples one teaches the gate.
+        curvature: Factor of the square of a gradient.
         factor: Factor of a gradient before it is bounded.
         pull: Largest gradient of one sample.
         bound: Bound of the logits, at which only what moves them inward passes.
@@ -328,7 +342,8 @@ def decide_backward(
     block_c = min(64, triton.next_power_of_2(channels))
     with torch.cuda.device_of(logit):
         _decide_backward[(triton.cdiv(channels, block_c),)](
-            grad,
+            task,
+            counted,
             logit,
             direction,
             logit if loss_scale is None else loss_scale,
@@ -337,7 +352,9 @@ def decide_backward(
             channels,
             -(-samples // every),
             every,
-            grad.stride(0),
+            task.stride(0),
+            counted.stride(0),
+            curvature,
             factor,
             pull,
             bound,
@@ -394,9 +411,10 @@ def try_out(device: torch.device) -> None:
     weight, bias = torch.zeros(1, 8, device=device), torch.zeros(1, device=device)
     for dtype in filter(None, (torch.float32, torch.float16, halves)):
         x = torch.zeros(4, 8, 2, 2, device=device, dtype=dtype)
-        decision, logit, direction = decide(x, 1, weight, bias, 1e-5)
+        decision, counted, logit, direction = decide(x, 1, weight, bias, 1e-5)
         out, kept = gated_sum(x, x, decision.view(4), 4, keeps=True, relu=True)
         gated_sum_backward(out, out, kept, decision.view(4), 4, out.stride())
-        decide_backward(decision, logit, direction, every=4, factor=1.0, pull=1.0, bound=1.0, loss_scale=None)
+        given = {"every": 4, "curvature": 1.0, "factor": 1.0, "pull": 1.0, "bound": 1.0, "loss_scale": None}
+        decide_backward(decision, counted, logit, direction, **given)  # type: ignore[arg-type]
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -16,7 +16,8 @@ from greenprune.gating import gate_parameters
 def build_optimizer(config: Config, model: nn.Module, total_steps: int) -> torch.optim.Optimizer:
     """One optimizer with three groups: decayed weights, undecayed biases and norms, and gates.
 
-    A step of the gates uses ``gate.lr / total_steps``: gates then travel as far in a short run as in a long one.
+    A step of the gates uses ``gate.lr`` divided by the run's steps: gates then travel as far in a short run as in a
+    long one.
 
     Args:
         config: The run.
@@ -30,10 +31,11 @@ def build_optimizer(config: Config, model: nn.Module, total_steps: int) -> torch
     of_gates = set(gates)
     weights = [parameter for parameter in model.parameters() if parameter not in of_gates]
     optim = config.optim
+    of_step = config.gate.lr_of_step(total_steps, config.data.batch_size, adaptive=optim.name == "adamw")
     groups = [
         {"name": "decayed", "params": [p for p in weights if p.ndim > 1], "weight_decay": optim.weight_decay},
         {"name": "undecayed", "params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
-        {"name": "gates", "params": gates, "weight_decay": 0.0, "lr": config.gate.lr / total_steps},
+        {"name": "gates", "params": gates, "weight_decay": 0.0, "lr": of_step},
     ]
     # The fused kernels update all tensors in one pass, on the CPU too, where the default loops over parameters.
     if optim.name == "adamw":

@@ -82,12 +82,13 @@ class Pruner:
         self._costs = unit_costs(self._table, self.budget, self._time)
         self._device = example.device
         self._rounding = self._table.rounding(surgery or SurgeryConfig(), self._device)
+        self._accumulate = 1
         self._policy = self._new_policy()
         self._batches = 0  # for which a penalty was given
         self._looked = 0  # of these, how many had been when a boundary was last looked for
 
     def _new_policy(self) -> GatePolicy:
-        return GatePolicy(
+        policy = GatePolicy(
             self,
             self.model,
             self._costs,
@@ -96,19 +97,26 @@ class Pruner:
             total_steps=self.total_steps,
             window=self.removal.window or max(1, self.total_steps // WINDOWS),
         )
+        policy.losses_are_divided_by(self._accumulate)
+        return policy
 
     # The run.
 
-    def parameter_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    def parameter_groups(
+        self, weight_decay: float = 0.0, *, batch_size: int = 128, adaptive: bool = False
+    ) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer: the network's weights, and the gates at their own learning rate.
 
         Args:
             weight_decay: Decay of the weights; biases, norms and gates are not decayed.
+            batch_size: Samples of a batch, over all processes: gates may learn faster from larger ones.
+            adaptive: Whether the optimizer divides a gradient by its size, as Adam and AdamW do: the gates' learning
+                rate is then another.
         """
         gates = gate_parameters(self.model)
         of_gates = set(gates)
         weights = [parameter for parameter in self.model.parameters() if parameter not in of_gates]
-        lr = self.gate.lr / self.total_steps
+        lr = self.gate.lr_of_step(self.total_steps, batch_size, adaptive=adaptive)
         return [
             {"params": [p for p in weights if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
@@ -190,6 +198,14 @@ class Pruner:
         self._policy.carried_out(self.model, verdicts)
         return operations
 
+    def losses_are_divided_by(self, accumulate: int) -> None:
+        """Say that gradients are added up over so many batches for a step, each with its loss divided by their number.
+
+        What a batch's gradient says to a gate depends on it; :meth:`penalize_output` is told by its argument.
+        """
+        self._accumulate = accumulate
+        self._policy.losses_are_divided_by(accumulate)
+
     def penalize_output(self, accumulate: int = 1) -> RemovableHandle:
         """Add the penalty to whatever loss is made from the network's output, for loops that hide their loss.
 
@@ -201,6 +217,7 @@ class Pruner:
         Returns:
             A handle that takes it off again.
         """
+        self.losses_are_divided_by(accumulate)
 
         def hook(_: nn.Module, __: object, output: object) -> object:
             if not (self.model.training and torch.is_grad_enabled() and self._policy.active):

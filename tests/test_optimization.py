@@ -198,3 +198,12 @@ def test_a_step_that_is_left_out_leaves_the_average_alone(make_network: MakeNetw
     expected = before if skipped else list(plain.module.parameters())
     for mine, theirs in zip(average.module.parameters(), expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_gates_learn_as_fast_as_the_noise_of_their_gradient_allows() -> None:
+    """A step moves a gate by its mean gradient and by noise, which is the less the more samples it learns from."""
+    assert GateConfig().lr_of_step(2808, 128, adaptive=False) == 300 / 2808  # sqrt(2808 * 128 / 4), to two digits
+    assert GateConfig(every=1).lr_of_step(2808, 128, adaptive=False) == 600 / 2808
+    assert GateConfig().lr_of_step(2808, 512, adaptive=False) == 600 / 2808
+    assert GateConfig().lr_of_step(2808, 512, adaptive=True) == 30 / 2808
+    assert GateConfig(lr=7.0).lr_of_step(1000, 512, adaptive=True) == 7 / 1000

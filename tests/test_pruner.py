@@ -151,6 +151,26 @@ def test_gradient_accumulation_changes_the_structure_only_after_a_step() -> None
     assert pruner.report()["gates_left"] == 0
 
 
+@pytest.mark.parametrize("told_by", ["the loop", "penalize_output"])
+def test_gates_learn_as_much_from_a_batch_in_two_halves_of_a_loss_as_from_the_whole(told_by: str) -> None:
+    """What a gradient means to a gate is not linear in it: its bound and its curvature are those of a sample's loss."""
+
+    def gradients(passes: int) -> list[Tensor]:
+        model, pruner = make_pruner(["block"])
+        if told_by == "the loop":
+            pruner.losses_are_divided_by(passes)
+        else:
+            pruner.penalize_output(passes)
+        images, labels = batch_of(0)
+        for _ in range(passes):
+            loss = functional.cross_entropy(model(images), labels)
+            ((loss + pruner.penalty() if told_by == "the loop" else loss) / passes).backward()
+        return [parameter.grad for parameter in gate_parameters(model)]
+
+    for one, other in zip(gradients(1), gradients(2), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("shape", ["tensor", "tuple", "list", "dict"])
 def test_the_penalty_beside_the_output_is_the_penalty_in_the_loss(shape: str) -> None:
     """For loops that do not let anyone at their loss."""

@@ -2,11 +2,13 @@
 
     python benchmarks/accuracy/ablated.py --fixed-price 1 -- --config configs/digits.yaml --run_name fixed
     python benchmarks/accuracy/ablated.py --mask -- --config configs/digits.yaml --run_name masked
+    python benchmarks/accuracy/ablated.py --first-order -- --config configs/digits.yaml --run_name first
 
 ``--fixed-price P`` puts the loss ``P * rho`` on the kept cost in place of the controlled price. The deadline settles
 what is left against the budget all the same. ``--mask`` keeps a removed block in the network with its decision at 0 for
 every sample, so that all of it goes on being computed and nothing of it counts; FLOPs are then those of the whole
-network. Everything after ``--`` goes to ``greenprune train``.
+network. ``--first-order`` takes the task's gradient of a decision as it is, without its curvature. Everything after
+``--`` goes to ``greenprune train``.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
+import greenprune.gating.gates
 import greenprune.gating.policy
 from greenprune.command import run_command
 from greenprune.flops import Cost
@@ -39,6 +42,11 @@ def fix_price(price: float) -> None:
             return self.price * kept
 
     greenprune.gating.policy.BudgetController = FixedPrice  # type: ignore[misc]
+
+
+def first_order() -> None:
+    """Have gates learn from the task's gradient as it is."""
+    greenprune.gating.gates._curvature = lambda samples, parts: 0.0
 
 
 class Closed(nn.Module):
@@ -67,10 +75,13 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--fixed-price", type=float)
     what.add_argument("--mask", action="store_true")
+    what.add_argument("--first-order", action="store_true")
     parser.add_argument("flags", nargs="+", help="flags of greenprune train, after --")
     args = parser.parse_args()
     if args.fixed_price is not None:
         fix_price(args.fixed_price)
+    elif args.first_order:
+        first_order()
     else:
         mask()
     return run_command(args.flags, os.environ, prog="ablated.py")

@@ -135,6 +135,11 @@ def ablations(target: float) -> list[Cell]:
         cell("default", "the defaults"),
         cell("no-polarization", "no polarization", "--gate.polarization", "0"),
         cell("more-polarization", "polarization 1", "--gate.polarization", "1"),
+        cell("first-order", "the task's gradient to first order", ablated=("--first-order",)),
+        *(
+            cell(f"lr-{lr:g}", f"gates' learning rate {lr:g}, not by the noise", "--gate.lr", f"{lr:g}")
+            for lr in (30, 300)
+        ),
         *(
             cell(f"fixed-{price:g}", f"fixed price {price:g}", ablated=("--fixed-price", f"{price:g}"))
             for price in (0.1, 1.0, 10.0)

@@ -164,8 +164,10 @@ class GateConfig:
     """Share of the run without any penalty on the gates. This and the other defaults are our choice."""
     openness: float = 0.9
     """Openness of every gate at the start, in (0.5, 1)."""
-    lr: float = 30.0
-    """Sum of the gates' learning rate over the run, constant in it: a step uses gate.lr divided by the run's steps."""
+    lr: float | None = None
+    """Sum of the gates' learning rate over the run, constant in it: a step uses gate.lr divided by the run's steps.
+    null: the square root of the number of samples that gates learn from in the run, to two digits, as fast as the noise
+    of their gradient allows; with adamw, whose steps do not grow with the gradient, 30."""
     polarization: float = 0.1
     """Weight of the polarization regularizer."""
     every: int = 4
@@ -176,7 +178,7 @@ class GateConfig:
         _require(self.every >= 1, "gate.every", self.every, "a whole number of at least 1")
         _require(0 <= self.warmup < 1, "gate.warmup", self.warmup, "a share in [0, 1)")
         _require(0.5 < self.openness < 1, "gate.openness", self.openness, "a number in (0.5, 1)")
-        _require(self.lr > 0, "gate.lr", self.lr, "a number above 0")
+        _require(self.lr is None or self.lr > 0, "gate.lr", self.lr, "a number above 0 or null")
         _require(self.polarization >= 0, "gate.polarization", self.polarization, "a number of at least 0")
         _require(
             len(self.units) == len(set(self.units)) and len(self.units) > 0,
@@ -184,6 +186,19 @@ class GateConfig:
             self.units,
             "a list without repeats of " + ", ".join(get_args(UnitKind)),
         )
+
+    def lr_of_step(self, total_steps: int, batch_size: int, *, adaptive: bool) -> float:
+        """Learning rate of the gates in each step.
+
+        Args:
+            total_steps: Steps of the whole run.
+            batch_size: Samples of a step, over all ranks.
+            adaptive: Whether the optimizer's steps are as large for a small gradient as for a large one, as Adam's are.
+        """
+        if self.lr is not None:
+            return self.lr / total_steps
+        as_fast_as_noise_allows = math.sqrt(total_steps * batch_size / self.every)
+        return (30.0 if adaptive else float(f"{as_fast_as_noise_allows:.2g}")) / total_steps
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from greenprune.config import ConfigError
 
 # Gains of the price's controller (our choice). The price is what the loss pays for keeping the whole network, so the
 # proportional gain is a loss for each unit of error; the integral gain is that for an error that lasts a whole run.
-PROPORTIONAL = 20.0
-INTEGRAL = 200.0
+# Half of a network is worth a price of 1 to 2: a price that rises far past that before the gates have followed closes
+# them all alike, whatever each is worth to the task (docs/log.md).
+PROPORTIONAL = 6.0
+INTEGRAL = 60.0
 
 _ROUNDING = 1e-9  # shares of cost are sums of floats
 

@@ -129,9 +129,15 @@ class GatePolicy:
         self._expected_cost = ExpectedCost(self.costs, self._units, self.present, self._device)
         # A mean over gates of the mean over a gate's units: alike for a block and for the channels of another.
         self._weights = None
-        if any(gate.gain > 1 for gate in self._gates):
-            by_gate = [torch.full_like(gate.bias.detach(), 1.0 / gate.gain) for gate in self._gates]
+        if any(gate.units > 1 for gate in self._gates):
+            by_gate = [torch.full_like(gate.bias.detach(), 1.0 / gate.units) for gate in self._gates]
             self._weights = torch.cat(by_gate) / len(by_gate)
+
+    def losses_are_divided_by(self, parts: int) -> None:
+        """Tell the gates over how many passes gradients are added up, each with a loss divided by their number."""
+        self._parts = parts
+        for gate in self._gates:
+            gate.parts = parts
 
     @property
     def active(self) -> bool:

@@ -14,7 +14,7 @@ CONFIG = """
 model: {name: resnet20}
 data: {name: digits, batch_size: 64}
 optim: {epochs: 3, lr: 0.02}
-gate: {kind: conditional, warmup: 0.0, lr: 10.0, polarization: 2.0}
+gate: {kind: conditional, warmup: 0.0, lr: 3.0, polarization: 2.0}
 budget: {target: 0.6}
 removal: {window: 11, decide_by: 0.8}
 """

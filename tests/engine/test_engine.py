@@ -290,6 +290,8 @@ def test_parts_of_a_batch_add_up_to_its_gradient(make_network: MakeNetwork, make
     for parts, model in zip((1, 2), models, strict=True):
         engine.prepare(model, build_optimizer(config, model, 20))
         model.eval()
+        for gate in find_gates(model).values():
+            gate.parts = parts
         images, labels = batch(0)
         for number, (part, targets) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
             with engine.accumulating(last=number + 1 == parts):

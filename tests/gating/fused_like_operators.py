@@ -9,6 +9,7 @@ In Triton's interpreter the kernels run on a CPU: slowly, but with the same indi
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -67,10 +68,12 @@ def results(
     out = block(x)
     assert gate.decision is not None
     assert gate.logit is not None
-    grad = random(*shape).to(DEVICE, dtype, memory_format=layout)
+    # So large that neither the bound nor the curvature of a decision's gradient is all that there is to see.
+    size = (1.0 if gate.loss_scale is None else 128.0) / (shape[0] * math.sqrt(shape[1] * shape[2] * shape[3]))
+    grad = (size * random(*shape)).to(DEVICE, dtype, memory_format=layout)
     decision, logit = gate.decision, gate.logit
     (out * grad).sum().backward(retain_graph=True)
-    (0.1 * decision.mean()).backward()
+    (0.1 * size * decision.mean()).backward()
     found = {"out": out, "decision": decision, "logit": logit, "x": x.grad, "weight": gate.weight.grad}
     found |= {"bias": gate.bias.grad, "branch": branch.weight.grad}
     return {name: tensor.detach().float() for name, tensor in found.items() if tensor is not None}

@@ -21,7 +21,7 @@ from greenprune.gating import (
     straight_through,
     take_decisions,
 )
-from greenprune.gating.gates import BOUND, hold_within_bounds
+from greenprune.gating.gates import BOUND, CURVATURE, hold_within_bounds
 from greenprune.models import residual_blocks
 from greenprune.models.residual import ResidualBlock
 
@@ -113,8 +113,42 @@ def test_a_whole_network_trains_its_gates_under_autocast(make_network: Callable[
 
 def gradient(logits: list[float], upstream: list[float]) -> list[float]:
     logit = torch.tensor(logits, requires_grad=True)
-    straight_through(logit).backward(torch.tensor(upstream))
+    straight_through(logit)[1].backward(torch.tensor(upstream))
     return logit.grad.tolist()
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("loss_scale", [None, 1024.0])
+def test_the_tasks_gradient_is_what_the_loss_loses_with_the_unit_to_second_order(
+    parts: int, loss_scale: float | None
+) -> None:
+    """For losses ``(t - g v)^2 / 2`` with t = v + e the square of the gradient is the curvature times e^2."""
+    value = torch.tensor([0.3, -0.5, 0.2, 0.4])
+    noise = torch.tensor([1.0, -1.0, -1.0, 1.0]) / math.sqrt(CURVATURE)
+    logit = torch.tensor([0.5, 0.5, 0.5, 0.5], requires_grad=True)
+    scale = None if loss_scale is None else torch.tensor(loss_scale)
+    decision, _ = straight_through(logit, scale, parts=parts)
+    losses = (value + noise - decision * value).square() / 2
+    (losses.mean() / parts * (loss_scale or 1.0)).backward()
+    without, with_it = (value + noise).square() / 2, noise.square() / 2
+    exactly = (with_it - without) / 4 / parts
+    assert (logit.grad / (loss_scale or 1.0)).tolist() == pytest.approx(exactly.tolist())
+
+
+def test_a_unit_that_is_off_has_its_gradient_as_it_is() -> None:
+    logit = torch.tensor([-0.5, -0.5, 0.5, 0.5], requires_grad=True)
+    straight_through(logit)[0].backward(torch.tensor([0.1, -0.1, 0.1, -0.1]))
+    # Of a mean over four: 4 * 0.1 is the gradient of a sample's own loss.
+    bent = [(0.4 - CURVATURE * 0.4**2 / 2) / 4, (-0.4 - CURVATURE * 0.4**2 / 2) / 4]
+    assert logit.grad.tolist() == pytest.approx([0.1, -0.1, *bent])
+
+
+def test_a_unit_without_a_mean_gradient_is_held_by_its_curvature() -> None:
+    """Where batch norm has trained a branch's scale, the first order says nothing of what the branch is worth."""
+    logit = torch.full((64,), 0.5, requires_grad=True)
+    towards = torch.randn(64, generator=torch.Generator().manual_seed(0)).mul_(0.1 / 64)
+    straight_through(logit)[0].backward(towards - towards.mean())
+    assert logit.grad.sum().item() == pytest.approx(-CURVATURE * 0.005, rel=0.3)  # mean square of 0.1
 
 
 def test_the_gradient_passes_the_threshold_unchanged() -> None:
@@ -136,7 +170,7 @@ def test_one_sample_cannot_drown_the_others() -> None:
 @pytest.mark.parametrize("every", [2, 3])
 def test_the_first_of_every_few_samples_speaks_for_all_of_them(samples: int, every: int) -> None:
     logit = torch.full((samples, 2), 0.5, requires_grad=True)
-    straight_through(logit, every=every).backward(torch.full((samples, 2), 0.3 / samples))
+    straight_through(logit, every=every)[1].backward(torch.full((samples, 2), 0.3 / samples))
     voices = logit.grad[::every]
     assert voices.sum(0).tolist() == pytest.approx([0.3, 0.3])  # as with every sample
     assert (voices == voices[0]).all()
@@ -146,7 +180,7 @@ def test_the_first_of_every_few_samples_speaks_for_all_of_them(samples: int, eve
 def test_what_a_few_samples_say_for_others_is_bounded_by_the_share_of_all_of_them() -> None:
     logit = torch.tensor([0.5, 0.5, 0.5, 0.5, BOUND, BOUND], requires_grad=True)
     upstream = torch.tensor([9.0, -9.0, -9.0, 9.0, -0.1, 9.0])
-    straight_through(logit, every=2).backward(upstream)
+    straight_through(logit, every=2)[1].backward(upstream)
     # The last that speaks is at its bound and may not go further up.
     assert logit.grad.tolist() == pytest.approx([2 / 6, 0, -2 / 6, 0, 0, 0])
 
@@ -164,15 +198,20 @@ def test_gates_that_learn_from_a_few_samples_leave_the_networks_own_gradients_al
         model = make_network(kind=None).train()
         attach_gates(model, GateConfig(units=units, every=every))  # type: ignore[arg-type]
         gates = list(find_gates(model).values())
+        decisions: list[Tensor] = []
+        for gate in gates:
+            gate.register_forward_hook(lambda _, __, decision: decisions.append(decision))
         with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
             loss = model(images).float().logsumexp(1).mean()
-        decisions = [gate.decision for gate in gates]
         towards = torch.autograd.grad(loss, decisions, retain_graph=True)
         take_decisions(gates)
         loss.backward()
-        bound = 1 / len(images)
-        told = [(gate.gain * grad)[rows].clamp(-bound, bound).sum(0) for gate, grad in zip(gates, towards, strict=True)]
-        return {name: parameter.grad for name, parameter in model.named_parameters()}, torch.cat(told)
+        samples = len(images)
+        bent = [grad.view(samples, -1) for grad in towards]
+        bent = [grad - CURVATURE * samples / 2 * grad.square() for grad in bent]  # all units are on
+        bounded = [(gate.gain * grad).clamp(-1 / samples, 1 / samples) for gate, grad in zip(gates, bent, strict=True)]
+        told = torch.cat([grad[rows].sum(0) for grad in bounded])
+        return {name: parameter.grad for name, parameter in model.named_parameters()}, told
 
     all_of_them, told = gradients(1, slice(None, None, 4))
     some, _ = gradients(4, slice(None))
@@ -315,7 +354,7 @@ def test_a_gate_that_is_not_told_of_the_scale_would_bound_its_gradient_too_tight
 def test_the_scaled_gradient_is_bounded_at_the_bounds_as_well() -> None:
     logit = torch.tensor([BOUND, BOUND, -BOUND, 0.5], requires_grad=True)
     upstream = torch.tensor([0.1, -0.1, 0.1, -7.0])
-    straight_through(logit, torch.tensor(512.0)).backward(512.0 * upstream)
+    straight_through(logit, torch.tensor(512.0))[1].backward(512.0 * upstream)
     assert (logit.grad / 512).tolist() == pytest.approx([0.1, 0.0, 0.0, -0.25])
 
 
@@ -457,7 +496,7 @@ def test_a_gate_can_be_trained_after_an_evaluation_of_as_many_samples(kind: str,
         evaluated = gate.eval()(x)
     decision = gate.train()(x)
     assert torch.equal(decision, evaluated)
-    decision.sum().backward()
+    (4 * take_decisions([gate])[0]).sum().backward()
     assert gate.bias.grad.item() == pytest.approx(1.0)  # at first each of four may pull by a quarter
 
 

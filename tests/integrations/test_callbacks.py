@@ -133,7 +133,7 @@ def test_transformers_trains_a_smaller_network(digits: tuple[Tensor, Tensor], tm
     images, labels = digits
     network = CifarResNet(20, 10, channels=1)
     pruner = prune(network, images, ["block", "channel"])
-    optimizer = torch.optim.AdamW(pruner.parameter_groups(weight_decay=0.01), lr=3e-3)
+    optimizer = torch.optim.AdamW(pruner.parameter_groups(weight_decay=0.01, adaptive=True), lr=3e-3)
     trainer = transformers.Trainer(
         model=Classifier(network),
         args=arguments(transformers, tmp_path, gradient_accumulation_steps=accumulate),
