@@ -182,6 +182,7 @@ class Gate(nn.Module):
         logit: The logits [B, U] they were made from, without gradient.
         loss_scale: Factor by which mixed precision scales the loss, if it does; set by the training loop.
         units: Number of units U of the dense network.
+        start: The logits at the start.
         gain: Factor of the gradient of a decision.
         parts: Passes over which gradients are added up before a step; set by the training loop.
         every: Of how many samples one teaches the gate.
@@ -194,7 +195,8 @@ class Gate(nn.Module):
     def __init__(self, units: int, openness: float, weight: nn.Parameter | None) -> None:
         super().__init__()
         self.weight = weight
-        self.bias = nn.Parameter(torch.full((units,), math.log(openness / (1 - openness))))
+        self.start = math.log(openness / (1 - openness))
+        self.bias = nn.Parameter(torch.full((units,), self.start))
         self.decision = self.logit = self.loss_scale = None
         self.units = units
         self.gain = 1.0
@@ -418,6 +420,17 @@ def take_decisions(gates: list[Gate]) -> tuple[Tensor, Tensor]:
     for gate in gates:
         gate.decision = gate.logit = None
     return rates, openness
+
+
+def hold_open(gates: list[Gate]) -> None:
+    """Put gates back to how open they were at the start, in place, whatever the input, after an optimizer step.
+
+    A unit that is switched off before the network has learnt anything is not trained and stays worthless.
+    """
+    biases = [gate.bias.detach() for gate in gates]
+    weights = [gate.weight.detach() for gate in gates if gate.weight is not None]
+    torch._foreach_zero_([*biases, *weights])
+    torch._foreach_add_(biases, [gate.start for gate in gates])
 
 
 def hold_within_bounds(gates: list[Gate]) -> None:

@@ -19,7 +19,7 @@ from greenprune.gating.budget import (
     polarization,
 )
 from greenprune.gating.consensus import Consensus, UnitWindow
-from greenprune.gating.gates import find_gates, gated_units, hold_within_bounds, take_decisions
+from greenprune.gating.gates import find_gates, gated_units, hold_open, hold_within_bounds, take_decisions
 from greenprune.gating.settling import Verdict, decide
 
 # Share of the time from the warm-up to the deadline in which the target is ramped down (our choice): gates then have
@@ -195,8 +195,11 @@ class GatePolicy:
         return self.penalty_of_pass(samples, mean_over_ranks)
 
     def after_step(self) -> None:
-        """Keep the gates within their bounds after an optimizer step."""
-        hold_within_bounds(self._gates)
+        """Keep the gates open until the warm-up has ended, and within their bounds after it."""
+        if self.in_warmup:
+            hold_open(self._gates)
+        else:
+            hold_within_bounds(self._gates)
 
     def remember_step(self) -> None:
         """Keep what the next step's penalty changes, for :meth:`forget_step`."""

@@ -422,8 +422,29 @@ def test_the_policy_holds_its_gates_within_their_bounds(make_network: Callable[.
     nn.init.constant_(biases[0], 100.0)
     nn.init.constant_(biases[1], -100.0)
     rest = [bias.item() for bias in biases[2:]]
+    policy.begin_step(10, 4)
     policy.after_step()
     assert [bias.item() for bias in biases] == [BOUND, -BOUND, *rest]
+
+
+def test_gates_stay_as_open_as_they_began_until_the_warm_up_has_ended(make_network: Callable[..., nn.Module]) -> None:
+    """Nobody has learnt anything yet, and a unit that is off is not trained and stays worthless."""
+    model = make_network(kind="conditional")
+    policy = policy_of(model)
+    began = [parameter.detach().clone() for parameter in gate_parameters(model)]
+    for step in (0, 9):
+        with torch.no_grad():
+            for parameter in gate_parameters(model):
+                parameter.sub_(2.5 + torch.rand_like(parameter))
+        policy.begin_step(step, 4)
+        policy.after_step()
+        for now, then in zip(gate_parameters(model), began, strict=True):
+            assert torch.equal(now, then)
+    policy.begin_step(10, 4)
+    with torch.no_grad():
+        gate_parameters(model)[0].sub_(1.0)
+    policy.after_step()
+    assert not torch.equal(gate_parameters(model)[0], began[0])
 
 
 def test_the_policy_tells_its_gates_of_the_loss_scale(make_network: Callable[..., nn.Module]) -> None:
