@@ -109,14 +109,16 @@ class Pruner:
 
         Args:
             weight_decay: Decay of the weights; biases, norms and gates are not decayed.
-            batch_size: Samples of a batch, over all processes: gates may learn faster from larger ones.
+            batch_size: Samples of a batch, over all processes: gates may learn faster from larger ones. Over how many
+                batches gradients are added up is to be said before (:meth:`losses_are_divided_by`).
             adaptive: Whether the optimizer divides a gradient by its size, as Adam and AdamW do: the gates' learning
                 rate is then another.
         """
         gates = gate_parameters(self.model)
         of_gates = set(gates)
         weights = [parameter for parameter in self.model.parameters() if parameter not in of_gates]
-        lr = self.gate.lr_of_step(self.total_steps, batch_size, adaptive=adaptive)
+        steps, samples = self.total_steps / self._accumulate, batch_size * self._accumulate
+        lr = self.gate.lr_of_step(steps, samples, adaptive=adaptive)
         return [
             {"params": [p for p in weights if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
@@ -201,7 +203,8 @@ class Pruner:
     def losses_are_divided_by(self, accumulate: int) -> None:
         """Say that gradients are added up over so many batches for a step, each with its loss divided by their number.
 
-        What a batch's gradient says to a gate depends on it; :meth:`penalize_output` is told by its argument.
+        What a batch's gradient says to a gate depends on it, and so does the gates' learning rate: to be said before
+        the optimizer is made. :meth:`penalize_output` says it too, for the gradients alone.
         """
         self._accumulate = accumulate
         self._policy.losses_are_divided_by(accumulate)

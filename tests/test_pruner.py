@@ -171,6 +171,16 @@ def test_gates_learn_as_much_from_a_batch_in_two_halves_of_a_loss_as_from_the_wh
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
+def test_the_gates_learning_rate_adds_up_to_the_same_over_fewer_steps() -> None:
+    sums = []
+    for accumulate in (1, 4):
+        _, pruner = make_pruner(["block"])
+        pruner.losses_are_divided_by(accumulate)
+        (gates,) = (group for group in pruner.parameter_groups(batch_size=16) if group.get("name") == "gates")
+        sums.append(gates["lr"] * STEPS / accumulate)
+    assert sums == [15.0, 15.0]  # sqrt(60 * 16 / 4), to two digits
+
+
 @pytest.mark.parametrize("shape", ["tensor", "tuple", "list", "dict"])
 def test_the_penalty_beside_the_output_is_the_penalty_in_the_loss(shape: str) -> None:
     """For loops that do not let anyone at their loss."""

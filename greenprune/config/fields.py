@@ -187,7 +187,7 @@ class GateConfig:
             "a list without repeats of " + ", ".join(get_args(UnitKind)),
         )
 
-    def lr_of_step(self, total_steps: int, batch_size: int, *, adaptive: bool) -> float:
+    def lr_of_step(self, total_steps: float, batch_size: int, *, adaptive: bool) -> float:
         """Learning rate of the gates in each step.
 
         Args:

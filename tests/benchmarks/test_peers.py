@@ -35,8 +35,6 @@ def run(method: str, output: Path, *flags: str) -> dict:
 
 @pytest.mark.parametrize("method", ["slimming", "polarization", "torch-pruning"])
 def test_a_peer_stopped_and_gone_on_with_ends_as_if_it_had_not(method: str, tmp_path: Path) -> None:
-    if method == "torch-pruning" and not (ROOT / "build" / "torch-pruning").is_dir():
-        pytest.skip("torch-pruning is fetched by its first use outside of tests")
     whole = run(method, tmp_path / "whole.json")
     assert 0.45 < whole["flops_forward"] / whole["flops_forward_dense"] <= 0.5
     assert whole["flops_train"] < whole["flops_train_dense"]
