@@ -229,6 +229,23 @@ def test_a_value_out_of_range_is_refused_with_key_value_and_what_is_valid(
     assert valid in message
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("optim.lr", "abc", "Expected a value of type float. Got value: abc"),
+        ("gate.lr", "abc", "Expected a value of type float or null. Got value: abc"),
+        ("removal.window", "[1]", "Expected a value of type int or null. Got value: [1]"),
+        ("gate.kind", "abc", "Expected one of 'conditional', 'static'. Got value: abc"),
+        ("gate.units", "[foo]", "Expected one of 'block', 'channel'. Got value: foo"),
+    ],
+    ids=str,
+)
+def test_a_value_of_the_wrong_type_is_refused_in_one_sentence(key: str, value: str, told: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_config([f"--{key}={value}"])
+    assert str(refused.value) == f"{key}: {told}"
+
+
 @pytest.mark.parametrize(("key", "value"), [("optim.lr", -0.1), ("seed", -1)])
 def test_a_flag_out_of_range_is_refused_in_the_same_words(tmp_path: Path, key: str, value: float) -> None:
     with pytest.raises(ConfigError) as refused:

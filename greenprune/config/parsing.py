@@ -180,10 +180,21 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.to_dict(), sort_keys=False)
 
 
+# What a parser says of a field that may be of several types: those, why it is none of them, one by one, and what it is.
+_UNION = re.compile(
+    r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* Given value: (.*)"
+)
+
+
 def plain_message(error: BaseException) -> str:
     """One line from a parser's message, without its own preamble."""
     text = " ".join(str(error).split())
     found = re.search(r'[Kk]ey "?([\w.]+)"?:? ?(.*)', text)
     text = f"{found[1]}: {found[2]}" if found else text
-    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
-    return re.sub(r"Expected an? <class '(\w+)'>", r"Expected a value of type \1", text)
+    text = re.sub(r"Expected an? typing\.Literal\[(.*?)\]", r"Expected one of \1", text)
+    return _UNION.sub(_of_several_types, re.sub(r"Expected an? <class '(\w+)'>", r"Expected a value of type \1", text))
+
+
+def _of_several_types(found: re.Match[str]) -> str:
+    names = ["null" if name == "NoneType" else name for name in re.findall(r"<class '(\w+)'>", found[1])]
+    return f"Expected a value of type {' or '.join(names)}. Got value: {found[2]}"
