@@ -149,8 +149,10 @@ def ablations(target: float) -> list[Cell]:
             cell(f"every-{every}", f"gates learn from one sample in {every}", "--gate.every", f"{every}")
             for every in (1, 2, 4)
         ),
-        cell("decide-0.2", "decided by 0.2", "--removal.decide_by", "0.2"),
-        cell("decide-0.8", "decided by 0.8", "--removal.decide_by", "0.8"),
+        *(
+            cell(f"decide-{share:g}", f"decided by {share:g}", "--removal.decide_by", f"{share:g}")
+            for share in (0.2, 0.5, 0.8)
+        ),
         cell("no-warmup", "no warm-up", "--gate.warmup", "0"),
         cell("warmup-0.3", "warm-up 0.3", "--gate.warmup", "0.3"),
         cell("time", "budget in measured time", "--budget.unit", "time"),
