@@ -73,14 +73,18 @@ class _GatedSum(torch.autograd.Function):
     """``shortcut + decision * branch`` in one pass over the activations, and at most two in the backward.
 
     The derivative of torch.addcmul makes two more passes, to multiply by its factor of 1. Only every ``every``-th
-    decision has a gradient: for the others it is not computed.
+    decision has a gradient: for the others it is not computed, and their part of the branch is not kept for it. What is
+    not kept is memory that the next layer writes to while it is still in the cache.
     """
 
     @staticmethod
     def forward(ctx: Any, shortcut: Tensor, branch: Tensor, decision: Tensor, every: int) -> Tensor:
         ctx.all_on = _known_all_on(decision)
         ctx.every = every
-        ctx.save_for_backward(branch if ctx.needs_input_grad[2] else None, decision)
+        kept = None
+        if ctx.needs_input_grad[2]:
+            kept = branch if every == 1 else branch[::every].clone()
+        ctx.save_for_backward(kept, decision)
         if ctx.all_on:
             return shortcut + branch
         return torch.addcmul(shortcut, branch, _per_sample(decision, branch))
@@ -88,10 +92,10 @@ class _GatedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         (grad,) = grads
-        branch, decision = ctx.saved_tensors
+        kept, decision = ctx.saved_tensors
         towards_decision = None
         if ctx.needs_input_grad[2]:
-            products = grad[:: ctx.every] * branch[:: ctx.every]
+            products = grad[:: ctx.every] * kept
             summed = sum_over(products, list(range(1, grad.dim())), decision.dtype)
             towards_decision = _into_every(summed, ctx.every, len(grad))
         return grad, grad if ctx.all_on else grad * _per_sample(decision, grad), towards_decision, None
