@@ -211,8 +211,10 @@ class ZeroParallel:
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Take over a plain network and its optimizer, with all that the optimizer already keeps."""
         model.to(self._accelerator.device)
+        for parameter in model.parameters():  # DeepSpeed takes them for rows of bytes, in no other layout than C's
+            parameter.data = parameter.data.contiguous()
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
-        state = {parameter: dict(kept) for parameter, kept in optimizer.state.items()}
+        state = {parameter: _contiguous(kept) for parameter, kept in optimizer.state.items()}
         optimizer.state.clear()
         for group in optimizer.param_groups:
             if not group["params"]:  # DeepSpeed would drop the group, and schedules count on every group's place
@@ -350,6 +352,10 @@ def _all_gather(whole: Tensor, part: Tensor) -> None:
 def _of_parameter(value: object) -> bool:
     """Whether a value of a flat state has an element for each of the parameters' elements."""
     return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _contiguous(kept: State) -> State:
+    return {name: value.contiguous() if isinstance(value, Tensor) else value for name, value in kept.items()}
 
 
 def _offsets(parameters: list[nn.Parameter], whole: Tensor) -> list[tuple[nn.Parameter, int]]:

@@ -108,6 +108,8 @@ def run(engine: Engine, config: Config, parts: int, change: str) -> tuple[dict[s
     model = build_model(config.model, classes=10, channels=1, image_size=8)
     attach_gates(model, config.gate)
     switch_off(model)
+    if config.model.channels_last:
+        model.to(memory_format=torch.channels_last)
 
     def make_optimizer(model: nn.Module) -> Optimizer:
         return build_optimizer(config, model, total_steps=10**9)  # the gates stand still
@@ -151,7 +153,7 @@ def compare(engine: Engine, config: Config, parts: int) -> dict[str, Any]:
 def main(precision: str) -> None:
     torch.set_num_threads(1)
     sgd = Config(
-        model=ModelConfig(name="resnet20"),
+        model=ModelConfig(name="resnet20", channels_last=precision == "bf16"),  # as one would have it
         data=DataConfig(batch_size=BATCH),
         gate=GateConfig(kind="static", units=["block", "channel"]),
         optim=OptimConfig(lr=0.01),
