@@ -60,7 +60,7 @@ def format_share(part: float | None, whole: float | None) -> str:
 
 def cost_name(unit: str) -> str:
     """What ``budget.unit`` counts, in words."""
-    return {"flops": "FLOPs", "params": "parameters", "time": "step time"}.get(unit, unit)
+    return {"flops": "FLOPs", "params": "parameters", "time": "step time", "energy": "step energy"}.get(unit, unit)
 
 
 def worst_quality(qualities: Iterable[str | None]) -> str | None:

@@ -17,7 +17,7 @@ from greenprune.flops import Cost, count_costs, subtract
 from greenprune.gating import CostTerm, UnitCosts, attach_gates, channel_unit, find_gates, split_unit
 from greenprune.models import BlockError, ChannelSet, PlainBlock, build_model, find_channels, residual_blocks
 from greenprune.surgery import Structure, StructureMismatch, given_structure, replay
-from greenprune.unit_time import UnitTime
+from greenprune.unit_cost import MEASURED, UnitCost
 
 
 @dataclass(frozen=True)
@@ -149,38 +149,41 @@ def _parts(model: nn.Module, sets: dict[str, ChannelSet], counts: dict[str, Cost
     return parts
 
 
-def unit_costs(table: UnitTable, budget: BudgetConfig, time: UnitTime | None = None) -> UnitCosts:
+def unit_costs(table: UnitTable, budget: BudgetConfig, measured: UnitCost | None = None) -> UnitCosts:
     """What each unit of a dense network costs in the budget's unit, as a share of the whole network.
 
     Args:
         table: What was counted.
         budget: The budget.
-        time: What was measured, for a budget in time; until it is there, FLOPs stand in and no target is checked.
+        measured: What was measured, for a budget in time or energy; until it is there, FLOPs stand in and no target is
+            checked.
 
     Raises:
         ConfigError: The network has gates, and the budget's target cannot be met.
     """
     if budget.unit == "blocks":
         costs = UnitCosts.of(dict.fromkeys(table.branches, 1), len(table.branches))
-    elif budget.unit == "time" and time is not None:
-        costs = UnitCosts.of(time.blocks, time.whole)
+    elif measured is not None:
+        costs = UnitCosts.of(measured.blocks, measured.whole)
     else:
         costs = _shares(table, attrgetter("params" if budget.unit == "params" else "flops_forward"))
-    if table.gates and (budget.unit != "time" or time is not None):
+    if table.gates and (budget.unit not in MEASURED or measured is not None):
         costs.check_target(budget.target, table.gates)
     return costs
 
 
-def with_unit_time(network: Network, time: UnitTime, budget: BudgetConfig) -> Network:
-    """The network with costs in time.
+def with_unit_cost(network: Network, measured: UnitCost, budget: BudgetConfig) -> Network:
+    """The network with costs as they were measured.
 
     Raises:
-        ConfigError: The budget's target cannot be met, or a structure that was given lacks channels, whose time is not
-            measured.
+        ConfigError: The budget's target cannot be met, or a structure that was given lacks channels, whose cost is
+            not measured.
     """
     if network.table.channels:
-        raise ConfigError("budget.unit: 'time' is not valid with channels gated or given; expected flops or params")
-    return replace(network, costs=unit_costs(network.table, budget, time), time=time)
+        raise ConfigError(
+            f"budget.unit: {budget.unit!r} is not valid with channels gated or given; expected flops or params"
+        )
+    return replace(network, costs=unit_costs(network.table, budget, measured), measured=measured)
 
 
 def _shares(table: UnitTable, measure: Callable[[Cost], int]) -> UnitCosts:
@@ -224,7 +227,7 @@ class Network:
         table: What its units cost.
         costs: The same in the budget's unit, as shares of the whole.
         given: What is removed from it before training.
-        time: What its blocks take of a step, if the budget counts in that.
+        measured: What its blocks take of a step, if the budget counts in seconds or joules.
         notes: What the user should know of it, one line each.
     """
 
@@ -232,7 +235,7 @@ class Network:
     table: UnitTable
     costs: UnitCosts
     given: Structure = field(default_factory=Structure)
-    time: UnitTime | None = None
+    measured: UnitCost | None = None
     notes: list[str] = field(default_factory=list)
 
 

@@ -54,6 +54,11 @@ def git_revision() -> dict[str, Any] | None:
         return None
 
 
+def gpu_uuid(device: torch.device) -> str | None:
+    """NVML's identifier of the GPU that a torch device is, or None for another device."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
+
+
 def cpu_name() -> str:
     """Model of the processor as the system names it."""
     info = Path("/proc/cpuinfo")

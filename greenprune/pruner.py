@@ -16,7 +16,7 @@ from greenprune.gating import WINDOWS, GatePolicy, Verdict, attach_gates, find_g
 from greenprune.models import convert_blocks
 from greenprune.network import UnitTable, gating_notes, unit_costs, units_present
 from greenprune.surgery import Operation, Structure, carry_out, refuse_wrapped, replay, update_optimizer
-from greenprune.unit_time import UnitTime, measure_unit_time
+from greenprune.unit_cost import MEASURED, UnitCost, measure_unit_cost
 
 
 class Pruner:
@@ -78,8 +78,9 @@ class Pruner:
         attach_gates(model, self.gate)
         self.notes = gating_notes(model, self.gate)
         self._table = UnitTable.of(model, tuple(example.shape[1:]))
-        self._time = measure_unit_time(model, example) if self.budget.unit == "time" else None
-        self._costs = unit_costs(self._table, self.budget, self._time)
+        unit = self.budget.unit
+        self._measured = measure_unit_cost(unit, model, example) if unit in MEASURED else None
+        self._costs = unit_costs(self._table, self.budget, self._measured)
         self._device = example.device
         self._rounding = self._table.rounding(surgery or SurgeryConfig(), self._device)
         self._accumulate = 1
@@ -250,7 +251,7 @@ class Pruner:
         """What a checkpoint needs, besides the network's and the optimizer's own state, to go on exactly."""
         return {
             "structure": self.structure.to_dict(),
-            "unit_time": None if self._time is None else self._time.to_dict(),
+            "unit_cost": None if self._measured is None else self._measured.to_dict(),
             "policy": self._policy.state_dict(),
             "batches": self._batches,
             "looked": self._looked,
@@ -264,9 +265,9 @@ class Pruner:
         """
         self.structure = Structure.from_dict(state["structure"])
         replay(self.structure, self.model)
-        if self._time is not None:
-            self._time = UnitTime(**state["unit_time"])
-            self._costs = unit_costs(self._table, self.budget, self._time)
+        if self._measured is not None:
+            self._measured = UnitCost.of_state(state)
+            self._costs = unit_costs(self._table, self.budget, self._measured)
         self._policy = self._new_policy()
         self._policy.load_state_dict(state["policy"])
         self._batches, self._looked = state["batches"], state["looked"]

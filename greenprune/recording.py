@@ -66,7 +66,7 @@ class Recorder:
         self._folder = records.folder
         self._mirrors = records.mirrors
         self._notes = [*records.meter.notes, *network.notes, *records.notes]
-        self._table, self._costs, self._time = network.table, network.costs, network.time
+        self._table, self._costs, self._measured = network.table, network.costs, network.measured
         self.accounts = Accounts(engine, records.meter, records.carbon, records.slurm_job)
 
     def structure_is(self, structure: Structure, kept_cost: float) -> Cost:
@@ -150,7 +150,7 @@ class Recorder:
             steps_per_epoch=data.steps_per_epoch,
             units=list(self._costs.units),
             channels=self._costs.channels,
-            unit_time=None if self._time is None else self._time.to_dict(),
+            unit_cost=None if self._measured is None else self._measured.to_dict(),
             energy_sources=self.accounts.sources(),
             notes=self._notes,
             **self._numbers,

@@ -20,14 +20,14 @@ from greenprune.energy import Meter, carbon_intensity, node_id, open_meter, shar
 from greenprune.engine import Engine
 from greenprune.late_files import PATIENCE_S, await_attempt, take_lock
 from greenprune.mirrors import start_mirrors
-from greenprune.network import Network, prepare_network, with_unit_time
+from greenprune.network import Network, prepare_network, with_unit_cost
 from greenprune.progress import Display
 from greenprune.provenance import collect_provenance
 from greenprune.report.writing import write_run_report
 from greenprune.surgery import resolve_structure
 from greenprune.tracking import Event, EventLog, RunFolder, default_run_name, salvage_events
 from greenprune.trainer import Trainer
-from greenprune.unit_time import UnitTime, measure_unit_time
+from greenprune.unit_cost import MEASURED, MeasuredUnit, UnitCost, measure_unit_cost
 from greenprune.verify import check_fits
 from greenprune.wandb_mirror import wandb_goes_online
 
@@ -81,9 +81,9 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         config = _resolve_structure(config, engine)
         with meter.window("setup"):
             network = engine.together(lambda: prepare_network(config, data))
-            if config.budget.unit == "time" and not config.is_dense:
+            if config.budget.unit in MEASURED and not config.is_dense:
                 # Before a folder is claimed, since a budget that cannot be met leaves nothing behind.
-                network = _with_measured_time(config, network, data, engine)
+                network = _with_measured_cost(config, config.budget.unit, network, data, engine)
         claim = engine.together(lambda: _claim(config, network, stack, environment), main_only=True)
         folder = RunFolder(claim.path)
         if claim.finished:
@@ -92,9 +92,8 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         if claim.checkpoint is not None:
             path = claim.checkpoint
             resume = path, engine.together(lambda: load_checkpoint(path))
-            if network.time is not None:  # what was measured first counts to the end
-                time = UnitTime(**resume[1].state["unit_time"])
-                network = with_unit_time(network, time, config.budget)
+            if network.measured is not None:  # what was measured first counts to the end
+                network = with_unit_cost(network, UnitCost.of_state(resume[1].state), config.budget)
         mirrors, notes = engine.together(
             lambda: _start_mirrors(config, engine, folder, stack, display, environment, online=online)
         )
@@ -125,18 +124,19 @@ def _resolve_structure(config: Config, engine: Engine) -> Config:
     return resolved
 
 
-def _with_measured_time(config: Config, network: Network, data: ImageData, engine: Engine) -> Network:
-    """The network with costs in time, as rank 0 has measured them: all ranks decide by the same figures."""
+def _with_measured_cost(
+    config: Config, unit: MeasuredUnit, network: Network, data: ImageData, engine: Engine
+) -> Network:
+    """The network with costs as rank 0 has measured them: all ranks decide by the same figures."""
     samples = config.data.batch_size // engine.world_size // config.optim.accumulate
     shape = (samples, data.channels, data.image_size, data.image_size)
 
-    def measure() -> UnitTime:
+    def measure() -> UnitCost:
         example = torch.zeros(shape, device=engine.device)
         layout = config.model.channels_last
-        return measure_unit_time(network.model, example, autocast=engine.autocast, channels_last=layout)
+        return measure_unit_cost(unit, network.model, example, autocast=engine.autocast, channels_last=layout)
 
-    time = engine.together(measure, main_only=True)
-    return with_unit_time(network, time, config.budget)
+    return with_unit_cost(network, engine.together(measure, main_only=True), config.budget)
 
 
 def _open_engine(config: Config) -> Engine:

@@ -86,7 +86,7 @@ class Trainer:
         self._seen = self._totals[:2]
         self.unit_table = network.table
         self.costs = network.costs
-        self._unit_time = network.time
+        self._unit_cost = network.measured
         try:
             self._build(network.model, resume[1] if resume else None)
         except (LookupError, TypeError, ValueError) as error:
@@ -447,7 +447,7 @@ class Trainer:
             "step": self.step,
             "config": shaping_values(self.config.to_dict()),
             "structure": self.structure.to_dict(),
-            "unit_time": None if self._unit_time is None else self._unit_time.to_dict(),
+            "unit_cost": None if self._unit_cost is None else self._unit_cost.to_dict(),
             "ledger": ledger.to_dict(),
             "step_times": vars(self.step_times),
             "evaluation": vars(self.last_evaluation) if self.last_evaluation else None,

@@ -28,7 +28,7 @@ class ConfigError(UserError):
 GateKind = Literal["conditional", "static"]
 UnitKind = Literal["block", "channel"]
 TrackerName = Literal["wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"]
-BudgetUnit = Literal["flops", "params", "blocks", "time"]
+BudgetUnit = Literal["flops", "params", "blocks", "time", "energy"]
 Precision = Literal["no", "bf16", "fp16"]
 
 
@@ -208,8 +208,9 @@ class BudgetConfig:
     target: float = 0.5
     """Share of the dense network's cost to keep, in (0, 1]."""
     unit: BudgetUnit = "flops"
-    """What cost is counted in: flops (forward pass), params, blocks, or time (of the forward and backward pass of a
-    training step, measured for each block on this device at the start of the run; for units [block])."""
+    """What cost is counted in: flops (forward pass), params, blocks, or time or energy (of the forward and backward
+    pass of a training step, measured for each block on this device at the start of the run; for units [block]; energy
+    needs a device with a counter of joules)."""
 
     def __post_init__(self) -> None:
         _require(0 < self.target <= 1, "budget.target", self.target, "a share in (0, 1]")
@@ -381,7 +382,7 @@ class Config:
                 f"more than gate.warmup ({self.gate.warmup})",
             )
             _require(
-                self.budget.unit not in ("blocks", "time") or self.gate.units == ["block"],
+                self.budget.unit not in ("blocks", "time", "energy") or self.gate.units == ["block"],
                 "budget.unit",
                 self.budget.unit,
                 f"flops or params where channels are gated (gate.units {self.gate.units})",

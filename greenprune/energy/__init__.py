@@ -36,6 +36,7 @@ __all__ = [
     "co2_g",
     "describe_sources",
     "node_id",
+    "open_counters",
     "open_local_meter",
     "open_meter",
     "share_devices",
@@ -45,6 +46,9 @@ __all__ = [
 
 # The driver's own device: where it is, there is a GPU, also if its library cannot be found.
 _DRIVER = Path("/dev/nvidiactl")
+
+
+_NO_COUNTER = "the GPU has no energy counter", "GPUs from the Volta generation on have a counter"
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,28 @@ def open_local_meter(
         return _meter([*choices, *_choose_host(powercap)], notes, interval_s, synchronize)
 
 
+def open_counters(gpu_uuid: str | None, *, powercap: Path = POWERCAP) -> list[Source]:
+    """The hardware's own counters of the joules of what computes: of a GPU, or of the CPUs and their memory.
+
+    Args:
+        gpu_uuid: The GPU; None for the CPUs, whose memory is left out where it is not counted.
+        powercap: Where the kernel shows the counters of the CPU.
+
+    Returns:
+        The sources, which the caller closes.
+
+    Raises:
+        MeterUnavailable: There is none, and no figure from anywhere else would tell what part of a step took how much.
+    """
+    if gpu_uuid is None:
+        return open_rapl(powercap)
+    source = open_gpu(gpu_uuid)
+    if source.quality != "counter":
+        source.close()
+        raise MeterUnavailable(*_NO_COUNTER)
+    return [source]
+
+
 def _meter(
     choices: Sequence[_Choice], notes: Sequence[str], interval_s: float, synchronize: Callable[[], None] | None
 ) -> Meter:
@@ -177,8 +203,7 @@ def _choose_gpu(uuid: str, interval_s: float) -> _Choice:
         return _Choice(UnreadableSource(uuid, error), error)
     if source.quality == "counter":
         return _Choice(source)
-    advice = "GPUs from the Volta generation on have a counter"
-    return _Choice(source, MeterUnavailable("the GPU has no energy counter", advice))
+    return _Choice(source, MeterUnavailable(*_NO_COUNTER))
 
 
 def _choose_host(powercap: Path) -> list[_Choice]:

@@ -33,6 +33,7 @@ from greenprune.engine.peers import Peer, Peers, is_of_network, join_after_resta
 from greenprune.engine.step_graph import Passes, StepGraph
 from greenprune.engine.zero import ZeroParallel, quiet_deepspeed, zero_plugin, zero_stage
 from greenprune.interrupt import InterruptRequest
+from greenprune.provenance import gpu_uuid
 
 T = TypeVar("T")
 
@@ -127,9 +128,7 @@ class Engine:
     @property
     def gpu_uuid(self) -> str | None:
         """NVML's identifier of the GPU that this process trains on, or None on a CPU."""
-        if self.device.type != "cuda":
-            return None
-        return f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+        return gpu_uuid(self.device)
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Take over a network and its optimizer: move, wrap for data parallelism, set up mixed precision.

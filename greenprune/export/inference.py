@@ -28,6 +28,7 @@ from greenprune.export.exporting import form_to_write, read_record, weights_byte
 from greenprune.export.formats import ExportError, Loaded, check_format, load_written, read_network, write_network
 from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_seconds, format_si
 from greenprune.models import build_model
+from greenprune.provenance import gpu_uuid
 
 _LATENCY_S, _THROUGHPUT_S = 0.05, 0.3  # of work in a turn; estimates of energy read nothing below 0.1 s
 
@@ -312,7 +313,7 @@ def _compare(
         run = torch.compile(loaded.module, dynamic=False) if way == "compiled" and loaded.module else loaded.run
         contestants.append(_Contestant(name, run, loaded.module, size))
     synchronize = torch.cuda.synchronize if device.type == "cuda" else _no_wait
-    gpus = [f"GPU-{torch.cuda.get_device_properties(device).uuid}"] if device.type == "cuda" else []
+    gpus = [uuid for uuid in [gpu_uuid(device)] if uuid is not None]
     measurement: Measurement | None = None
     with open_meter(gpu_uuids=gpus, host=True, interval_s=0.1, synchronize=synchronize) as meter, torch.no_grad():
         for contestant in contestants:

@@ -263,6 +263,27 @@ with open_meter(gpu_uuids=["{INSTANCE.removeprefix("MIG-")}"], host=False) as me
     assert "MIG is on" in result["reasons"][0]
 
 
+def test_only_a_gpu_with_a_counter_tells_what_a_part_of_a_step_takes(with_nvml: RunNvml) -> None:
+    code = f"""
+import ctypes
+from greenprune.energy import MeterUnavailable, open_counters
+(source,) = open_counters("{A}")
+before_j = source.read_j()
+time.sleep(0.5)
+result = [source.device, source.quality, source.read_j() - before_j]
+source.close()
+try:
+    open_counters("{B}")
+except MeterUnavailable as error:
+    result.append(str(error))
+result.append(ctypes.CDLL("libnvidia-ml.so.1").stub_users())
+"""
+    device, quality, joules, refused, users = with_nvml(f"uuid={A} watts=200;uuid={B} counter=0", code)
+    assert (device, quality, users) == (A, "counter", 0)
+    assert 50 < joules < 400  # half a second, and up to a period of the counter at each end
+    assert refused == "the GPU has no energy counter; GPUs from the Volta generation on have a counter"
+
+
 def test_nvml_is_initialized_once_and_not_before_it_is_needed(with_nvml: RunNvml, powercap: Any) -> None:
     powercap.zone("intel-rapl:0", "package-0", 0)
     powercap.zone("intel-rapl:0:0", "dram", 0)

@@ -121,6 +121,22 @@ def test_every_engine_trains_and_removes_on_the_gpu(tmp_path: Path, name: str) -
     assert summary["accuracy"] > 0.8
 
 
+def test_a_run_is_steered_by_the_joules_that_the_gpu_counts(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG)
+    args = ["--config", str(config), "--output_dir", str(tmp_path), "--run_name", "run"]
+    args += ["--budget.unit", "energy", "--budget.target", "0.7"]
+    done = run(TRAIN, args, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    start = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])
+    joules = start["unit_cost"]
+    # Hundreds of watts for milliseconds, and no block without any.
+    assert 0.01 < joules["whole"] < 100
+    assert all(0 < block < joules["whole"] for block in joules["blocks"].values())
+    assert summary["kept_cost"] <= 0.7
+
+
 def test_the_budget_is_met_on_the_gpu(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     piece = summary["cheapest_unit_cost"]

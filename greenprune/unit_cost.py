@@ -1,0 +1,257 @@
+"""What each block takes of a training step on this device, measured: the cost that ``budget.unit`` counts in.
+
+In seconds (``time``) or in joules (``energy``).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from greenprune.config import ConfigError
+from greenprune.energy import MeterUnavailable, open_counters
+from greenprune.models import ResidualBlock, residual_blocks
+from greenprune.provenance import gpu_uuid
+
+MeasuredUnit = Literal["time", "energy"]
+MEASURED: tuple[MeasuredUnit, ...] = get_args(MeasuredUnit)
+"""Units of a budget that are measured and not counted."""
+
+_WARM_UP, _TURNS = 2, 15
+_WHOLE, _REST = "whole", "rest of "
+
+# Energy (our choices): turns of each part; its least span, and in periods of the counter; how long the passes between
+# two looks at the counter take; and after how long a counter that does not move counts as broken.
+_ENERGY_TURNS = 3
+_SPAN_S, _SPAN_PERIODS = 0.3, 5
+_LOOK_S = 0.005
+_STILL_S = 5.0
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """What forward and backward pass of one batch cost, in seconds or joules; the least of several turns: what disturbs
+    only adds.
+
+    Attributes:
+        whole: The whole network.
+        blocks: What goes with each block, by its name: blocks of the same shape cost the same.
+    """
+
+    whole: float
+    blocks: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as events and checkpoints hold them."""
+        return asdict(self)
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> UnitCost:
+        """What a checkpoint's state holds."""
+        # The older name is from when only seconds were measured.
+        return cls(**(state["unit_cost"] if "unit_cost" in state else state["unit_time"]))
+
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+Passes = dict[str, Callable[[], None]]
+
+
+def measure_unit_cost(
+    unit: MeasuredUnit,
+    model: nn.Module,
+    example: Tensor,
+    *,
+    autocast: Autocast = nullcontext,
+    channels_last: bool = False,
+    powercap: Path | None = None,
+) -> UnitCost:
+    """Measure a network and each of its blocks, forward and backward, on the device of an example.
+
+    A block is measured by itself, on activations of the shape that it sees; what stays when it is removed (a shortcut
+    that changes the shape) is taken off. Turns go round over all that is measured, so that each has a chance of a quiet
+    moment, and the least counts. The network and the random state stay as they are.
+
+    Time on a CPU is processor time, which other work on the same cores changes little where seconds on the clock change
+    by threefold (docs/log.md). Energy is that of the GPU, or of all CPUs of the machine and their memory, by the
+    hardware's counter from one of its updates to another, which takes seconds for each kind of block. What the device
+    draws when idle is in it: a block that goes saves that too, for as long as it ran.
+
+    Args:
+        unit: What is measured.
+        model: The dense network; its gates, if it has any, are left out.
+        example: A batch of its input as it is trained on, in size and on the device.
+        autocast: Context of the run's precision.
+        channels_last: Whether weights and images are laid out so.
+        powercap: Where the kernel shows the counters of the CPU, if not where it does.
+
+    Raises:
+        ConfigError: The device has no counter of joules, or it does not count.
+    """
+    network = copy.deepcopy(model).to(example.device).train()
+    if channels_last:
+        network.to(memory_format=torch.channels_last)
+        example = example.contiguous(memory_format=torch.channels_last)
+    blocks = residual_blocks(network)
+    for block in blocks.values():
+        block.gate = None
+    devices = [example.device] if example.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _meter(unit, example.device, powercap) as measure:
+        inputs = _inputs_of(blocks, network, example, autocast)
+        kinds = {name: _kind(block, inputs[name]) for name, block in blocks.items()}
+        first = {kind: name for name, kind in reversed(kinds.items())}
+        passes = {_WHOLE: _pass_of(network, example, autocast)}
+        for kind, name in first.items():
+            x = inputs[name].requires_grad_()
+            passes[kind] = _pass_of(blocks[name], x, autocast)
+            rest = blocks[name].without_branch()
+            if not isinstance(rest, nn.Identity):
+                passes[_REST + kind] = _pass_of(rest, x, autocast)
+        costs = measure(passes)
+    each = {kind: max(0.0, costs[kind] - costs.get(_REST + kind, 0.0)) for kind in first}
+    of_blocks = {name: each[kind] for name, kind in kinds.items()}
+    # Alone in the cache, blocks may be cheaper than in the network, or dearer than all of it together.
+    return UnitCost(max(costs[_WHOLE], sum(of_blocks.values())), of_blocks)
+
+
+@contextmanager
+def _meter(
+    unit: MeasuredUnit, device: torch.device, powercap: Path | None
+) -> Iterator[Callable[[Passes], dict[str, float]]]:
+    """What measures passes in a unit.
+
+    Raises:
+        ConfigError: It cannot be measured on this device.
+    """
+    if unit == "time":
+        yield lambda passes: _least_seconds(passes, device)
+        return
+    with ExitStack() as stack:
+        try:
+            counters = open_counters(gpu_uuid(device), **({} if powercap is None else {"powercap": powercap}))
+            for counter in counters:
+                stack.callback(counter.close)
+            span_s = max(_SPAN_S, *(_SPAN_PERIODS * (counter.period_s or 0.0) for counter in counters))
+            yield lambda passes: _least_joules(
+                passes, lambda: sum(counter.read_j() for counter in counters), span_s, device
+            )
+        except MeterUnavailable as error:
+            raise ConfigError(
+                f"budget.unit: 'energy' is not valid here: {error.reason}; expected flops, params, blocks or time, or "
+                f"a device whose joules are counted ({error.advice})"
+            ) from None
+
+
+def _kind(block: ResidualBlock, x: Tensor) -> str:
+    """Text that is equal for blocks that compute alike."""
+    return f"{block} of {tuple(x.shape)}"
+
+
+def _inputs_of(
+    blocks: dict[str, ResidualBlock],
+    network: nn.Module,
+    example: Tensor,
+    autocast: Autocast,
+) -> dict[str, Tensor]:
+    """Activations of the shape, precision and memory format that each block sees."""
+    seen: dict[str, Tensor] = {}
+
+    def remember(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: seen.update({name: torch.randn_like(inputs[0])})
+
+    hooks = [block.register_forward_pre_hook(remember(name)) for name, block in blocks.items()]
+    with torch.no_grad(), autocast():
+        network(example)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def _pass_of(module: nn.Module, x: Tensor, autocast: Autocast) -> Callable[[], None]:
+    """Forward and backward of a module, back into its input if that has a gradient."""
+
+    def once() -> None:
+        module.zero_grad(set_to_none=True)
+        x.grad = None
+        with autocast():
+            out = module(x.clone() if x.requires_grad else x)  # layers in place would change a leaf
+        out.backward(torch.ones_like(out))
+
+    return once
+
+
+def _least_seconds(passes: Passes, device: torch.device, turns: int = _TURNS) -> dict[str, float]:
+    """Seconds of each pass."""
+    least = dict.fromkeys(passes, math.inf)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    for turn in range(_WARM_UP + turns):
+        for name, once in passes.items():
+            _wait_for(device)
+            started = clock()
+            once()
+            _wait_for(device)
+            if turn >= _WARM_UP:
+                least[name] = min(least[name], clock() - started)
+    return least
+
+
+def _least_joules(passes: Passes, read_j: Callable[[], float], span_s: float, device: torch.device) -> dict[str, float]:
+    """Joules of each pass.
+
+    Raises:
+        MeterUnavailable: The counter cannot be read, or stands still.
+    """
+    least = dict.fromkeys(passes, math.inf)
+    seconds = _least_seconds(passes, device, turns=1)
+    for _ in range(_ENERGY_TURNS):
+        for name, once in passes.items():
+            number = max(1, int(_LOOK_S / max(seconds[name], 1e-9)))
+            least[name] = min(least[name], _joules_of_one(once, number, read_j, span_s, device))
+    return least
+
+
+def _joules_of_one(
+    once: Callable[[], None], number: int, read_j: Callable[[], float], span_s: float, device: torch.device
+) -> float:
+    """Joules of a pass, from one update of the counter to another: no part of a period is missing or too much.
+
+    Args:
+        once: The pass.
+        number: Passes between two looks at the counter.
+        read_j: The counter.
+        span_s: Least seconds between the two updates.
+        device: Where the passes are done.
+    """
+
+    def until_an_update(last_j: float) -> tuple[float, int]:
+        done, still_until_s = 0, time.perf_counter() + _STILL_S
+        while time.perf_counter() < still_until_s:
+            for _ in range(number):
+                once()
+            _wait_for(device)
+            done += number
+            if (now_j := read_j()) != last_j:
+                return now_j, done
+        raise MeterUnavailable(
+            f"its counter has not moved for {_STILL_S:g} s of work", "see what greenprune doctor says of it"
+        )
+
+    started_j, _ = until_an_update(read_j())
+    started_s, now_j, done = time.perf_counter(), started_j, 0
+    while time.perf_counter() - started_s < span_s:
+        now_j, more = until_an_update(now_j)
+        done += more
+    return (now_j - started_j) / done
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,282 @@
+"""A budget in time or energy: what blocks take is measured once, alike on all ranks, and counts to the end of a run."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+sys.path.insert(0, str(Path(__file__).parent / "energy"))
+from fake_powercap import Powercap
+from launching import TRAIN, run
+
+import greenprune.run
+from greenprune import BudgetConfig, GateConfig, Pruner
+from greenprune.config import Config, ConfigError, ModelConfig, OptimConfig, RemovalConfig
+from greenprune.interrupt import Interrupted
+from greenprune.models import CifarResNet, residual_blocks
+from greenprune.progress import Display
+from greenprune.run import train
+from greenprune.trainer import Trainer
+from greenprune.unit_cost import UnitCost, measure_unit_cost
+from greenprune.verify import verify_run
+
+SMALL = Config(
+    model=ModelConfig(name="resnet20"),
+    optim=OptimConfig(epochs=3, lr=0.05),
+    gate=GateConfig(warmup=0.0),
+    budget=BudgetConfig(target=0.5, unit="time"),
+    removal=RemovalConfig(window=11, decide_by=0.4),
+)
+# Of nine blocks the first is as slow as the other eight together.
+SECONDS = {name: 0.8 if name == "stages.0.0" else 0.1 for name in residual_blocks(CifarResNet(20, 10, 1))}
+MADE_UP = UnitCost(2.0, SECONDS)
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def trained(folder: Path, **changes: object) -> Path:
+    config = replace(SMALL, output_dir=str(folder), run_name="it", **changes)  # type: ignore[arg-type]
+    train(config, {}, lambda: Display(io.StringIO()))
+    return folder / "it"
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greenprune.run, "measure_unit_cost", lambda *_, **__: MADE_UP)
+
+
+# What is measured.
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_blocks_of_one_shape_take_the_same_and_all_together_no_more_than_the_network(shortcut: str) -> None:
+    model = CifarResNet(20, 10, 1, shortcut)  # type: ignore[arg-type]
+    before = copy.deepcopy(model.state_dict())
+    random = torch.get_rng_state()
+    found = measure_unit_cost("time", model, torch.zeros(4, 1, 8, 8), channels_last=True)
+    assert found.blocks.keys() == residual_blocks(model).keys()
+    assert found.blocks["stages.1.1"] == found.blocks["stages.1.2"] > 0
+    assert sum(found.blocks.values()) <= found.whole
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_slower_block_is_dearer() -> None:
+    found = measure_unit_cost("time", CifarResNet(20, 10, 3), torch.zeros(16, 3, 32, 32))
+    wide = CifarResNet(20, 10, 3)
+    wide.stages[0][1].branch.append(torch.nn.Sequential(*(torch.nn.Conv2d(16, 16, 3, 1, 1) for _ in range(8))))
+    slower = measure_unit_cost("time", wide, torch.zeros(16, 3, 32, 32))
+    assert slower.blocks["stages.0.1"] > 2 * slower.blocks["stages.0.2"]
+    assert found.blocks["stages.0.1"] == found.blocks["stages.0.2"]
+
+
+class Machine:
+    """A stand-in for a CPU whose joules are counted: it draws a power at all times, and what layers ask for."""
+
+    def __init__(self, root: Path, watts: float) -> None:
+        self.root = root
+        self._file = os.open(Powercap(root).zone("intel-rapl:0", "package-0", f"{0:020d}"), os.O_WRONLY)
+        self._watts, self._uj, self._lock, self._over = watts, 0, threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._draw_on)
+        self._thread.start()
+
+    def draw(self, joules: float) -> None:
+        with self._lock:
+            self._uj += round(1e6 * joules)
+            os.pwrite(self._file, f"{self._uj:020d}".encode(), 0)
+
+    def _draw_on(self) -> None:
+        last_s = time.perf_counter()
+        while not self._over.wait(0.001):
+            now_s = time.perf_counter()
+            self.draw(self._watts * (now_s - last_s))
+            last_s = now_s
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+        os.close(self._file)
+
+
+class Drawing(torch.nn.Module):
+    """A layer that takes joules and next to no time."""
+
+    def __init__(self, machine: Machine, joules: float) -> None:
+        super().__init__()
+        self.machine, self.joules = machine, joules
+
+    def __deepcopy__(self, _: object) -> Drawing:
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.machine.draw(self.joules)
+        return x
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    monkeypatch.setattr("greenprune.unit_cost._SPAN_S", 0.05)
+    made = Machine(tmp_path / "powercap", watts=1.0)
+    yield made
+    made.close()
+
+
+def test_a_block_that_draws_more_is_dearer_in_joules_however_long_it_takes(machine: Machine) -> None:
+    model = CifarResNet(20, 10, 1)
+    model.stages[0][1].branch.append(Drawing(machine, 0.05))
+    found = measure_unit_cost("energy", model, torch.zeros(4, 1, 8, 8), powercap=machine.root)
+    hungry, other = found.blocks["stages.0.1"], found.blocks["stages.0.2"]
+    assert hungry - other == pytest.approx(0.05, rel=0.1)
+    assert found.blocks["stages.1.1"] == found.blocks["stages.1.2"] > 0
+    assert sum(found.blocks.values()) <= found.whole
+    # The rest takes a watt for as long as it runs: far less than a twentieth of a second.
+    assert 0 < other < 0.05
+
+
+def test_joules_are_those_of_the_power_and_the_time(machine: Machine) -> None:
+    class Sleeping(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.02)
+            return x
+
+    model = CifarResNet(20, 10, 1)
+    model.stages[0][1].branch.append(Sleeping())
+    found = measure_unit_cost("energy", model, torch.zeros(4, 1, 8, 8), powercap=machine.root)
+    # A watt for the time of the nap; the least of three turns, on cores that may be busy.
+    assert found.blocks["stages.0.1"] - found.blocks["stages.0.2"] == pytest.approx(0.02, rel=0.3)
+
+
+def test_a_device_without_a_counter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"^budget\.unit: 'energy' is not valid here: .* shows no RAPL counters; expected flops, params, blocks "
+        r"or time, or a device whose joules are counted \(",
+    ):
+        measure_unit_cost("energy", CifarResNet(20, 10, 1), torch.zeros(4, 1, 8, 8), powercap=tmp_path)
+
+
+def test_a_counter_that_stands_still_is_told_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("greenprune.unit_cost._STILL_S", 0.1)
+    Powercap(tmp_path).zone("intel-rapl:0", "package-0", 5_000_000)
+    with pytest.raises(ConfigError, match=r"^budget\.unit: 'energy' .* its counter has not moved for 0\.1 s of work"):
+        measure_unit_cost("energy", CifarResNet(20, 10, 1), torch.zeros(4, 1, 8, 8), powercap=tmp_path)
+
+
+# What a run does with it.
+
+
+def test_a_run_is_steered_by_joules(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greenprune.run, "measure_unit_cost", partial(measure_unit_cost, powercap=machine.root))
+    folder = trained(tmp_path, budget=BudgetConfig(target=0.6, unit="energy"))
+    summary = read(folder / "summary.json")
+    start = json.loads((folder / "events.jsonl").read_text().splitlines()[0])
+    joules = start["unit_cost"]
+    gone = sum(joules["blocks"][removal["unit"]] for removal in summary["removals"])
+    assert summary["budget_unit"] == "energy"
+    assert summary["kept_cost"] == pytest.approx(1 - gone / joules["whole"])
+    assert 0.6 - summary["cheapest_unit_cost"] < summary["kept_cost"] <= 0.6
+    assert not [finding for finding in verify_run(folder) if finding.good is False]
+
+
+def test_a_run_that_cannot_count_joules_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greenprune.run, "measure_unit_cost", partial(measure_unit_cost, powercap=tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"^budget\.unit: 'energy' is not valid here"):
+        trained(tmp_path, budget=BudgetConfig(target=0.5, unit="energy"))
+    assert not (tmp_path / "it").exists()
+
+
+def test_a_checkpoint_from_when_only_seconds_were_measured_is_read() -> None:
+    assert UnitCost.of_state({"unit_time": MADE_UP.to_dict()}) == MADE_UP
+
+
+@pytest.mark.usefixtures("made_up")
+def test_the_budget_is_met_in_time(tmp_path: Path) -> None:
+    folder = trained(tmp_path)
+    summary = read(folder / "summary.json")
+    gone = sum(SECONDS[removal["unit"]] for removal in summary["removals"])
+    assert summary["kept_cost"] == pytest.approx(1 - gone / 2.0)
+    assert 0.5 - summary["cheapest_unit_cost"] < summary["kept_cost"] <= 0.5
+    assert summary["budget_unit"] == "time"
+    assert not [finding for finding in verify_run(folder) if finding.good is False]
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_run_that_goes_on_counts_with_what_was_measured_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained(tmp_path / "whole")
+    step = Trainer._train_step
+
+    def asked_to_stop(trainer: Trainer, images: Tensor, labels: Tensor) -> None:
+        step(trainer, images, labels)
+        if trainer.step == 24:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_train_step", asked_to_stop)
+        with pytest.raises(Interrupted):
+            trained(tmp_path / "cut")
+    other = UnitCost(2.0, {**dict.fromkeys(SECONDS, 0.1), "stages.2.2": 0.8})
+    monkeypatch.setattr(greenprune.run, "measure_unit_cost", lambda *_, **__: other)
+    folder = trained(tmp_path / "cut", resume="auto")
+    for figure in ("removals", "kept_cost", "accuracy", "loss"):
+        assert read(folder / "summary.json")[figure] == read(whole / "summary.json")[figure], figure
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [event["unit_cost"] for event in events if event["kind"] == "start"] == [MADE_UP.to_dict()] * 2
+
+
+def test_two_processes_decide_by_one_measurement(tmp_path: Path) -> None:
+    args = ["--model.name", "resnet20", "--optim.epochs", "2", "--optim.lr", "0.05", "--budget.unit", "time"]
+    args += ["--removal.window", "5", "--budget.target", "0.6", "--output_dir", str(tmp_path), "--run_name", "it"]
+    done = run(TRAIN, args, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]  # ranks check that they agree on the structure
+    summary = read(tmp_path / "it" / "summary.json")
+    assert summary["kept_cost"] <= 0.6
+    assert summary["gates_left"] == 0
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_budget_that_cannot_be_met_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^budget\.target: 0\.1 cannot be met; 0\.2 of this network's cost has no gate"
+    ):
+        trained(tmp_path, budget=BudgetConfig(target=0.1, unit="time"))
+    assert not (tmp_path / "it").exists()
+
+
+@pytest.mark.parametrize("unit", ["time", "energy"])
+def test_channels_are_not_measured(unit: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^budget\.unit: '{unit}' is not valid; expected flops or params"):
+        replace(SMALL, gate=GateConfig(units=["channel"]), budget=BudgetConfig(0.5, unit))  # type: ignore[arg-type]
+
+
+def test_the_pruner_takes_what_it_measured_along() -> None:
+    def pruner() -> Pruner:
+        budget = BudgetConfig(target=0.9, unit="time")
+        return Pruner(CifarResNet(20, 10, 1), torch.zeros(4, 1, 8, 8), total_steps=20, budget=budget)
+
+    first, second = pruner(), pruner()
+    second.load_state_dict(first.state_dict())
+    assert second.state_dict()["unit_cost"] == first.state_dict()["unit_cost"]
+    second.finalize()
+    assert second.report()["kept_cost"] <= 0.9
