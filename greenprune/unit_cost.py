@@ -33,7 +33,7 @@ _WHOLE, _REST = "whole", "rest of "
 # two looks at the counter take; and after how long a counter that does not move counts as broken.
 _ENERGY_TURNS = 3
 _SPAN_S, _SPAN_PERIODS = 0.3, 5
-_LOOK_S = 0.005
+_LOOK_S = 0.01
 _STILL_S = 5.0
 
 
