@@ -11,7 +11,7 @@ help:
 	@echo "make train   train a gated network on handwritten digits (about a minute after set-up)"
 	@echo "make test    run the whole default test suite"
 	@echo "make check   format, lint, types, import contracts, tests"
-	@echo "make bench   the CPU benchmarks in one table (20 minutes); make bench-gpu: those for one GPU (8 minutes)"
+	@echo "make bench   the CPU benchmarks in one table (16 minutes); make bench-gpu: those for one GPU (2 minutes)"
 
 setup: $(STAMP)
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from greenprune.config import BudgetConfig, GateConfig, RemovalConfig, SurgeryConfig
+from greenprune.config import BudgetConfig, ConfigError, GateConfig, RemovalConfig, SurgeryConfig
 from greenprune.gating import WINDOWS, GatePolicy, Verdict, attach_gates, find_gates, gate_parameters
 from greenprune.models import convert_blocks
 from greenprune.network import UnitTable, gating_notes, unit_costs, units_present
 from greenprune.surgery import Operation, Structure, carry_out, refuse_wrapped, replay, update_optimizer
-from greenprune.unit_cost import MEASURED, UnitCost, measure_unit_cost
+from greenprune.unit_cost import MEASURED, MeasuredUnit, UnitCost, measure_unit_cost
 
 
 class Pruner:
@@ -40,7 +40,7 @@ class Pruner:
     Args:
         model: The unwrapped network, built of blocks that greenprune knows (:func:`greenprune.register_block`).
         example: A small batch of its input, on its device: blocks are checked and costs are counted with it. For
-            budget.unit time one of the training's size: blocks are timed with it (in fp32).
+            budget.unit time and energy one of the training's size: blocks are measured with it (in fp32).
         total_steps: Training batches of the whole run.
         gate: What is gated, and how.
         budget: How much of the network's cost is kept.
@@ -79,7 +79,7 @@ class Pruner:
         self.notes = gating_notes(model, self.gate)
         self._table = UnitTable.of(model, tuple(example.shape[1:]))
         unit = self.budget.unit
-        self._measured = measure_unit_cost(unit, model, example) if unit in MEASURED else None
+        self._measured = _measured_for_all(unit, model, example) if unit in MEASURED else None
         self._costs = unit_costs(self._table, self.budget, self._measured)
         self._device = example.device
         self._rounding = self._table.rounding(surgery or SurgeryConfig(), self._device)
@@ -309,6 +309,22 @@ def _check_holds_gates(optimizer: Optimizer, model: nn.Module) -> None:
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _measured_for_all(unit: MeasuredUnit, model: nn.Module, example: Tensor) -> UnitCost:
+    """What rank 0 measures: ranks that each went by figures of their own would not agree on what is removed."""
+    if _world_size() == 1:
+        return measure_unit_cost(unit, model, example)
+    found: list[dict[str, Any] | str] = [""]
+    if dist.get_rank() == 0:
+        try:
+            found = [measure_unit_cost(unit, model, example).to_dict()]
+        except ConfigError as error:
+            found = [str(error)]
+    dist.broadcast_object_list(found, src=0, device=example.device if example.is_cuda else None)
+    if isinstance(found[0], str):
+        raise ConfigError(found[0])
+    return UnitCost(**found[0])
 
 
 def _mean_over_ranks(values: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from greenprune.process_load import by_rank
 from greenprune.surgery import Operation, Structure
 from greenprune.timing import StepTimes
 from greenprune.tracking import Event, EventLog, salvage_events, write_json
+from greenprune.unit_cost import MEASURED
 
 
 class Told(NamedTuple):
@@ -67,6 +68,9 @@ class Recorder:
         self._mirrors = records.mirrors
         self._notes = [*records.meter.notes, *network.notes, *records.notes]
         self._table, self._costs, self._measured = network.table, network.costs, network.measured
+        # Without gates there is no budget, and nothing is measured for it.
+        unit = config.budget.unit
+        self._unit = "flops" if unit in MEASURED and network.measured is None else unit
         self.accounts = Accounts(engine, records.meter, records.carbon, records.slurm_job)
 
     def structure_is(self, structure: Structure, kept_cost: float) -> Cost:
@@ -135,7 +139,7 @@ class Recorder:
             gated=config.gate.enabled,
             structure_given=config.model.structure is not None,
             budget_target=config.budget.target if config.gate.enabled else None,
-            budget_unit=config.budget.unit,
+            budget_unit=self._unit,
             precision=config.precision,
             device=str(engine.device),
             engine=engine.name,
@@ -281,7 +285,7 @@ class Recorder:
             "gated": config.gate.enabled,
             "structure_given": config.model.structure is not None,
             "budget_target": config.budget.target if config.gate.enabled else None,
-            "budget_unit": config.budget.unit,
+            "budget_unit": self._unit,
             "epochs": config.optim.epochs,
             "batch_size": config.data.batch_size,
             "precision": config.precision,

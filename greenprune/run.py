@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,6 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         config = _resolve_structure(config, engine)
         with meter.window("setup"):
             network = engine.together(lambda: prepare_network(config, data))
-            if config.budget.unit in MEASURED and not config.is_dense:
-                # Before a folder is claimed, since a budget that cannot be met leaves nothing behind.
-                network = _with_measured_cost(config, config.budget.unit, network, data, engine)
         claim = engine.together(lambda: _claim(config, network, stack, environment), main_only=True)
         folder = RunFolder(claim.path)
         if claim.finished:
@@ -92,8 +90,12 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         if claim.checkpoint is not None:
             path = claim.checkpoint
             resume = path, engine.together(lambda: load_checkpoint(path))
-            if network.measured is not None:  # what was measured first counts to the end
+        if config.budget.unit in MEASURED and config.gate.enabled:
+            if resume is not None:  # what was measured first counts to the end
                 network = with_unit_cost(network, UnitCost.of_state(resume[1].state), config.budget)
+            else:
+                with meter.window("setup"), _left_as_found(claim, engine):
+                    network = _with_measured_cost(config, config.budget.unit, network, data, engine)
         mirrors, notes = engine.together(
             lambda: _start_mirrors(config, engine, folder, stack, display, environment, online=online)
         )
@@ -124,6 +126,17 @@ def _resolve_structure(config: Config, engine: Engine) -> Config:
     return resolved
 
 
+@contextmanager
+def _left_as_found(claim: _Claim, engine: Engine) -> Iterator[None]:
+    """Within, a run that turns out not to be possible as asked takes its new folder away again."""
+    try:
+        yield
+    except ConfigError:
+        if claim.is_new and engine.is_main:
+            shutil.rmtree(claim.path)
+        raise
+
+
 def _with_measured_cost(
     config: Config, unit: MeasuredUnit, network: Network, data: ImageData, engine: Engine
 ) -> Network:
@@ -132,7 +145,8 @@ def _with_measured_cost(
     shape = (samples, data.channels, data.image_size, data.image_size)
 
     def measure() -> UnitCost:
-        example = torch.zeros(shape, device=engine.device)
+        # Not zeros, from which batch norm makes nothing but zeros: what they take is less than what images take.
+        example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(engine.device)
         layout = config.model.channels_last
         return measure_unit_cost(unit, network.model, example, autocast=engine.autocast, channels_last=layout)
 
@@ -205,12 +219,14 @@ class _Claim:
         finished: Whether the run in it is done.
         checkpoint: Checkpoint to go on from, if any.
         notes: What the user should know, one line each.
+        is_new: Whether the folder was made for it.
     """
 
     path: Path
     finished: bool = False
     checkpoint: Path | None = None
     notes: tuple[str, ...] = ()
+    is_new: bool = False
 
 
 def _claim(config: Config, network: Network, stack: ExitStack, environment: Mapping[str, str]) -> _Claim:
@@ -231,7 +247,7 @@ def _claim(config: Config, network: Network, stack: ExitStack, environment: Mapp
     in_job, requeued = "SLURM_JOB_ID" in environment, environment.get("SLURM_RESTART_COUNT", "0") != "0"
     if in_job and config.resume == "auto" and config.run_name is not None:
         await_attempt(RunFolder(Path(config.output_dir) / config.run_name), requeued=requeued)
-    folder = _new_or_same_folder(config)
+    folder, is_new = _new_or_same_folder(config)
     if not folder.config.is_file():
         raise UserError(f"run_name: {str(folder.path)!r} is not the folder of a run; expected another run_name")
     if folder.summary.exists():
@@ -240,7 +256,7 @@ def _claim(config: Config, network: Network, stack: ExitStack, environment: Mapp
     notes = _hold(folder, stack, PATIENCE_S if requeued else 0.0)
     newest = load_newest(folder.checkpoints, check)
     if newest is None:
-        return _Claim(folder.path, notes=notes)
+        return _Claim(folder.path, notes=notes, is_new=is_new)
     path, _, damaged = newest
     notes += tuple(f"going on from {path.name}, because {line}" for line in damaged)
     return _Claim(folder.path, checkpoint=path, notes=notes)
@@ -257,27 +273,27 @@ def _end_log(folder: RunFolder, stack: ExitStack) -> None:
         log.close()
 
 
-def _new_or_same_folder(config: Config) -> RunFolder:
-    """A new folder with the config in it, or that of the same run to go on with."""
+def _new_or_same_folder(config: Config) -> tuple[RunFolder, bool]:
+    """A new folder with the config in it, or that of the same run to go on with; and whether it is new."""
     name = config.run_name or default_run_name(config)
     for number in itertools.count(1):
         folder = RunFolder(Path(config.output_dir) / (name if number == 1 else f"{name}-{number}"))
         try:
             folder.create(config)
-            return folder
+            return folder, True
         except FileExistsError:
             pass
         if config.run_name is not None:
             break
         if config.resume == "auto" and not folder.summary.exists() and not _differences(config, folder):
-            return folder
+            return folder, False
     if config.resume == "never":
         raise UserError(
             f"run_name: {str(folder.path)!r} already holds a run; expected --resume auto to go on with it, "
             "another run_name, or none to have one chosen"
         )
     _check_same_run(config, folder)
-    return folder
+    return folder, False
 
 
 def _hold(folder: RunFolder, stack: ExitStack, patience_s: float = 0.0) -> tuple[str, ...]:

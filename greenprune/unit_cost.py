@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from greenprune.config import ConfigError
-from greenprune.energy import MeterUnavailable, open_counters
+from greenprune.energy import MeterUnavailable, Source, open_counters
 from greenprune.models import ResidualBlock, residual_blocks
 from greenprune.provenance import gpu_uuid
 
@@ -29,18 +31,20 @@ MEASURED: tuple[MeasuredUnit, ...] = get_args(MeasuredUnit)
 _WARM_UP, _TURNS = 2, 15
 _WHOLE, _REST = "whole", "rest of "
 
-# Energy (our choices): turns of each part; its least span, and in periods of the counter; how long the passes between
-# two looks at the counter take; and after how long a counter that does not move counts as broken.
+# torchvision's and timm's stochastic depth as they print themselves, with the rate, which differs from block to block.
+_SKIPPED = re.compile(r"(StochasticDepth|DropPath)\([^()]*\)")
+
+# Energy (our choices): turns of each part; its least span, in periods of the counter, and in what is not known of its
+# edges; how long the passes between two looks at the counter take; and after how long one that does not move is broken.
 _ENERGY_TURNS = 3
-_SPAN_S, _SPAN_PERIODS = 0.3, 5
+_SPAN_S, _SPAN_PERIODS, _SPAN_EDGES = 0.3, 5, 20
 _LOOK_S = 0.01
 _STILL_S = 5.0
 
 
 @dataclass(frozen=True)
 class UnitCost:
-    """What forward and backward pass of one batch cost, in seconds or joules; the least of several turns: what disturbs
-    only adds.
+    """What forward and backward pass of one batch cost, in seconds or joules.
 
     Attributes:
         whole: The whole network.
@@ -78,12 +82,13 @@ def measure_unit_cost(
 
     A block is measured by itself, on activations of the shape that it sees; what stays when it is removed (a shortcut
     that changes the shape) is taken off. Turns go round over all that is measured, so that each has a chance of a quiet
-    moment, and the least counts. The network and the random state stay as they are.
+    moment. The network and the random state stay as they are.
 
-    Time on a CPU is processor time, which other work on the same cores changes little where seconds on the clock change
-    by threefold (docs/log.md). Energy is that of the GPU, or of all CPUs of the machine and their memory, by the
-    hardware's counter from one of its updates to another, which takes seconds for each kind of block. What the device
-    draws when idle is in it: a block that goes saves that too, for as long as it ran.
+    Of seconds the least of the turns counts, for what disturbs only adds. On a CPU it is processor time, which other
+    work on the same cores changes little where seconds on the clock change by threefold (docs/log.md). Energy is that
+    of the GPU, or of all CPUs of the machine and their memory, by the hardware's counter from one of its updates to
+    another, which takes seconds for each kind of block; the median of the turns counts. What the device draws when
+    idle is in it: a block that goes saves that too, for as long as it ran.
 
     Args:
         unit: What is measured.
@@ -105,14 +110,13 @@ def measure_unit_cost(
         block.gate = None
     devices = [example.device] if example.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _meter(unit, example.device, powercap) as measure:
-        inputs = _inputs_of(blocks, network, example, autocast)
-        kinds = {name: _kind(block, inputs[name]) for name, block in blocks.items()}
-        first = {kind: name for name, kind in reversed(kinds.items())}
+        kinds, inputs = _inputs_of(blocks, network, example, autocast)
+        first = {kind: blocks[name] for name, kind in reversed(kinds.items())}
         passes = {_WHOLE: _pass_of(network, example, autocast)}
-        for kind, name in first.items():
-            x = inputs[name].requires_grad_()
-            passes[kind] = _pass_of(blocks[name], x, autocast)
-            rest = blocks[name].without_branch()
+        for kind, block in first.items():
+            x = inputs[kind].requires_grad_()
+            passes[kind] = _pass_of(block, x, autocast)
+            rest = block.without_branch()
             if not isinstance(rest, nn.Identity):
                 passes[_REST + kind] = _pass_of(rest, x, autocast)
         costs = measure(passes)
@@ -139,10 +143,7 @@ def _meter(
             counters = open_counters(gpu_uuid(device), **({} if powercap is None else {"powercap": powercap}))
             for counter in counters:
                 stack.callback(counter.close)
-            span_s = max(_SPAN_S, *(_SPAN_PERIODS * (counter.period_s or 0.0) for counter in counters))
-            yield lambda passes: _least_joules(
-                passes, lambda: sum(counter.read_j() for counter in counters), span_s, device
-            )
+            yield lambda passes: _usual_joules(passes, counters, device)
         except MeterUnavailable as error:
             raise ConfigError(
                 f"budget.unit: 'energy' is not valid here: {error.reason}; expected flops, params, blocks or time, or "
@@ -151,8 +152,8 @@ def _meter(
 
 
 def _kind(block: ResidualBlock, x: Tensor) -> str:
-    """Text that is equal for blocks that compute alike."""
-    return f"{block} of {tuple(x.shape)}"
+    """Text that is equal for blocks that compute alike; how often one of them is skipped at random is not in it."""
+    return _SKIPPED.sub(r"\1", str(block)) + f" of {tuple(x.shape)}"
 
 
 def _inputs_of(
@@ -160,19 +161,25 @@ def _inputs_of(
     network: nn.Module,
     example: Tensor,
     autocast: Autocast,
-) -> dict[str, Tensor]:
-    """Activations of the shape, precision and memory format that each block sees."""
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The kind of each block, and for each kind activations of the shape, precision and memory format that it sees."""
+    kinds: dict[str, str] = {}
     seen: dict[str, Tensor] = {}
 
-    def remember(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: seen.update({name: torch.randn_like(inputs[0])})
+    def remember(name: str, block: ResidualBlock) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            kind = kinds[name] = _kind(block, inputs[0])
+            if kind not in seen:
+                seen[kind] = torch.randn_like(inputs[0])
 
-    hooks = [block.register_forward_pre_hook(remember(name)) for name, block in blocks.items()]
+        return look
+
+    hooks = [block.register_forward_pre_hook(remember(name, block)) for name, block in blocks.items()]
     with torch.no_grad(), autocast():
         network(example)
     for hook in hooks:
         hook.remove()
-    return seen
+    return kinds, seen
 
 
 def _pass_of(module: nn.Module, x: Tensor, autocast: Autocast) -> Callable[[], None]:
@@ -203,30 +210,34 @@ def _least_seconds(passes: Passes, device: torch.device, turns: int = _TURNS) ->
     return least
 
 
-def _least_joules(passes: Passes, read_j: Callable[[], float], span_s: float, device: torch.device) -> dict[str, float]:
+def _usual_joules(passes: Passes, counters: Sequence[Source], device: torch.device) -> dict[str, float]:
     """Joules of each pass.
 
     Raises:
-        MeterUnavailable: The counter cannot be read, or stands still.
+        MeterUnavailable: A counter cannot be read, stands still, or lost count.
     """
-    least = dict.fromkeys(passes, math.inf)
+    period_s = max(counter.period_s or 0.0 for counter in counters)
     seconds = _least_seconds(passes, device, turns=1)
+    turns: dict[str, list[float]] = {name: [] for name in passes}
     for _ in range(_ENERGY_TURNS):
         for name, once in passes.items():
             number = max(1, int(_LOOK_S / max(seconds[name], 1e-9)))
-            least[name] = min(least[name], _joules_of_one(once, number, read_j, span_s, device))
-    return least
+            # An update is seen at the next look. How long before it was, up to a period, is all that is not known.
+            edge_s = min(period_s, number * seconds[name])
+            span_s = max(_SPAN_S, _SPAN_PERIODS * period_s, _SPAN_EDGES * edge_s)
+            turns[name].append(_joules_of_one(once, number, counters, span_s, device))
+    return {name: statistics.median(found) for name, found in turns.items()}
 
 
 def _joules_of_one(
-    once: Callable[[], None], number: int, read_j: Callable[[], float], span_s: float, device: torch.device
+    once: Callable[[], None], number: int, counters: Sequence[Source], span_s: float, device: torch.device
 ) -> float:
-    """Joules of a pass, from one update of the counter to another: no part of a period is missing or too much.
+    """Joules of a pass, from one update of the counters to another.
 
     Args:
         once: The pass.
-        number: Passes between two looks at the counter.
-        read_j: The counter.
+        number: Passes between two looks at the counters.
+        counters: What is read.
         span_s: Least seconds between the two updates.
         device: Where the passes are done.
     """
@@ -238,18 +249,27 @@ def _joules_of_one(
                 once()
             _wait_for(device)
             done += number
-            if (now_j := read_j()) != last_j:
+            if (now_j := _read_j(counters)) != last_j:
                 return now_j, done
         raise MeterUnavailable(
             f"its counter has not moved for {_STILL_S:g} s of work", "see what greenprune doctor says of it"
         )
 
-    started_j, _ = until_an_update(read_j())
+    gaps = sum(counter.gaps for counter in counters)
+    started_j, _ = until_an_update(_read_j(counters))
     started_s, now_j, done = time.perf_counter(), started_j, 0
     while time.perf_counter() - started_s < span_s:
         now_j, more = until_an_update(now_j)
         done += more
+    if sum(counter.gaps for counter in counters) != gaps:
+        raise MeterUnavailable(
+            "its counter lost count while it was read", "start again; see what greenprune doctor says"
+        )
     return (now_j - started_j) / done
+
+
+def _read_j(counters: Sequence[Source]) -> float:
+    return sum(counter.read_j() for counter in counters)
 
 
 def _wait_for(device: torch.device) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DataParallel
 from torch.optim import Optimizer
+
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+from launching import run
 
 from greenprune import BudgetConfig, GateConfig, Pruner, RemovalConfig, SurgeryConfig, UserError
 from greenprune.gating import find_gates, gate_parameters
@@ -217,6 +222,24 @@ def test_the_penalty_beside_the_output_is_the_penalty_in_the_loss(shape: str) ->
         return [parameter.grad for parameter in model.parameters()]
 
     assert all(torch.equal(one, other) for one, other in zip(gradients(True), gradients(False), strict=True))
+
+
+@pytest.mark.parametrize("unit", ["flops", "time"])
+def test_processes_of_a_data_parallel_loop_agree(unit: str) -> None:
+    """Each on its own part of the data; what is measured is measured by one of them."""
+    done = run(Path(__file__).parent / "distributed" / "pruner_worker.py", [unit, "0.6"], processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = json.loads(done.stdout.strip().splitlines()[-1])
+    assert first == second
+    assert first["kept_cost"] <= 0.6
+    assert first["gates_left"] == 0
+    assert first["removed_blocks"]
+
+
+def test_a_measurement_that_fails_fails_on_every_process() -> None:
+    done = run(Path(__file__).parent / "distributed" / "pruner_worker.py", ["energy", "0.6"], processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("ConfigError: budget.unit: 'energy' is not valid here: nothing counts here") == 2
 
 
 def test_channels_are_rounded_where_asked() -> None:

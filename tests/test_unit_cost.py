@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import StochasticDepth
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 sys.path.insert(0, str(Path(__file__).parent / "energy"))
@@ -77,6 +78,14 @@ def test_blocks_of_one_shape_take_the_same_and_all_together_no_more_than_the_net
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_how_often_a_block_is_skipped_makes_no_kind_of_its_own() -> None:
+    model = CifarResNet(20, 10, 1)
+    for block, rate in ((model.stages[0][1], 0.1), (model.stages[0][2], 0.2)):
+        block.branch.append(StochasticDepth(rate, "row"))
+    found = measure_unit_cost("time", model, torch.zeros(4, 1, 8, 8))
+    assert found.blocks["stages.0.1"] == found.blocks["stages.0.2"]
 
 
 def test_a_slower_block_is_dearer() -> None:
@@ -220,6 +229,10 @@ def test_the_budget_is_met_in_time(tmp_path: Path) -> None:
     assert not [finding for finding in verify_run(folder) if finding.good is False]
 
 
+def _not_again(*_: object, **__: object) -> UnitCost:
+    raise AssertionError("measured, though it is known or nobody asked")
+
+
 @pytest.mark.usefixtures("made_up")
 def test_a_run_that_goes_on_counts_with_what_was_measured_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -236,13 +249,25 @@ def test_a_run_that_goes_on_counts_with_what_was_measured_first(
         patched.setattr(Trainer, "_train_step", asked_to_stop)
         with pytest.raises(Interrupted):
             trained(tmp_path / "cut")
-    other = UnitCost(2.0, {**dict.fromkeys(SECONDS, 0.1), "stages.2.2": 0.8})
-    monkeypatch.setattr(greenprune.run, "measure_unit_cost", lambda *_, **__: other)
+    monkeypatch.setattr(greenprune.run, "measure_unit_cost", _not_again)
     folder = trained(tmp_path / "cut", resume="auto")
     for figure in ("removals", "kept_cost", "accuracy", "loss"):
         assert read(folder / "summary.json")[figure] == read(whole / "summary.json")[figure], figure
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert [event["unit_cost"] for event in events if event["kind"] == "start"] == [MADE_UP.to_dict()] * 2
+
+
+@pytest.mark.usefixtures("made_up")
+def test_nothing_is_measured_for_a_structure_that_is_trained_from_scratch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trained(tmp_path / "gated")
+    monkeypatch.setattr(greenprune.run, "measure_unit_cost", _not_again)
+    model = replace(SMALL.model, structure=str(found))
+    folder = trained(tmp_path / "scratch", model=model, gate=GateConfig(enabled=False))
+    mine, theirs = read(folder / "summary.json"), read(found / "summary.json")
+    assert mine["params"] == theirs["params"]
+    assert mine["budget_unit"] == "flops"  # what the share that is kept is told in
 
 
 def test_two_processes_decide_by_one_measurement(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "Reading",
     "Share",
     "SlurmEnergy",
+    "Source",
     "SourceRow",
     "Window",
     "carbon_intensity",

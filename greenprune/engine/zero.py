@@ -212,9 +212,12 @@ class ZeroParallel:
         """Take over a plain network and its optimizer, with all that the optimizer already keeps."""
         model.to(self._accelerator.device)
         for parameter in model.parameters():  # DeepSpeed takes them for rows of bytes, in no other layout than C's
-            parameter.data = parameter.data.contiguous()
+            parameter.data = _in_rows(parameter.data)
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
-        state = {parameter: _contiguous(kept) for parameter, kept in optimizer.state.items()}
+        state = {
+            parameter: {name: _in_rows(value) if isinstance(value, Tensor) else value for name, value in kept.items()}
+            for parameter, kept in optimizer.state.items()
+        }
         optimizer.state.clear()
         for group in optimizer.param_groups:
             if not group["params"]:  # DeepSpeed would drop the group, and schedules count on every group's place
@@ -354,8 +357,9 @@ def _of_parameter(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
-def _contiguous(kept: State) -> State:
-    return {name: value.contiguous() if isinstance(value, Tensor) else value for name, value in kept.items()}
+def _in_rows(tensor: Tensor) -> Tensor:
+    """A tensor laid out row by row. ``contiguous()`` would leave the strides of 1x1 convolutions that are not so."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _offsets(parameters: list[nn.Parameter], whole: Tensor) -> list[tuple[nn.Parameter, int]]:

@@ -90,6 +90,7 @@ class _GatedSum(torch.autograd.Function):
         return torch.addcmul(shortcut, branch, _per_sample(decision, branch))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         (grad,) = grads
         kept, decision = ctx.saved_tensors

@@ -76,7 +76,7 @@ def test_a_rebuild_without_a_change_changes_no_bit(cases: tuple[str, str, dict[s
 
 
 RUN = """
-model: {name: resnet20, channels_last: true}
+model: {name: resnet20, shortcut: B, channels_last: true}
 data: {name: digits, batch_size: 64}
 optim: {epochs: 6, lr: 0.05, ema: 0.9}
 gate: {units: [block, channel], warmup: 0.0}
