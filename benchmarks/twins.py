@@ -117,7 +117,8 @@ def main() -> None:
     text = "\n".join("| " + " | ".join(row) + " |" for row in table)
     about = (
         f"`python benchmarks/twins.py {' '.join(sys.argv[1:])}`: {len(args.seeds)} seeds, mean ± standard deviation "
-        f"(seconds and joules by themselves: median). {provenance['cpu']}, {provenance['threads']} of {provenance['cpu_cores_usable']} "
+        f"(seconds and joules by themselves: median). {provenance['cpu']}, {provenance['threads']} of "
+        f"{provenance['cpu_cores_usable']} "
         "cores, torch "
         f"{provenance['versions']['torch']}. Joules: {quality} ({sources})."
     )

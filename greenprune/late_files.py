@@ -7,7 +7,7 @@ import time
 from greenprune.checkpoint import CheckpointCorrupt, list_checkpoints, load_checkpoint
 from greenprune.config import UserError
 from greenprune.locking import FolderLock
-from greenprune.tracking import RunFolder, read_events
+from greenprune.tracking import RunFolder, salvage_events
 
 PATIENCE_S = 120.0
 """As they are usually set up, NFS shows new files within 60 s and drops a lost node's locks in 90 s."""
@@ -54,7 +54,7 @@ def _is_seen(folder: RunFolder, requeued: bool) -> bool:
         list(folder.path.parent.iterdir())  # asks the file server again where looking for a name does not
     if not folder.config.is_file():
         return not requeued
-    events = read_events(folder.events)
+    events, _ = salvage_events(folder.events)  # a damaged line is told where the run goes on
     if not events or events[-1]["kind"] != "interrupt":
         return True
     try:

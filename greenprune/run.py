@@ -17,7 +17,7 @@ from greenprune.accounts import Records
 from greenprune.checkpoint import Checkpoint, CheckpointCorrupt, list_checkpoints, load_checkpoint, load_newest
 from greenprune.config import MAY_CHANGE, Config, ConfigError, UserError, load_config, shaping_values
 from greenprune.data import ImageData, open_data
-from greenprune.energy import Meter, carbon_intensity, node_id, open_meter, share_devices
+from greenprune.energy import Meter, carbon_intensity, node_id, open_meter, share_devices, slurm_job
 from greenprune.engine import Engine
 from greenprune.late_files import PATIENCE_S, await_attempt, take_lock
 from greenprune.mirrors import start_mirrors
@@ -54,7 +54,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
     Args:
         config: The run.
         environment: The process's environment: GREENPRUNE_DATA, the folder of the data sets if the config names none,
-            what tells of a W&B login, SLURM_JOB_ID and SLURM_ARRAY_JOB_ID.
+            what tells of a W&B login, and what Slurm says of its job.
         display: Makes the progress display; called on rank 0 only.
 
     Raises:
@@ -102,7 +102,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         notes += claim.notes
         if carbon is None:
             notes.append("CO2 is unknown: set energy.country to the country whose grid feeds this machine")
-        records = Records(folder, meter, carbon, mirrors, notes, environment.get("SLURM_JOB_ID"))
+        records = Records(folder, meter, carbon, mirrors, notes, slurm_job(environment))
         with meter.window("setup"):
             trainer = Trainer(config, data, engine, network, records, resume)
         stack.callback(trainer.close)

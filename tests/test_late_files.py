@@ -50,6 +50,13 @@ def test_what_can_be_seen_is_not_waited_for(tmp_path: Path) -> None:
     assert seconds(lambda: await_attempt(stopped, requeued=True)) < 0.5
 
 
+def test_a_damaged_line_of_the_log_is_no_reason_to_wait_or_to_fail(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "run")
+    stopped_run(folder, 5)
+    folder.events.write_bytes(b"\0" * 64 + b"\n" + folder.events.read_bytes())
+    assert seconds(lambda: await_attempt(folder, requeued=True)) < 0.5
+
+
 @pytest.mark.parametrize("late", ["folder", "checkpoint", "one file"])
 def test_what_comes_late_is_waited_for(tmp_path: Path, late: str) -> None:
     folder = RunFolder(tmp_path / "runs" / "run")

@@ -17,7 +17,7 @@ from greenprune.energy.nvml import gpu_uuids as all_gpu_uuids
 from greenprune.energy.nvml import nvml_session, open_gpu, visible_gpu_uuids
 from greenprune.energy.rapl import POWERCAP, open_rapl
 from greenprune.energy.sharing import Share, node_id, share_devices
-from greenprune.energy.slurm import SlurmEnergy, slurm_energy
+from greenprune.energy.slurm import SlurmEnergy, slurm_energy, slurm_job
 from greenprune.energy.source import MeterUnavailable, Quality, Source, UnreadableSource
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "open_meter",
     "share_devices",
     "slurm_energy",
+    "slurm_job",
     "visible_gpu_uuids",
 ]
 

@@ -8,6 +8,7 @@ Reference: https://slurm.schedmd.com/sacct.html (ConsumedEnergyRaw)
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _TIMEOUT_S = 10.0
@@ -26,11 +27,21 @@ class SlurmEnergy:
     """Why it does not tell; None if it does."""
 
 
+def slurm_job(environment: Mapping[str, str]) -> str | None:
+    """What Slurm calls the job that a process is in, or None if it is in none.
+
+    One task of an array has the array's own number in SLURM_JOB_ID, by which Slurm would mean all of its tasks
+    (https://slurm.schedmd.com/job_array.html).
+    """
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID")
+
+
 def slurm_energy(job_id: str) -> SlurmEnergy:
     """Ask sacct for the energy of a job; takes at most ten seconds and never fails.
 
     Args:
-        job_id: The job, as in SLURM_JOB_ID.
+        job_id: The job, from :func:`slurm_job`.
     """
     # With the attempts before the job queued itself again, which sacct else leaves out.
     command = ["sacct", "--duplicates", "-j", job_id]

@@ -162,9 +162,12 @@ wait "$program"
 code=$?
 {record}\
 # A job that Slurm is ending (COMPLETING: cancelled, or preempted and queued again by Slurm itself) is left alone.
+# One task of an array has the array's own number for its own, by which Slurm would mean all of them.
+job=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 if [ "$code" != 0 ] && [ -n "$stopped" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt {requeues} ] &&
-  [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != COMPLETING ]; then
-  scontrol requeue "$SLURM_JOB_ID"
+  [ "$(squeue --noheader --jobs="$job" --format=%T)" != COMPLETING ]; then
+  scontrol requeue "$job"
 fi
 exit "$code"
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from greenprune.energy import slurm_energy
+from greenprune.energy import slurm_energy, slurm_job
 
 
 @pytest.fixture
@@ -56,3 +56,9 @@ def test_without_sacct_or_with_a_broken_one_there_is_a_reason_and_no_error(
     failed = slurm_energy("42")
     assert failed.energy_j is None
     assert "exit code 1" in str(failed.reason)
+
+
+def test_one_task_of_an_array_is_not_taken_for_all() -> None:
+    assert slurm_job({}) is None
+    assert slurm_job({"SLURM_JOB_ID": "42"}) == "42"
+    assert slurm_job({"SLURM_JOB_ID": "42", "SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": "5"}) == "42_5"

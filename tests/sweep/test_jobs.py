@@ -151,7 +151,8 @@ class Shell:
     def start(self, text: str, *args: str, **variables: str) -> subprocess.Popen[bytes]:
         job = self.called.with_name("job.sbatch")
         job.write_text(text)
-        environment = {"PATH": str(self.programs), "SLURM_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": "7"}
+        environment = {"PATH": str(self.programs), "SLURM_JOB_ID": "42"}
+        environment |= {"SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": "7"}  # as the last task of an array has it
         return subprocess.Popen([str(self.programs / "bash"), str(job), *args], env=environment | variables)
 
     def run(self, text: str, *args: str) -> int:
@@ -224,7 +225,20 @@ def test_told_to_stop_it_waits_for_the_program_and_queues_itself(
     job.send_signal(number)
     assert job.wait(timeout=20) == 143
     assert (sweep / "exits" / "0007").read_text() == "143\n"
-    assert (["scontrol", "requeue", "42"] in shell.calls()) == requeued
+    asked = [call for call in shell.calls() if call[0] in ("squeue", "scontrol")]
+    assert not any("42" in word.split("=") for call in asked for word in call)  # that would be all tasks of the array
+    assert (["scontrol", "requeue", "42_7"] in asked) == requeued
+
+
+def test_a_job_that_is_no_array_queues_itself(shell: Shell, tmp_path: Path) -> None:
+    shell.program("greenprune", STOPS)
+    config = tmp_path / "config.yaml"
+    alone = {"SLURM_ARRAY_JOB_ID": "", "SLURM_ARRAY_TASK_ID": ""}
+    job = shell.start(render_job("single_node", Site()), "--config", str(config), **alone)
+    wait_for(Path(f"{config}.started"))
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=20) == 143
+    assert ["scontrol", "requeue", "42"] in shell.calls()
 
 
 def test_one_that_ends_by_itself_is_not_queued_again(shell: Shell, sweep: Path) -> None:
