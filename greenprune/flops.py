@@ -24,7 +24,7 @@ class Cost:
     Attributes:
         flops_forward: FLOPs of the forward pass of one sample.
         flops_train: FLOPs of the forward and backward pass of one sample.
-        params: Number of trainable parameters.
+        params: Number of parameters, frozen ones too: they take memory and can be removed as well.
     """
 
     flops_forward: int = 0
@@ -98,6 +98,6 @@ def count_costs(model: nn.Module, image_shape: tuple[int, ...], names: Iterable[
             # Inside a network the backward of a product or convolution is two more of its size: by input and by weight.
             # A gate's is one: nothing goes back into its input.
             flops_train = (2 if name.endswith(".gate") else 3) * flops_forward
-        params = sum(p.numel() for p in model.get_submodule(name).parameters() if p.requires_grad)
+        params = sum(p.numel() for p in model.get_submodule(name).parameters())
         costs[name] = Cost(flops_forward, flops_train, params)
     return costs

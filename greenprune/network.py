@@ -144,7 +144,7 @@ def _parts(model: nn.Module, sets: dict[str, ChannelSet], counts: dict[str, Cost
             parts.setdefault(block_of[path], []).append(Part(flops, tuple(names)))
     for (path, tensor), names in in_tensor.items():
         value = getattr(model.get_submodule(path), tensor)
-        if isinstance(value, nn.Parameter) and value.requires_grad:
+        if isinstance(value, nn.Parameter):
             parts.setdefault(block_of[path], []).append(Part(Cost(params=value.numel()), tuple(names)))
     return parts
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from greenprune.config import Config
@@ -62,6 +64,19 @@ def build_schedule(config: Config, optimizer: torch.optim.Optimizer, total_steps
         return 1.0
 
     return LambdaLR(optimizer, [gates if group["name"] == "gates" else weights for group in optimizer.param_groups])
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Take up a state saved by ``state_dict``, laid out in memory as the parameters are.
+
+    A run under DeepSpeed saves it row by row, and the fused kernels go through parameter and state in the order in
+    which both lie in memory.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 class WeightAverage:

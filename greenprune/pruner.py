@@ -82,7 +82,8 @@ class Pruner:
         self._measured = _measured_for_all(unit, model, example) if unit in MEASURED else None
         self._costs = unit_costs(self._table, self.budget, self._measured)
         self._device = example.device
-        self._rounding = self._table.rounding(surgery or SurgeryConfig(), self._device)
+        self._surgery = surgery or SurgeryConfig()
+        self._rounding = self._table.rounding(self._surgery, self._device)
         self._accumulate = 1
         self._policy = self._new_policy()
         self._batches = 0  # for which a penalty was given
@@ -137,6 +138,7 @@ class Pruner:
         Raises:
             RuntimeError: Nothing has passed through the network in training since the last call.
         """
+        self._follow_device()
         nothing = torch.zeros((), device=self._device)
         if not self._policy.active:
             return nothing
@@ -147,6 +149,16 @@ class Pruner:
         step, self._batches = self._batches, self._batches + 1
         penalty = self._policy.penalty(step, local * _world_size(), _mean_over_ranks)
         return nothing if penalty is None else penalty
+
+    def _follow_device(self) -> None:
+        """Move along with a network that was moved after the pruner was made."""
+        device = next(self.model.parameters()).device
+        if device != self._device:
+            state = self._policy.state_dict()
+            self._device = device
+            self._rounding = self._table.rounding(self._surgery, device)
+            self._policy = self._new_policy()
+            self._policy.load_state_dict(state)
 
     def step(self, optimizer: Optimizer) -> list[Operation]:
         """Follow a step of the optimizer, and at the end of a window remove what can go.
@@ -295,7 +307,9 @@ def _with_penalty(output: object, penalty: Tensor) -> object:
     for place, item in places:
         if isinstance(item, Tensor) and item.requires_grad:
             changed[place] = _PenaltyBeside.apply(item, penalty)
-            return tuple(changed) if isinstance(output, tuple) else changed
+            if not isinstance(output, tuple):
+                return changed
+            return type(output)(*changed) if hasattr(output, "_fields") else tuple(changed)
     raise TypeError(f"the network gives a {type(output).__name__}; expected a tensor, or a tuple or dict of tensors")
 
 

@@ -22,7 +22,7 @@ from greenprune.evaluation import Evaluation, evaluate
 from greenprune.gating import GatePolicy, Verdict, default_window
 from greenprune.interrupt import Interrupted, InterruptRequest
 from greenprune.network import Network, kept_cost, units_present
-from greenprune.optimization import WeightAverage, build_optimizer, build_schedule
+from greenprune.optimization import WeightAverage, build_optimizer, build_schedule, load_optimizer
 from greenprune.process_load import ProcessLoad
 from greenprune.recording import Recorder, Told
 from greenprune.saving import Saving
@@ -113,7 +113,7 @@ class Trainer:
         self.average = WeightAverage(model, config.optim.ema) if config.optim.ema is not None else None
         optimizer = build_optimizer(config, model, self.total_steps)
         if checkpoint is not None:
-            optimizer.load_state_dict(checkpoint.training["optimizer"])
+            load_optimizer(optimizer, checkpoint.training["optimizer"])
         self.engine.prepare(model, optimizer)
         self._do_passes = self.engine.recorded(self._pass if self._parts == 1 else self._passes)
         self.schedule = build_schedule(config, self.engine.optimizer, self.total_steps)
@@ -156,6 +156,7 @@ class Trainer:
             self._totals.copy_(totals[self.engine.rank])
         elif self.engine.is_main:
             self._totals.copy_(torch.stack(totals).sum(0))
+            self._totals[2] *= self.engine.world_size / len(totals)  # steps left out, which every rank counts
         self.step = self._told_at = state["step"]
         self.saving.goes_on_from(self.step)
         self.accounts.ledger = Ledger(**state["ledger"])
@@ -241,13 +242,13 @@ class Trainer:
         self.engine.step()
         if self.policy is not None and self.policy.active:
             self.policy.after_step()
-        if self.average is not None:
-            self.average.update(self.step, self.skipper.skipped if self.skipper is not None else None)
         self.schedule.step()
         if self.skipper is None:
             self._seen += seen
         else:
             self._totals += self.skipper.end(seen.double())
+        if self.average is not None:  # after the skipper: what is not finite once would never leave the average
+            self.average.update(self.step, self.skipper.skipped if self.skipper is not None else None)
         self.step += 1
         self.accounts.ledger.add_step(
             self.config.data.batch_size, self.cost.flops_train, self.unit_table.dense.flops_train

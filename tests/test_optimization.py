@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from greenprune.config import Config, GateConfig, OptimConfig
 from greenprune.gating import gate_parameters
-from greenprune.optimization import WeightAverage, build_optimizer, build_schedule
+from greenprune.optimization import WeightAverage, build_optimizer, build_schedule, load_optimizer
 from greenprune.surgery import Surgeon
 
 MakeNetwork = Callable[..., nn.Module]
@@ -198,6 +199,31 @@ def test_a_step_that_is_left_out_leaves_the_average_alone(make_network: MakeNetw
     expected = before if skipped else list(plain.module.parameters())
     for mine, theirs in zip(average.module.parameters(), expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_state_saved_row_by_row_fits_weights_laid_out_channels_last(make_network: MakeNetwork, name: str) -> None:
+    """The fused kernels go through both in the order of memory, as they lie."""
+
+    def stepped(layout: torch.memory_format) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = make_network(kind=None).to(memory_format=layout)
+        optimizer = build_optimizer(config_of(name=name), model, TOTAL)
+        for number, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.empty_like(parameter).copy_(
+                torch.arange(parameter.numel(), dtype=torch.float32).view(parameter.shape) * (number + 1)
+            )
+        return model, optimizer
+
+    plain, optimizer = stepped(torch.contiguous_format)
+    optimizer.step()
+    other, resumed = stepped(torch.channels_last)
+    other.load_state_dict(plain.state_dict())
+    load_optimizer(resumed, copy.deepcopy(optimizer.state_dict()))
+    for taken in (optimizer, resumed):
+        taken.step()
+    for mine, theirs in zip(other.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_gates_learn_as_fast_as_the_noise_of_their_gradient_allows() -> None:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -186,7 +187,12 @@ def test_the_gates_learning_rate_adds_up_to_the_same_over_fewer_steps() -> None:
     assert sums == [15.0, 15.0]  # sqrt(60 * 16 / 4), to two digits
 
 
-@pytest.mark.parametrize("shape", ["tensor", "tuple", "list", "dict"])
+class Output(NamedTuple):
+    logits: Tensor
+    extra: str = "kept"
+
+
+@pytest.mark.parametrize("shape", ["tensor", "tuple", "list", "dict", "named tuple"])
 def test_the_penalty_beside_the_output_is_the_penalty_in_the_loss(shape: str) -> None:
     """For loops that do not let anyone at their loss."""
 
@@ -202,6 +208,7 @@ def test_the_penalty_beside_the_output_is_the_penalty_in_the_loss(shape: str) ->
                 "tuple": lambda: (None, logits),
                 "list": lambda: [images, logits],
                 "dict": lambda: {"nothing": None, "logits": logits},
+                "named tuple": lambda: Output(logits),
             }
             return made[shape]()
 
@@ -216,7 +223,8 @@ def test_the_penalty_beside_the_output_is_the_penalty_in_the_loss(shape: str) ->
         if hidden:
             pruner.penalize_output()
         output = model(images)
-        logits = {"tensor": lambda: output, "dict": lambda: output["logits"]}.get(shape, lambda: output[1])()
+        ways = {"tensor": lambda: output, "dict": lambda: output["logits"], "named tuple": lambda: output.logits}
+        logits = ways.get(shape, lambda: output[1])()
         loss = functional.cross_entropy(logits, labels)
         (loss if hidden else loss + pruner.penalty()).backward()
         return [parameter.grad for parameter in model.parameters()]
@@ -240,6 +248,34 @@ def test_a_measurement_that_fails_fails_on_every_process() -> None:
     done = run(Path(__file__).parent / "distributed" / "pruner_worker.py", ["energy", "0.6"], processes=2)
     assert done.returncode != 0
     assert done.stderr.count("ConfigError: budget.unit: 'energy' is not valid here: nothing counts here") == 2
+
+
+@pytest.mark.parametrize("moved", ["before", "after"])
+def test_the_pruner_is_where_the_network_is(moved: str) -> None:
+    """With the meta device in a GPU's place, on which a tensor from elsewhere is refused as well."""
+    model = CifarResNet(20, 10, channels=1)
+    images = torch.randn(4, 1, 8, 8)
+    if moved == "before":
+        model.to("meta")
+        images = images.to("meta")
+    gate = GateConfig(units=["block", "channel"], warmup=0.0)
+    pruner = Pruner(model, images, total_steps=STEPS, gate=gate)
+    loss = model.to("meta")(images.to("meta")).sum() + pruner.penalty()
+    loss.backward()
+    assert loss.device.type == "meta"
+    assert all(parameter.grad is not None for parameter in gate_parameters(model))
+
+
+def test_frozen_parameters_cost_what_others_do() -> None:
+    torch.manual_seed(0)
+    model = CifarResNet(20, 10, channels=1)
+    for parameter in [*model.stem.parameters(), *model.stages[0].parameters(), *model.stages[1].parameters()]:
+        parameter.requires_grad_(False)
+    pruner = Pruner(model, torch.randn(2, 1, 8, 8), total_steps=STEPS, budget=BudgetConfig(0.6, "params"))
+    pruner.finalize(make_optimizer(pruner))
+    report = pruner.report()
+    assert report["params"] == sum(parameter.numel() for parameter in model.parameters())
+    assert 0.4 < report["kept_cost"] <= 0.6
 
 
 def test_channels_are_rounded_where_asked() -> None:

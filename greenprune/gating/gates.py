@@ -330,8 +330,9 @@ def attach_gates(model: nn.Module, config: GateConfig) -> list[str]:
     if "block" in config.units:
         for name, block in residual_blocks(model).items():
             channels, dim = _input_channels(name, block)
-            block.gate = BlockGate(channels if conditional else None, config.openness, dim)
-            block.every = block.gate.every = config.every
+            gate = BlockGate(channels if conditional else None, config.openness, dim)
+            block.gate = gate.to(_device_of(block))
+            block.every = gate.every = config.every
     if "channel" in config.units:
         found = find_channels(model)
         if not found.sets:
@@ -347,14 +348,19 @@ def attach_gates(model: nn.Module, config: GateConfig) -> list[str]:
 def _gate_channels(model: nn.Module, channel_set: ChannelSet, config: GateConfig) -> None:
     inner, dim = model.get_submodule(channel_set.slot), channel_set.channel_dim
     gate = ChannelGate(channel_set.units, config.openness, dim, conditional=config.kind == "conditional")
+    block = model.get_submodule(channel_set.block)
+    gate.to(_device_of(block))
     slot = ChannelSlot(inner, gate, dim, channel_set.label)
     slot.every = gate.every = config.every
     slot.train(inner.training)
     parent, _, child = channel_set.slot.rpartition(".")
     setattr(model.get_submodule(parent), child, slot)
-    block = model.get_submodule(channel_set.block)
     assert isinstance(block, ResidualBlock | PlainBlock)
     block.slots.append(slot)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def _input_channels(name: str, block: ResidualBlock) -> tuple[int, int]:
