@@ -290,7 +290,8 @@ class Trainer:
         window, verdicts = self.policy.close_window(self.step)
         if not all(math.isfinite(unit.openness) for unit in window.values()):
             self._diverged(math.nan)
-        self.recorder.window(self.step, self.policy, window)
+        if window:
+            self.recorder.window(self.step, self.policy, window)
         if verdicts:
             with self.meter.window("surgery"):
                 self._operate(verdicts)

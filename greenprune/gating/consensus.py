@@ -90,15 +90,18 @@ class Consensus:
         return self._steps > 0
 
     def close_window(self) -> dict[str, UnitWindow]:
-        """Read the counts (one transfer from the device) and start the next window."""
+        """Read the counts (one transfer from the device) and start the next window.
+
+        Returns:
+            What each unit did; nothing if all of the window's steps were taken back.
+        """
         assert self._samples > 0, "a window without a step"
         *on, taken_back = torch.cat([self._on, self._taken_back]).tolist()
         self._samples -= taken_back * (self._samples // self._steps)
         self._steps -= taken_back
-        assert self._steps > 0, "a window whose steps were all skipped"
-        openness = (self._openness / self._steps).tolist()
-        window = {}
-        for name, count, mean in zip(self.units, on, openness, strict=True):
+        window: dict[str, UnitWindow] = {}
+        openness = (self._openness / self._steps).tolist() if self._steps else []
+        for name, count, mean in zip(self.units, on, openness, strict=bool(self._steps)):
             self._always_on[name] = self._always_on[name] + 1 if count == self._samples else 0
             window[name] = UnitWindow(count, self._samples, mean, self._always_on[name])
         self._on.zero_()

@@ -227,17 +227,22 @@ class GatePolicy:
         return self.active and (steps_done % self.window == 0 or steps_done == self.deadline)
 
     def close_window(self, steps_done: int) -> tuple[dict[str, UnitWindow], list[Verdict]]:
-        """End the window: what the gates did in it, and what is removed and frozen now. One read of the device."""
-        window = self.consensus.close_window()
-        return window, self._decide(window, steps_done, final=steps_done >= self.deadline)
+        """End the window: what the gates did in it, and what is removed and frozen now. One read of the device.
+
+        Of a window whose steps were all left out nothing is told, and nothing follows but at the deadline.
+        """
+        window, final = self.consensus.close_window(), steps_done >= self.deadline
+        if not window:
+            return {}, self._decide(self._openness_now(), steps_done, final=True) if final else []
+        return window, self._decide(window, steps_done, final=final)
 
     def settle_now(self) -> list[Verdict]:
         """What is removed and frozen if everything has to be decided at once.
 
         By what the gates did since the last boundary; without a step since then, by how open they are.
         """
-        window = self.consensus.close_window() if self.consensus.has_steps else self._openness_now()
-        return self._decide(window, self.deadline, final=True)
+        window = self.consensus.close_window() if self.consensus.has_steps else {}
+        return self._decide(window or self._openness_now(), self.deadline, final=True)
 
     def _openness_now(self) -> dict[str, UnitWindow]:
         logits = torch.cat([gate.bias.detach() for gate in self._gates])

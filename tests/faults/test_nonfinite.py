@@ -61,6 +61,17 @@ def test_all_ranks_skip_together(tmp_path: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in [*last.model.values(), *last.training["average"].values()])
 
 
+def test_a_window_whose_only_step_is_skipped_decides_by_how_open_gates_are(tmp_path: Path) -> None:
+    """Of 44 steps the 34th, alone between a boundary and the deadline."""
+    flags = ("--optim.nonfinite", "skip", "--removal.decide_by", "0.77", "--removal.window", "11")
+    done, _ = broken(tmp_path, "loss:nan:1:33", flags=flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "it" / "summary.json").read_text())
+    assert summary["skipped_steps"] == 1
+    assert summary["gates_left"] == 0
+    assert summary["kept_cost"] <= 0.5
+
+
 def test_skipping_what_does_not_pass_ends_in_a_stop(tmp_path: Path) -> None:
     """A weight that is broken on one rank makes every later step a bad one, for all."""
     flags = ("--optim.nonfinite", "skip", "--removal.window", "100")
