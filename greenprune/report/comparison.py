@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from greenprune.tracking import Event, RunFolder, read_attempts, read_events
 
 _TWIN_KEYS = ("model", "data", "seed", "epochs", "batch_size", "precision")
 _RUN_FILES = ("summary.json", "events.jsonl", "config.yaml")
+# A device in energy_by_device_j: perhaps its host, its name and model, and unless it is unreadable how it was metered.
+_DEVICE = re.compile(r"(?:\S+: )?(?P<kind>cpu|dram)?.*?(?: \((?P<meter>(?:counter|integrated power|estimate)\b.*)\))?")
 _EXPECTED = "expected a run's folder, its summary.json, or a folder that holds runs"
 
 
@@ -74,6 +77,17 @@ class ComparedRun:
         after: float | None = times.get("after")
         before: float | None = times.get("before")
         return before if after is None else after
+
+    @property
+    def energy_is_complete(self) -> bool:
+        """Whether its joules are more than a lower bound, as far as is known."""
+        return self.summary.get("energy_complete") is not False
+
+    @property
+    def meters(self) -> frozenset[tuple[str, str | None]]:
+        """Each kind of device that its joules are of (gpu, cpu, dram), with how it was metered; None: not at all."""
+        devices = (_DEVICE.fullmatch(name) for name in self.summary.get("energy_by_device_j") or {})
+        return frozenset((device["kind"] or "gpu", device["meter"]) for device in devices if device)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -350,7 +364,10 @@ def _unfinished(events: list[Event]) -> tuple[dict[str, Any], str]:
     if "units" in start:
         summary["blocks_dense"] = len(start["units"])
     summary["channels_dense"] = sum(start.get("channels", {}).values())
-    summary["energy_quality"] = worst_quality(quality for _, _, quality in start.get("energy_sources", []))
+    sources = start.get("energy_sources", [])
+    summary["energy_quality"] = worst_quality(quality for _, _, quality in sources)
+    named = (f"{device} ({quality}: {source})" if quality else device for device, source, quality in sources)
+    summary["energy_by_device_j"] = last.get("energy/by_device_j") or dict.fromkeys(named)
     summary["step_time_s"] = step_times.medians()
     steps = start["epochs"] * start["steps_per_epoch"] if {"epochs", "steps_per_epoch"} <= start.keys() else None
     state = f"unfinished: step {last['step']:,}" + ("" if steps is None else f" of {steps:,}")
@@ -407,7 +424,10 @@ def _ratios(run: ComparedRun, twin: ComparedRun, notes: list[str]) -> dict[str, 
     if not _same_machine(run, twin):
         notes.append(f"{run.name} and {twin.name} ran on different hardware: no ratios of joules, CO2e and seconds")
         ratios |= dict.fromkeys((*energies, "time_s", "step_time_s"))
-    elif mine.get("energy_quality") != theirs.get("energy_quality"):
+    elif incomplete := [one.name for one in (run, twin) if not one.energy_is_complete]:
+        notes.append(f"some joules of {' and '.join(incomplete)} could not be read: no ratios of joules and CO2e")
+        ratios |= dict.fromkeys(energies)
+    elif (mine.get("energy_quality"), run.meters) != (theirs.get("energy_quality"), twin.meters):
         notes.append(f"{run.name} and {twin.name} were not metered alike: no ratios of joules and CO2e")
         ratios |= dict.fromkeys(energies)
     return ratios
@@ -438,7 +458,7 @@ _COLUMNS = (
     _Column("channels", lambda run: _channels(run.summary)),
     _Column("FLOPs,\n1 image", lambda run: format_si(run.summary.get("flops_forward")), "flops_forward"),
     _Column("FLOPs,\ntraining", lambda run: format_si(run.summary.get("flops_train")), "flops_train"),
-    _Column("energy", lambda run: format_joules(run.summary.get("energy_j")), "energy_j"),
+    _Column("energy", lambda run: _joules(run, "energy_j"), "energy_j"),
     _Column("energy\nby", lambda run: (run.summary.get("energy_quality") or UNKNOWN).replace(" ", "\n")),
     _Column("CO2e", lambda run: format_si(run.summary.get("co2_g"), "g"), "co2_g"),
     _Column("time", lambda run: format_seconds(run.summary.get("time_s")), "time_s"),
@@ -449,7 +469,13 @@ _COLUMNS = (
 def _accuracy_column(accuracy: float) -> _Column:
     header = f"energy to\n{format_percent(accuracy, 1)}"
     key = "energy_to_accuracy_j"
-    return _Column(header, lambda run: format_joules(run.summary.get(key)), key)
+    return _Column(header, lambda run: _joules(run, key), key)
+
+
+def _joules(run: ComparedRun, key: str) -> str:
+    energy_j = run.summary.get(key)
+    least = "" if energy_j is None or run.energy_is_complete else "at least\n"
+    return f"{least}{format_joules(energy_j)}"
 
 
 def _blocks(summary: dict[str, Any]) -> str:

@@ -113,7 +113,8 @@ class ReportedRun:
     def metering(self) -> tuple[object, ...]:
         """What must be the same for joules to be compared."""
         summary = self.compared.summary
-        return (self.compared.hardware, summary.get("energy_quality"), summary.get("device"), summary.get("world_size"))
+        how = (summary.get("energy_quality"), self.compared.meters)
+        return (self.compared.hardware, *how, summary.get("device"), summary.get("world_size"))
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ class Group:
         gated: Whether its runs are gated; None if not known.
         dense: Whether they are neither gated nor given a structure; None if not known.
         runs: Its runs.
-        spreads: By figure, over its finished runs; None where nothing is known.
+        spreads: By figure, over its finished runs, of joules and CO2e where they are complete; None where nothing is
+            known.
         against_twins: By ratio, over its finished runs that have a dense twin.
     """
 
@@ -297,7 +299,7 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _group_key(run: ReportedRun) -> tuple[object, ...]:
-    """Equal for runs that differ in their seed alone and whose joules can be averaged."""
+    """Equal for runs that differ in their seed alone and whose joules, where complete, can be averaged."""
     shaping = shaping_values(_nested(run.config)) if "gate.enabled" in run.config else {}
     shaping.pop("seed", None)
     if not shaping:
@@ -329,9 +331,14 @@ def _group(label: str, runs: Sequence[ReportedRun]) -> Group:
         gated=_is_gated(runs[0]),
         dense=_is_dense(runs[0]),
         runs=tuple(sorted(runs, key=lambda run: (str(run.compared.summary.get("seed")), run.name))),
-        spreads={key: spread_of(run.figure(key) for run in finished) for key in FIGURES},
+        spreads={key: spread_of(run.figure(key) for run in finished if _counts(run, key)) for key in FIGURES},
         against_twins={key: spread_of(ratio.get(key) for ratio in ratios) for key in keys},
     )
+
+
+def _counts(run: ReportedRun, key: str) -> bool:
+    """Whether a figure is what it says: joules and CO2e that are a lower bound are in no mean."""
+    return run.compared.energy_is_complete or key not in ("energy_j", "co2_g")
 
 
 def _is_gated(run: ReportedRun) -> bool | None:
@@ -419,7 +426,7 @@ def _front(groups: Sequence[Group]) -> tuple[tuple[str, ...] | None, str]:
     """Groups that no other beats in both mean accuracy and mean joules, by joules."""
     finished = [group for group in groups if group.spreads["accuracy"] and group.spreads["energy_j"]]
     if not finished:
-        return None, "No front is drawn: no finished run has both an accuracy and joules."
+        return None, "No front is drawn: no finished run has both an accuracy and joules that are complete."
     metering = {run.metering for group in finished for run in group.runs if run.is_finished}
     if len(metering) > 1:
         return None, "No front is drawn: these runs were not all metered alike, on the same hardware."
@@ -458,9 +465,12 @@ def _notes(runs: Sequence[ReportedRun]) -> list[str]:
     unfinished = [run.name for run in runs if not run.is_finished]
     if unfinished:
         notes.append(f"Not finished, so in no mean and no ratio: {', '.join(unfinished)}.")
-    incomplete = [run.name for run in runs if run.compared.summary.get("energy_complete") is False]
+    incomplete = [run.name for run in runs if not run.compared.energy_is_complete]
     if incomplete:
-        notes.append(f"Joules are a lower bound, because some could not be read: {', '.join(incomplete)}.")
+        notes.append(
+            "Joules are a lower bound, because some could not be read, so in no mean and no ratio: "
+            f"{', '.join(incomplete)}."
+        )
     several = [run for run in runs if run.history.attempts > 1]
     if several:
         told_each = (f"{run.name} in {run.history.attempts}{_lost(run)}" for run in several)

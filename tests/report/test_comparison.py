@@ -150,6 +150,51 @@ def test_an_estimate_is_not_compared_with_a_counter(tmp_path: Path) -> None:
     assert "not metered alike" in comparison.notes[0]
 
 
+GPU, CPU = "GPU-1a NVIDIA H100 (counter: NVML energy counter)", "cpu (estimate: CodeCarbon: load of 280 W (EPYC))"
+
+
+@pytest.mark.parametrize("without_joules", ["dense", "gated"])
+def test_joules_that_are_a_lower_bound_are_not_compared(tmp_path: Path, without_joules: str) -> None:
+    """NVML failed in one run, which has the estimate of the CPU alone."""
+    whole = {"energy_j": 10_000.0, "energy_quality": "estimate", "energy_complete": True}
+    whole["energy_by_device_j"] = {GPU: 9000.0, CPU: 1000.0}
+    part = whole | {"energy_j": 900.0, "energy_complete": False, "energy_by_device_j": {"GPU-1a": None, CPU: 900.0}}
+    for name, summary in (("dense", DENSE), ("gated", GATED)):
+        write_run(tmp_path / name, summary | (part if name == without_joules else whole))
+    comparison = compare_runs([tmp_path])
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert against["energy_j"] is None
+    assert against["time_s"] == pytest.approx(0.8)
+    assert comparison.notes == (f"some joules of {without_joules} could not be read: no ratios of joules and CO2e",)
+    assert render(comparison).count("at least") == 1
+
+
+@pytest.mark.parametrize(
+    ("devices", "alike"),
+    [
+        ({GPU: 9.0, CPU: 1.0}, True),
+        ({GPU.replace("1a", "2b"): 9.0, CPU: 1.0}, True),  # another GPU of the kind
+        ({f"node-1: {GPU}": 9.0, f"cpu-2: {CPU}": 1.0}, True),
+        ({CPU: 1.0}, False),
+        ({"GPU-1a NVIDIA H100 (integrated power: NVML power samples)": 9.0, CPU: 1.0}, False),
+        ({GPU: 9.0, CPU.replace("280", "8"): 1.0}, False),
+        ({GPU: 9.0, CPU: 1.0, "dram (estimate: CodeCarbon: constant 20 W)": 1.0}, False),
+    ],
+)
+def test_joules_of_other_parts_or_by_other_meters_are_not_compared(
+    tmp_path: Path, devices: dict[str, float], alike: bool
+) -> None:
+    """The worst quality is the same in all of them."""
+    write_run(tmp_path / "dense", DENSE | {"energy_by_device_j": {GPU: 90.0, CPU: 10.0}})
+    write_run(tmp_path / "gated", GATED | {"energy_by_device_j": devices})
+    comparison = compare_runs([tmp_path])
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert (against["energy_j"] is not None) == alike
+    assert [("not metered alike" in note) for note in comparison.notes] == ([] if alike else [True])
+
+
 def test_validation_and_test_accuracy_are_not_compared(tmp_path: Path) -> None:
     write_run(tmp_path / "dense", DENSE | {"accuracy_kind": "validation"})
     write_run(tmp_path / "gated", GATED)

@@ -320,6 +320,31 @@ def test_runs_metered_in_other_ways_have_no_common_front(tmp_path: Path) -> None
     assert "not all metered alike" in task.front_reason
 
 
+def change_summary(folder: Path, **changes: Any) -> None:
+    path = folder / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_joules_of_other_parts_are_neither_averaged_nor_drawn_with_the_rest(tmp_path: Path) -> None:
+    record_four(tmp_path)
+    change_summary(tmp_path / "gated-1", energy_by_device_j={"dram (estimate: CodeCarbon: constant 20 W)": 10.0})
+    (task,) = build_report([tmp_path]).tasks
+    assert [len(group.runs) for group in task.groups] == [2, 1, 1]
+    assert "not all metered alike" in task.front_reason
+
+
+def test_joules_that_are_a_lower_bound_are_in_no_mean_and_no_ratio(tmp_path: Path) -> None:
+    record_four(tmp_path)
+    change_summary(tmp_path / "gated-1", energy_complete=False)
+    report = build_report([tmp_path])
+    gated = report.groups[1]
+    spreads = (gated.spreads["accuracy"], gated.spreads["energy_j"], gated.against_twins["energy_j"])
+    assert [spread.n if spread else 0 for spread in spreads] == [2, 1, 1]
+    for text in forms(report):
+        assert "at least" in text
+        assert "so in no mean and no ratio: gated-1." in text
+
+
 @pytest.mark.parametrize("damage", ["events.jsonl", "summary.json", "config.yaml", "provenance.jsonl"])
 def test_a_file_that_cannot_be_read_spoils_no_other_run(tmp_path: Path, damage: str) -> None:
     record_run(tmp_path / "good", gated=False)
