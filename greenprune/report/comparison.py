@@ -35,7 +35,7 @@ class ComparedRun:
         name: The folder's name, after those of as many parents as set it apart from the other compared runs.
         summary: Content of summary.json; of a run that is not finished, what its events tell under the same keys.
         state: ``finished``, or how far it came.
-        hardware: What it ran on, as its provenance tells; None if that is missing.
+        hardware: What its attempts ran on, each once, as its provenance tells; None if that is missing.
         dense_config: All that shapes the result of its dense twin, as its config.yaml tells; None if that is missing.
         twin: Name of its dense twin among the compared runs, if there is one.
         against_twin: Differences and ratios to the twin by name; None where one is unknown or would compare machines.
@@ -252,7 +252,7 @@ def read_run(path: Path, name: str) -> ComparedRun:
         UserError: A file of it cannot be read.
     """
     folder = RunFolder(path)
-    hardware, dense_config = _hardware(read_provenance(path)), _dense_config(folder.config)
+    hardware, dense_config = hardware_of(read_provenance(path)), _dense_config(folder.config)
     if folder.summary.is_file():
         return ComparedRun(path, name, _read_object(folder.summary), "finished", hardware, dense_config)
     summary, state = _unfinished(read_run_events(path))
@@ -292,18 +292,25 @@ def _read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_provenance(path: Path) -> dict[str, Any]:
-    """Versions and hardware of the last attempt of the run in a folder; empty if that is not known."""
+def read_provenance(path: Path) -> list[dict[str, Any]]:
+    """Versions and hardware of each attempt of the run in a folder; empty if that is not known."""
     try:
-        attempts = read_attempts(RunFolder(path).provenance)
+        return read_attempts(RunFolder(path).provenance)
     except OSError:
-        return {}
-    return attempts[-1] if attempts else {}
+        return []
 
 
-def _hardware(provenance: dict[str, Any]) -> tuple[str, ...] | None:
-    """What an attempt ran on: its GPUs, or its processor."""
-    return tuple(provenance.get("gpus") or [str(provenance.get("cpu"))]) if provenance else None
+def hardware_of(attempts: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
+    """What attempts ran on, each once: the GPUs, or the processor with what of it was used; None if not known."""
+    return tuple(dict.fromkeys(map(_hardware, attempts))) or None
+
+
+def _hardware(attempt: dict[str, Any]) -> str:
+    if attempt.get("gpus") and attempt.get("device") != "cpu":
+        return ", ".join(attempt["gpus"])
+    used = {"threads": attempt.get("threads"), "usable cores": attempt.get("cpu_cores_usable")}
+    told = [f"{name} {count}" for name, count in used.items() if count is not None]  # older versions may tell neither
+    return ", ".join([str(attempt.get("cpu")), *told])
 
 
 _FROM_EVENTS = {
@@ -402,7 +409,7 @@ def _is_twin(other: ComparedRun, run: ComparedRun) -> bool:
 def _same_machine(run: ComparedRun, other: ComparedRun) -> bool:
     same = all(run.summary.get(key) == other.summary.get(key) for key in ("device", "world_size"))
     known = run.hardware is not None and other.hardware is not None
-    return same and (not known or run.hardware == other.hardware)
+    return same and (not known or len({*(run.hardware or ()), *(other.hardware or ())}) == 1)
 
 
 def _ratios(run: ComparedRun, twin: ComparedRun, notes: list[str]) -> dict[str, float | None]:

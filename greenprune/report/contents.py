@@ -17,6 +17,7 @@ from greenprune.locking import is_held
 from greenprune.report.comparison import (
     ComparedRun,
     find_runs,
+    hardware_of,
     read_provenance,
     read_run,
     read_run_events,
@@ -29,7 +30,6 @@ _ALWAYS_DIFFERENT = ("output_dir", "run_name", "seed", "resume")
 _ENVIRONMENT = {
     "greenprune revision": lambda made: str((made.get("git") or {}).get("revision"))[:10],
     "torch": lambda made: (made.get("versions") or {}).get("torch"),
-    "hardware": lambda made: ", ".join(made.get("gpus") or []) or made.get("cpu"),
     "processes": lambda made: made.get("processes"),
 }  # fmt: skip
 _SUMMARY_KEYS = ("model", "gated", "budget_target", "budget_unit", "epochs", "batch_size", "precision")
@@ -259,12 +259,14 @@ def build_report(paths: Sequence[Path], notes: Sequence[str] = ()) -> Report:
 
 def _read(path: Path, name: str) -> ReportedRun:
     config = _read_config(RunFolder(path).config)
-    provenance = read_provenance(path)
+    attempts = read_provenance(path)
+    provenance = attempts[-1] if attempts else {}
     try:
         compared, history = read_run(path, name), read_history(read_run_events(path))
     except UserError as error:
         state = f"cannot be read: {str(error).removeprefix('RUN: ')}"
-        return ReportedRun(ComparedRun(path, name, {}, state, None), read_history([]), config, provenance, None)
+        unread = ComparedRun(path, name, {}, state, hardware_of(attempts))
+        return ReportedRun(unread, read_history([]), config, provenance, None)
     return ReportedRun(compared, history, config, provenance, is_held(path))
 
 
@@ -396,6 +398,8 @@ def _what_differs(runs: Sequence[ReportedRun], alike: Sequence[Sequence[Reported
 def _values(run: ReportedRun) -> dict[str, Any]:
     """Its config and environment, less what differs from run to run anyway."""
     config = {key: value for key, value in run.config.items() if key not in _ALWAYS_DIFFERENT}
+    if run.compared.hardware is not None:
+        config["hardware"] = "; ".join(run.compared.hardware)
     made = run.provenance
     readers: dict[str, Callable[[dict[str, Any]], Any]] = _ENVIRONMENT
     return config | {key: read(made) for key, read in readers.items() if made}
@@ -428,7 +432,7 @@ def _front(groups: Sequence[Group]) -> tuple[tuple[str, ...] | None, str]:
     if not finished:
         return None, "No front is drawn: no finished run has both an accuracy and joules that are complete."
     metering = {run.metering for group in finished for run in group.runs if run.is_finished}
-    if len(metering) > 1:
+    if len(metering) > 1 or any(len(run.compared.hardware or ()) > 1 for group in finished for run in group.runs):
         return None, "No front is drawn: these runs were not all metered alike, on the same hardware."
     points = sorted((_mean(group, "energy_j"), -_mean(group, "accuracy"), group.label) for group in finished)
     front: list[str] = []

@@ -132,6 +132,44 @@ def test_seconds_and_joules_of_other_hardware_are_not_compared(tmp_path: Path) -
     assert "different hardware" in comparison.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("attempts", "alike"),
+    [
+        ([{}], True),
+        ([{}, {}], True),  # stopped, and went on with the same
+        ([{"gpus": ["A GPU that it did not use"]}], True),
+        ([{"threads": 8}], False),
+        ([{"cpu_cores_usable": 2}], False),
+        ([{"cpu": "another CPU"}, {}], False),
+        ([{"device": "cuda:0", "gpus": ["a GPU"]}, {}], False),
+    ],
+)
+def test_the_same_hardware_is_what_every_attempt_used(
+    tmp_path: Path, attempts: list[dict[str, Any]], alike: bool
+) -> None:
+    usual = {"cpu": "a CPU", "threads": 1, "cpu_cores_usable": 8, "gpus": [], "device": "cpu"}
+    for name, summary, made in (("dense", DENSE, [{}]), ("gated", GATED, attempts)):
+        folder = write_run(tmp_path / name, summary)
+        lines = [json.dumps(usual | attempt) + "\n" for attempt in made]
+        (folder / "provenance.jsonl").write_text("".join(lines))
+    comparison = compare_runs([tmp_path])
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert [against[key] is not None for key in ("energy_j", "time_s", "step_time_s")] == [alike] * 3
+    assert ["different hardware" in note for note in comparison.notes] == ([] if alike else [True])
+
+
+@pytest.mark.parametrize("cpu", ["a CPU", "another CPU"])
+def test_on_a_gpu_the_processor_does_not_matter(tmp_path: Path, cpu: str) -> None:
+    for name, summary, processor in (("dense", DENSE, "a CPU"), ("gated", GATED, cpu)):
+        folder = write_run(tmp_path / name, summary | {"device": "cuda"})
+        made = {"cpu": processor, "gpus": ["a GPU"], "device": "cuda:0"}
+        (folder / "provenance.jsonl").write_text(json.dumps(made) + "\n")
+    comparison = compare_runs([tmp_path])
+    assert comparison.runs[1].hardware == ("a GPU",)
+    assert not comparison.notes
+
+
 def test_of_several_twins_the_one_on_the_same_hardware_counts(tmp_path: Path) -> None:
     write_run(tmp_path / "dense-1", DENSE, cpu="another CPU")
     write_run(tmp_path / "dense-2", DENSE)

@@ -311,6 +311,19 @@ def test_other_data_sets_are_drawn_apart(tmp_path: Path) -> None:
     assert "cifar10: dense" in report.differences["data.name"]
 
 
+def test_runs_with_other_threads_are_told_apart(tmp_path: Path) -> None:
+    for name, threads in (("one", 1), ("two", 2)):
+        record_run(tmp_path / name)
+        (tmp_path / name / "provenance.jsonl").write_text(json.dumps({"cpu": "a CPU", "threads": threads}) + "\n")
+    report = build_report([tmp_path])
+    assert [group.label.rpartition(" (")[2] for group in report.groups] == [
+        "hardware a CPU, threads 1)",
+        "hardware a CPU, threads 2)",
+    ]
+    assert [*report.differences["hardware"].values()] == [("a CPU, threads 1",), ("a CPU, threads 2",)]
+    assert report.tasks[0].front is None
+
+
 def test_runs_metered_in_other_ways_have_no_common_front(tmp_path: Path) -> None:
     record_run(tmp_path / "one", gated=False)
     record_run(tmp_path / "two")
