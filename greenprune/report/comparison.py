@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from greenprune.timing import StepTimes
 from greenprune.tracking import Event, RunFolder, read_attempts, read_events
 
 _TWIN_KEYS = ("model", "data", "seed", "epochs", "batch_size", "precision")
+_EXECUTION_KEYS = ("compile", "cuda_graph")
 _RUN_FILES = ("summary.json", "events.jsonl", "config.yaml")
 # A device in energy_by_device_j: perhaps its host, its name and model, and unless it is unreadable how it was metered.
 _DEVICE = re.compile(r"(?:\S+: )?(?P<kind>cpu|dram)?.*?(?: \((?P<meter>(?:counter|integrated power|estimate)\b.*)\))?")
@@ -37,6 +38,8 @@ class ComparedRun:
         state: ``finished``, or how far it came.
         hardware: What its attempts ran on, each once, as its provenance tells; None if that is missing.
         dense_config: All that shapes the result of its dense twin, as its config.yaml tells; None if that is missing.
+        execution: How its steps were executed, which shapes joules and seconds but no result, by key of the config;
+            without what its config.yaml does not tell.
         twin: Name of its dense twin among the compared runs, if there is one.
         against_twin: Differences and ratios to the twin by name; None where one is unknown or would compare machines.
     """
@@ -47,6 +50,7 @@ class ComparedRun:
     state: str
     hardware: tuple[str, ...] | None
     dense_config: dict[str, Any] | None = None
+    execution: dict[str, Any] = field(default_factory=dict)
     twin: str | None = None
     against_twin: dict[str, float | None] | None = None
 
@@ -252,21 +256,36 @@ def read_run(path: Path, name: str) -> ComparedRun:
         UserError: A file of it cannot be read.
     """
     folder = RunFolder(path)
-    hardware, dense_config = hardware_of(read_provenance(path)), _dense_config(folder.config)
     if folder.summary.is_file():
-        return ComparedRun(path, name, _read_object(folder.summary), "finished", hardware, dense_config)
-    summary, state = _unfinished(read_run_events(path))
-    return ComparedRun(path, name, summary, state, hardware, dense_config)
+        summary, state = _read_object(folder.summary), "finished"
+    else:
+        summary, state = _unfinished(read_run_events(path))
+    config = _read_config(folder.config)
+    hardware = hardware_of(read_provenance(path))
+    return ComparedRun(path, name, summary, state, hardware, _dense_config(config), _execution(config))
 
 
-def _dense_config(path: Path) -> dict[str, Any] | None:
-    """What shapes the result of the dense twin of a run with this config; None if it cannot be read."""
+def _read_config(path: Path) -> dict[str, Any]:
+    """A config.yaml, whatever version wrote it; empty if there is none to be read."""
     try:
         values = load_yaml(path.read_text())
-        dense = {"gate": {"enabled": False}, "model": {**values["model"], "structure": None}}
-        return shaping_values({**values, **dense})
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _dense_config(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What shapes the result of the dense twin of a run with this config; None if it does not tell."""
+    try:
+        dense = {"gate": {"enabled": False}, "model": {**config["model"], "structure": None}}
+        return shaping_values({**config, **dense})
+    except (TypeError, KeyError):
         return None
+
+
+def _execution(config: dict[str, Any]) -> dict[str, Any]:
+    model = config.get("model")
+    return {f"model.{key}": model[key] for key in _EXECUTION_KEYS if key in model} if isinstance(model, dict) else {}
 
 
 def read_run_events(path: Path) -> list[Event]:
@@ -389,8 +408,8 @@ def _set_against_twin(run: ComparedRun, runs: list[ComparedRun], notes: list[str
     if not run.is_finished or run.is_dense:
         return run
     twins = [other for other in runs if _is_twin(other, run)]
-    # Of several, one that was measured on the same hardware tells more.
-    twin = next((other for other in twins if _same_machine(run, other)), twins[0] if twins else None)
+    # Of several, one that was measured on the same hardware and executed alike tells more.
+    twin = max(twins, key=lambda other: (_same_machine(run, other), not _executed_otherwise(run, other)), default=None)
     if twin is None:
         dense = "--gate.enabled false" if run.summary.get("gated") else "--model.structure null"
         notes.append(f"{run.name} has no dense twin here: the same config with {dense}")
@@ -412,6 +431,12 @@ def _same_machine(run: ComparedRun, other: ComparedRun) -> bool:
     return same and (not known or len({*(run.hardware or ()), *(other.hardware or ())}) == 1)
 
 
+def _executed_otherwise(run: ComparedRun, other: ComparedRun) -> list[str]:
+    """Keys of the config in which the steps of two runs were not executed alike; of an older version one may lack."""
+    mine, theirs = run.execution, other.execution
+    return [key for key in mine if key in theirs and mine[key] != theirs[key]]
+
+
 def _ratios(run: ComparedRun, twin: ComparedRun, notes: list[str]) -> dict[str, float | None]:
     """Accuracy in points above the twin's, everything else as a multiple of it."""
     mine, theirs = run.summary, twin.summary
@@ -430,6 +455,10 @@ def _ratios(run: ComparedRun, twin: ComparedRun, notes: list[str]) -> dict[str, 
         )
     if not _same_machine(run, twin):
         notes.append(f"{run.name} and {twin.name} ran on different hardware: no ratios of joules, CO2e and seconds")
+        ratios |= dict.fromkeys((*energies, "time_s", "step_time_s"))
+    elif keys := _executed_otherwise(run, twin):
+        what = f"{run.name} and {twin.name} differ in {' and '.join(keys)}"
+        notes.append(f"{what}: no ratios of joules, CO2e and seconds")
         ratios |= dict.fromkeys((*energies, "time_s", "step_time_s"))
     elif incomplete := [one.name for one in (run, twin) if not one.energy_is_complete]:
         notes.append(f"some joules of {' and '.join(incomplete)} could not be read: no ratios of joules and CO2e")

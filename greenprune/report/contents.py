@@ -113,7 +113,7 @@ class ReportedRun:
     def metering(self) -> tuple[object, ...]:
         """What must be the same for joules to be compared."""
         summary = self.compared.summary
-        how = (summary.get("energy_quality"), self.compared.meters)
+        how = (summary.get("energy_quality"), self.compared.meters, repr(self.compared.execution))
         return (self.compared.hardware, *how, summary.get("device"), summary.get("world_size"))
 
 
@@ -433,7 +433,7 @@ def _front(groups: Sequence[Group]) -> tuple[tuple[str, ...] | None, str]:
         return None, "No front is drawn: no finished run has both an accuracy and joules that are complete."
     metering = {run.metering for group in finished for run in group.runs if run.is_finished}
     if len(metering) > 1 or any(len(run.compared.hardware or ()) > 1 for group in finished for run in group.runs):
-        return None, "No front is drawn: these runs were not all metered alike, on the same hardware."
+        return None, "No front is drawn: these runs were not all metered alike, on the same hardware, executed alike."
     points = sorted((_mean(group, "energy_j"), -_mean(group, "accuracy"), group.label) for group in finished)
     front: list[str] = []
     best = float("-inf")

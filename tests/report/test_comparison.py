@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from greenprune.config import Config, GateConfig, OptimConfig, UserError, dump_config
+from greenprune.config import Config, GateConfig, ModelConfig, OptimConfig, UserError, dump_config
 from greenprune.report import Comparison, compare_runs
 
 DENSE: dict[str, Any] = {
@@ -175,6 +175,34 @@ def test_of_several_twins_the_one_on_the_same_hardware_counts(tmp_path: Path) ->
     write_run(tmp_path / "dense-2", DENSE)
     write_run(tmp_path / "gated", GATED)
     assert compare_runs([tmp_path]).runs[2].twin == "dense-2"
+
+
+def write_configured(folder: Path, summary: dict[str, Any], **model: Any) -> None:
+    write_run(folder, summary)
+    config = Config(model=ModelConfig(**model), gate=GateConfig(enabled=summary["gated"]))
+    (folder / "config.yaml").write_text(dump_config(config))
+
+
+@pytest.mark.parametrize("model", [{"compile": True}, {"cuda_graph": False}])
+def test_seconds_and_joules_of_steps_executed_otherwise_are_not_compared(tmp_path: Path, model: dict[str, Any]) -> None:
+    write_configured(tmp_path / "dense", DENSE)
+    write_configured(tmp_path / "gated", GATED, **model)
+    comparison = compare_runs([tmp_path])
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert [against[key] for key in ("energy_j", "co2_g", "time_s", "step_time_s")] == [None] * 4
+    assert against["flops_train"] == 0.75
+    (key,) = model
+    assert comparison.notes == (f"gated and dense differ in model.{key}: no ratios of joules, CO2e and seconds",)
+
+
+def test_of_several_twins_the_one_executed_alike_counts(tmp_path: Path) -> None:
+    write_configured(tmp_path / "dense-1", DENSE)
+    write_configured(tmp_path / "dense-2", DENSE, compile=True)
+    write_configured(tmp_path / "gated", GATED, compile=True)
+    comparison = compare_runs([tmp_path])
+    assert comparison.runs[2].twin == "dense-2"
+    assert not comparison.notes
 
 
 def test_an_estimate_is_not_compared_with_a_counter(tmp_path: Path) -> None:

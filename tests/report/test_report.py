@@ -333,6 +333,15 @@ def test_runs_metered_in_other_ways_have_no_common_front(tmp_path: Path) -> None
     assert "not all metered alike" in task.front_reason
 
 
+def test_compiled_runs_are_neither_averaged_nor_drawn_with_the_rest(tmp_path: Path) -> None:
+    for seed, compiled in ((0, False), (1, True)):
+        record_run(tmp_path / f"run-{seed}", seed=seed)
+        (tmp_path / f"run-{seed}" / "config.yaml").write_text(json.dumps(config(seed, model__compile=compiled)))
+    (task,) = build_report([tmp_path]).tasks
+    assert [group.label.rpartition(" (")[2] for group in task.groups] == ["compile False)", "compile True)"]
+    assert "executed alike" in task.front_reason
+
+
 def change_summary(folder: Path, **changes: Any) -> None:
     path = folder / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
