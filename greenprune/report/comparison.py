@@ -40,6 +40,7 @@ class ComparedRun:
         dense_config: All that shapes the result of its dense twin, as its config.yaml tells; None if that is missing.
         execution: How its steps were executed, which shapes joules and seconds but no result, by key of the config;
             without what its config.yaml does not tell.
+        images: Where its own folder of images is; None if it was trained on a known data set, or no config.yaml tells.
         twin: Name of its dense twin among the compared runs, if there is one.
         against_twin: Differences and ratios to the twin by name; None where one is unknown or would compare machines.
     """
@@ -51,6 +52,7 @@ class ComparedRun:
     hardware: tuple[str, ...] | None
     dense_config: dict[str, Any] | None = None
     execution: dict[str, Any] = field(default_factory=dict)
+    images: Path | None = None
     twin: str | None = None
     against_twin: dict[str, float | None] | None = None
 
@@ -262,7 +264,8 @@ def read_run(path: Path, name: str) -> ComparedRun:
         summary, state = _unfinished(read_run_events(path))
     config = _read_config(folder.config)
     hardware = hardware_of(read_provenance(path))
-    return ComparedRun(path, name, summary, state, hardware, _dense_config(config), _execution(config))
+    shaping, execution, images = _dense_config(config), _execution(config), _images(config)
+    return ComparedRun(path, name, summary, state, hardware, shaping, execution, images)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -286,6 +289,14 @@ def _dense_config(config: dict[str, Any]) -> dict[str, Any] | None:
 def _execution(config: dict[str, Any]) -> dict[str, Any]:
     model = config.get("model")
     return {f"model.{key}": model[key] for key in _EXECUTION_KEYS if key in model} if isinstance(model, dict) else {}
+
+
+def _images(config: dict[str, Any]) -> Path | None:
+    """The folder of an image_folder: two of them are two data sets, while any other is the same wherever it lies."""
+    data = config.get("data")
+    if not isinstance(data, dict) or data.get("name") != "image_folder" or not isinstance(data.get("root"), str):
+        return None
+    return Path(data["root"]).resolve()
 
 
 def read_run_events(path: Path) -> list[Event]:
@@ -422,6 +433,8 @@ def _is_twin(other: ComparedRun, run: ComparedRun) -> bool:
     if run.dense_config is not None and other.dense_config is not None:
         mine, theirs = run.dense_config, other.dense_config  # of an older version one may lack fields
         same = same and all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys())
+    if run.images is not None and other.images is not None:
+        same = same and run.images == other.images
     return other.is_finished and other.is_dense and same
 
 

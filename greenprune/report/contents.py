@@ -105,9 +105,10 @@ class ReportedRun:
 
     @property
     def task(self) -> tuple[str, str]:
-        """Data set and kind of accuracy; only runs of the same task are drawn together."""
-        summary = self.compared.summary
-        return str(summary.get("data") or "unknown data"), str(summary.get("accuracy_kind") or "unknown")
+        """Data set, with the folder of images of one's own, and kind of accuracy; runs of a task are drawn together."""
+        summary, images = self.compared.summary, self.compared.images
+        data = str(summary.get("data") or "unknown data")
+        return data if images is None else f"{data} {images}", str(summary.get("accuracy_kind") or "unknown")
 
     @property
     def metering(self) -> tuple[object, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from greenprune.config import Config, GateConfig, ModelConfig, OptimConfig, UserError, dump_config
+from greenprune.config import Config, DataConfig, GateConfig, ModelConfig, OptimConfig, UserError, dump_config
 from greenprune.report import Comparison, compare_runs
 
 DENSE: dict[str, Any] = {
@@ -203,6 +203,25 @@ def test_of_several_twins_the_one_executed_alike_counts(tmp_path: Path) -> None:
     comparison = compare_runs([tmp_path])
     assert comparison.runs[2].twin == "dense-2"
     assert not comparison.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "roots", "is_twin"),
+    [
+        ("image_folder", ("/images/cats", "/images/dogs"), False),
+        ("image_folder", ("/images/cats", "/images/../images/cats/"), True),
+        ("image_folder", ("/images/cats", None), True),  # perhaps the same, by the environment
+        ("cifar10", ("/data", "/copy/of/data"), True),
+    ],
+)
+def test_another_folder_of_images_is_another_data_set(
+    tmp_path: Path, name: str, roots: tuple[str | None, str | None], is_twin: bool
+) -> None:
+    for summary, root in zip((DENSE, GATED), roots, strict=True):
+        folder = write_run(tmp_path / ("gated" if summary["gated"] else "dense"), summary | {"data": name})
+        config = Config(data=DataConfig(name=name, root=root), gate=GateConfig(enabled=summary["gated"]))
+        (folder / "config.yaml").write_text(dump_config(config))
+    assert compare_runs([tmp_path]).runs[1].twin == ("dense" if is_twin else None)
 
 
 def test_an_estimate_is_not_compared_with_a_counter(tmp_path: Path) -> None:

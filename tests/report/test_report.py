@@ -342,6 +342,18 @@ def test_compiled_runs_are_neither_averaged_nor_drawn_with_the_rest(tmp_path: Pa
     assert "executed alike" in task.front_reason
 
 
+def test_runs_on_two_folders_of_images_are_neither_averaged_nor_drawn_together(tmp_path: Path) -> None:
+    for seed, root in enumerate(("/images/cats", "/images/dogs", "/images/dogs")):
+        record_run(tmp_path / f"run-{seed}", seed=seed, data="image_folder")
+        values = config(seed, data__name="image_folder", data__root=root)
+        (tmp_path / f"run-{seed}" / "config.yaml").write_text(json.dumps(values))
+    tasks = build_report([tmp_path]).tasks
+    assert [(task.data, [len(group.runs) for group in task.groups]) for task in tasks] == [
+        ("image_folder /images/cats", [1]),
+        ("image_folder /images/dogs", [2]),
+    ]
+
+
 def change_summary(folder: Path, **changes: Any) -> None:
     path = folder / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
