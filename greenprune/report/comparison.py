@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,10 @@ from greenprune.timing import StepTimes
 from greenprune.tracking import Event, RunFolder, read_attempts, read_events
 
 _TWIN_KEYS = ("model", "data", "seed", "epochs", "batch_size", "precision")
+_EXECUTION_KEYS = ("compile", "cuda_graph")
 _RUN_FILES = ("summary.json", "events.jsonl", "config.yaml")
+# A device in energy_by_device_j: perhaps its host, its name and model, and unless it is unreadable how it was metered.
+_DEVICE = re.compile(r"(?:\S+: )?(?P<kind>cpu|dram)?.*?(?: \((?P<meter>(?:counter|integrated power|estimate)\b.*)\))?")
 _EXPECTED = "expected a run's folder, its summary.json, or a folder that holds runs"
 
 
@@ -32,8 +36,11 @@ class ComparedRun:
         name: The folder's name, after those of as many parents as set it apart from the other compared runs.
         summary: Content of summary.json; of a run that is not finished, what its events tell under the same keys.
         state: ``finished``, or how far it came.
-        hardware: What it ran on, as its provenance tells; None if that is missing.
+        hardware: What its attempts ran on, each once, as its provenance tells; None if that is missing.
         dense_config: All that shapes the result of its dense twin, as its config.yaml tells; None if that is missing.
+        execution: How its steps were executed, which shapes joules and seconds but no result, by key of the config;
+            without what its config.yaml does not tell.
+        images: Where its own folder of images is; None if it was trained on a known data set, or no config.yaml tells.
         twin: Name of its dense twin among the compared runs, if there is one.
         against_twin: Differences and ratios to the twin by name; None where one is unknown or would compare machines.
     """
@@ -44,6 +51,8 @@ class ComparedRun:
     state: str
     hardware: tuple[str, ...] | None
     dense_config: dict[str, Any] | None = None
+    execution: dict[str, Any] = field(default_factory=dict)
+    images: Path | None = None
     twin: str | None = None
     against_twin: dict[str, float | None] | None = None
 
@@ -74,6 +83,17 @@ class ComparedRun:
         after: float | None = times.get("after")
         before: float | None = times.get("before")
         return before if after is None else after
+
+    @property
+    def energy_is_complete(self) -> bool:
+        """Whether its joules are more than a lower bound, as far as is known."""
+        return self.summary.get("energy_complete") is not False
+
+    @property
+    def meters(self) -> frozenset[tuple[str, str | None]]:
+        """Each kind of device that its joules are of (gpu, cpu, dram), with how it was metered; None: not at all."""
+        devices = (_DEVICE.fullmatch(name) for name in self.summary.get("energy_by_device_j") or {})
+        return frozenset((device["kind"] or "gpu", device["meter"]) for device in devices if device)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -238,21 +258,45 @@ def read_run(path: Path, name: str) -> ComparedRun:
         UserError: A file of it cannot be read.
     """
     folder = RunFolder(path)
-    hardware, dense_config = _hardware(read_provenance(path)), _dense_config(folder.config)
     if folder.summary.is_file():
-        return ComparedRun(path, name, _read_object(folder.summary), "finished", hardware, dense_config)
-    summary, state = _unfinished(read_run_events(path))
-    return ComparedRun(path, name, summary, state, hardware, dense_config)
+        summary, state = _read_object(folder.summary), "finished"
+    else:
+        summary, state = _unfinished(read_run_events(path))
+    config = _read_config(folder.config)
+    hardware = hardware_of(read_provenance(path))
+    shaping, execution, images = _dense_config(config), _execution(config), _images(config)
+    return ComparedRun(path, name, summary, state, hardware, shaping, execution, images)
 
 
-def _dense_config(path: Path) -> dict[str, Any] | None:
-    """What shapes the result of the dense twin of a run with this config; None if it cannot be read."""
+def _read_config(path: Path) -> dict[str, Any]:
+    """A config.yaml, whatever version wrote it; empty if there is none to be read."""
     try:
         values = load_yaml(path.read_text())
-        dense = {"gate": {"enabled": False}, "model": {**values["model"], "structure": None}}
-        return shaping_values({**values, **dense})
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _dense_config(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What shapes the result of the dense twin of a run with this config; None if it does not tell."""
+    try:
+        dense = {"gate": {"enabled": False}, "model": {**config["model"], "structure": None}}
+        return shaping_values({**config, **dense})
+    except (TypeError, KeyError):
         return None
+
+
+def _execution(config: dict[str, Any]) -> dict[str, Any]:
+    model = config.get("model")
+    return {f"model.{key}": model[key] for key in _EXECUTION_KEYS if key in model} if isinstance(model, dict) else {}
+
+
+def _images(config: dict[str, Any]) -> Path | None:
+    """The folder of an image_folder: two of them are two data sets, while any other is the same wherever it lies."""
+    data = config.get("data")
+    if not isinstance(data, dict) or data.get("name") != "image_folder" or not isinstance(data.get("root"), str):
+        return None
+    return Path(data["root"]).resolve()
 
 
 def read_run_events(path: Path) -> list[Event]:
@@ -278,18 +322,25 @@ def _read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_provenance(path: Path) -> dict[str, Any]:
-    """Versions and hardware of the last attempt of the run in a folder; empty if that is not known."""
+def read_provenance(path: Path) -> list[dict[str, Any]]:
+    """Versions and hardware of each attempt of the run in a folder; empty if that is not known."""
     try:
-        attempts = read_attempts(RunFolder(path).provenance)
+        return read_attempts(RunFolder(path).provenance)
     except OSError:
-        return {}
-    return attempts[-1] if attempts else {}
+        return []
 
 
-def _hardware(provenance: dict[str, Any]) -> tuple[str, ...] | None:
-    """What an attempt ran on: its GPUs, or its processor."""
-    return tuple(provenance.get("gpus") or [str(provenance.get("cpu"))]) if provenance else None
+def hardware_of(attempts: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
+    """What attempts ran on, each once: the GPUs, or the processor with what of it was used; None if not known."""
+    return tuple(dict.fromkeys(map(_hardware, attempts))) or None
+
+
+def _hardware(attempt: dict[str, Any]) -> str:
+    if attempt.get("gpus") and attempt.get("device") != "cpu":
+        return ", ".join(attempt["gpus"])
+    used = {"threads": attempt.get("threads"), "usable cores": attempt.get("cpu_cores_usable")}
+    told = [f"{name} {count}" for name, count in used.items() if count is not None]  # older versions may tell neither
+    return ", ".join([str(attempt.get("cpu")), *told])
 
 
 _FROM_EVENTS = {
@@ -350,7 +401,10 @@ def _unfinished(events: list[Event]) -> tuple[dict[str, Any], str]:
     if "units" in start:
         summary["blocks_dense"] = len(start["units"])
     summary["channels_dense"] = sum(start.get("channels", {}).values())
-    summary["energy_quality"] = worst_quality(quality for _, _, quality in start.get("energy_sources", []))
+    sources = start.get("energy_sources", [])
+    summary["energy_quality"] = worst_quality(quality for _, _, quality in sources)
+    named = (f"{device} ({quality}: {source})" if quality else device for device, source, quality in sources)
+    summary["energy_by_device_j"] = last.get("energy/by_device_j") or dict.fromkeys(named)
     summary["step_time_s"] = step_times.medians()
     steps = start["epochs"] * start["steps_per_epoch"] if {"epochs", "steps_per_epoch"} <= start.keys() else None
     state = f"unfinished: step {last['step']:,}" + ("" if steps is None else f" of {steps:,}")
@@ -365,8 +419,8 @@ def _set_against_twin(run: ComparedRun, runs: list[ComparedRun], notes: list[str
     if not run.is_finished or run.is_dense:
         return run
     twins = [other for other in runs if _is_twin(other, run)]
-    # Of several, one that was measured on the same hardware tells more.
-    twin = next((other for other in twins if _same_machine(run, other)), twins[0] if twins else None)
+    # Of several, one that was measured on the same hardware and executed alike tells more.
+    twin = max(twins, key=lambda other: (_same_machine(run, other), not _executed_otherwise(run, other)), default=None)
     if twin is None:
         dense = "--gate.enabled false" if run.summary.get("gated") else "--model.structure null"
         notes.append(f"{run.name} has no dense twin here: the same config with {dense}")
@@ -379,13 +433,21 @@ def _is_twin(other: ComparedRun, run: ComparedRun) -> bool:
     if run.dense_config is not None and other.dense_config is not None:
         mine, theirs = run.dense_config, other.dense_config  # of an older version one may lack fields
         same = same and all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys())
+    if run.images is not None and other.images is not None:
+        same = same and run.images == other.images
     return other.is_finished and other.is_dense and same
 
 
 def _same_machine(run: ComparedRun, other: ComparedRun) -> bool:
     same = all(run.summary.get(key) == other.summary.get(key) for key in ("device", "world_size"))
     known = run.hardware is not None and other.hardware is not None
-    return same and (not known or run.hardware == other.hardware)
+    return same and (not known or len({*(run.hardware or ()), *(other.hardware or ())}) == 1)
+
+
+def _executed_otherwise(run: ComparedRun, other: ComparedRun) -> list[str]:
+    """Keys of the config in which the steps of two runs were not executed alike; of an older version one may lack."""
+    mine, theirs = run.execution, other.execution
+    return [key for key in mine if key in theirs and mine[key] != theirs[key]]
 
 
 def _ratios(run: ComparedRun, twin: ComparedRun, notes: list[str]) -> dict[str, float | None]:
@@ -407,7 +469,14 @@ def _ratios(run: ComparedRun, twin: ComparedRun, notes: list[str]) -> dict[str, 
     if not _same_machine(run, twin):
         notes.append(f"{run.name} and {twin.name} ran on different hardware: no ratios of joules, CO2e and seconds")
         ratios |= dict.fromkeys((*energies, "time_s", "step_time_s"))
-    elif mine.get("energy_quality") != theirs.get("energy_quality"):
+    elif keys := _executed_otherwise(run, twin):
+        what = f"{run.name} and {twin.name} differ in {' and '.join(keys)}"
+        notes.append(f"{what}: no ratios of joules, CO2e and seconds")
+        ratios |= dict.fromkeys((*energies, "time_s", "step_time_s"))
+    elif incomplete := [one.name for one in (run, twin) if not one.energy_is_complete]:
+        notes.append(f"some joules of {' and '.join(incomplete)} could not be read: no ratios of joules and CO2e")
+        ratios |= dict.fromkeys(energies)
+    elif (mine.get("energy_quality"), run.meters) != (theirs.get("energy_quality"), twin.meters):
         notes.append(f"{run.name} and {twin.name} were not metered alike: no ratios of joules and CO2e")
         ratios |= dict.fromkeys(energies)
     return ratios
@@ -438,7 +507,7 @@ _COLUMNS = (
     _Column("channels", lambda run: _channels(run.summary)),
     _Column("FLOPs,\n1 image", lambda run: format_si(run.summary.get("flops_forward")), "flops_forward"),
     _Column("FLOPs,\ntraining", lambda run: format_si(run.summary.get("flops_train")), "flops_train"),
-    _Column("energy", lambda run: format_joules(run.summary.get("energy_j")), "energy_j"),
+    _Column("energy", lambda run: _joules(run, "energy_j"), "energy_j"),
     _Column("energy\nby", lambda run: (run.summary.get("energy_quality") or UNKNOWN).replace(" ", "\n")),
     _Column("CO2e", lambda run: format_si(run.summary.get("co2_g"), "g"), "co2_g"),
     _Column("time", lambda run: format_seconds(run.summary.get("time_s")), "time_s"),
@@ -449,7 +518,13 @@ _COLUMNS = (
 def _accuracy_column(accuracy: float) -> _Column:
     header = f"energy to\n{format_percent(accuracy, 1)}"
     key = "energy_to_accuracy_j"
-    return _Column(header, lambda run: format_joules(run.summary.get(key)), key)
+    return _Column(header, lambda run: _joules(run, key), key)
+
+
+def _joules(run: ComparedRun, key: str) -> str:
+    energy_j = run.summary.get(key)
+    least = "" if energy_j is None or run.energy_is_complete else "at least\n"
+    return f"{least}{format_joules(energy_j)}"
 
 
 def _blocks(summary: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from greenprune.locking import is_held
 from greenprune.report.comparison import (
     ComparedRun,
     find_runs,
+    hardware_of,
     read_provenance,
     read_run,
     read_run_events,
@@ -29,7 +30,6 @@ _ALWAYS_DIFFERENT = ("output_dir", "run_name", "seed", "resume")
 _ENVIRONMENT = {
     "greenprune revision": lambda made: str((made.get("git") or {}).get("revision"))[:10],
     "torch": lambda made: (made.get("versions") or {}).get("torch"),
-    "hardware": lambda made: ", ".join(made.get("gpus") or []) or made.get("cpu"),
     "processes": lambda made: made.get("processes"),
 }  # fmt: skip
 _SUMMARY_KEYS = ("model", "gated", "budget_target", "budget_unit", "epochs", "batch_size", "precision")
@@ -105,15 +105,17 @@ class ReportedRun:
 
     @property
     def task(self) -> tuple[str, str]:
-        """Data set and kind of accuracy; only runs of the same task are drawn together."""
-        summary = self.compared.summary
-        return str(summary.get("data") or "unknown data"), str(summary.get("accuracy_kind") or "unknown")
+        """Data set, with the folder of images of one's own, and kind of accuracy; runs of a task are drawn together."""
+        summary, images = self.compared.summary, self.compared.images
+        data = str(summary.get("data") or "unknown data")
+        return data if images is None else f"{data} {images}", str(summary.get("accuracy_kind") or "unknown")
 
     @property
     def metering(self) -> tuple[object, ...]:
         """What must be the same for joules to be compared."""
         summary = self.compared.summary
-        return (self.compared.hardware, summary.get("energy_quality"), summary.get("device"), summary.get("world_size"))
+        how = (summary.get("energy_quality"), self.compared.meters, repr(self.compared.execution))
+        return (self.compared.hardware, *how, summary.get("device"), summary.get("world_size"))
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ class Group:
         gated: Whether its runs are gated; None if not known.
         dense: Whether they are neither gated nor given a structure; None if not known.
         runs: Its runs.
-        spreads: By figure, over its finished runs; None where nothing is known.
+        spreads: By figure, over its finished runs, of joules and CO2e where they are complete; None where nothing is
+            known.
         against_twins: By ratio, over its finished runs that have a dense twin.
     """
 
@@ -257,12 +260,14 @@ def build_report(paths: Sequence[Path], notes: Sequence[str] = ()) -> Report:
 
 def _read(path: Path, name: str) -> ReportedRun:
     config = _read_config(RunFolder(path).config)
-    provenance = read_provenance(path)
+    attempts = read_provenance(path)
+    provenance = attempts[-1] if attempts else {}
     try:
         compared, history = read_run(path, name), read_history(read_run_events(path))
     except UserError as error:
         state = f"cannot be read: {str(error).removeprefix('RUN: ')}"
-        return ReportedRun(ComparedRun(path, name, {}, state, None), read_history([]), config, provenance, None)
+        unread = ComparedRun(path, name, {}, state, hardware_of(attempts))
+        return ReportedRun(unread, read_history([]), config, provenance, None)
     return ReportedRun(compared, history, config, provenance, is_held(path))
 
 
@@ -297,7 +302,7 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _group_key(run: ReportedRun) -> tuple[object, ...]:
-    """Equal for runs that differ in their seed alone and whose joules can be averaged."""
+    """Equal for runs that differ in their seed alone and whose joules, where complete, can be averaged."""
     shaping = shaping_values(_nested(run.config)) if "gate.enabled" in run.config else {}
     shaping.pop("seed", None)
     if not shaping:
@@ -329,9 +334,14 @@ def _group(label: str, runs: Sequence[ReportedRun]) -> Group:
         gated=_is_gated(runs[0]),
         dense=_is_dense(runs[0]),
         runs=tuple(sorted(runs, key=lambda run: (str(run.compared.summary.get("seed")), run.name))),
-        spreads={key: spread_of(run.figure(key) for run in finished) for key in FIGURES},
+        spreads={key: spread_of(run.figure(key) for run in finished if _counts(run, key)) for key in FIGURES},
         against_twins={key: spread_of(ratio.get(key) for ratio in ratios) for key in keys},
     )
+
+
+def _counts(run: ReportedRun, key: str) -> bool:
+    """Whether a figure is what it says: joules and CO2e that are a lower bound are in no mean."""
+    return run.compared.energy_is_complete or key not in ("energy_j", "co2_g")
 
 
 def _is_gated(run: ReportedRun) -> bool | None:
@@ -389,6 +399,8 @@ def _what_differs(runs: Sequence[ReportedRun], alike: Sequence[Sequence[Reported
 def _values(run: ReportedRun) -> dict[str, Any]:
     """Its config and environment, less what differs from run to run anyway."""
     config = {key: value for key, value in run.config.items() if key not in _ALWAYS_DIFFERENT}
+    if run.compared.hardware is not None:
+        config["hardware"] = "; ".join(run.compared.hardware)
     made = run.provenance
     readers: dict[str, Callable[[dict[str, Any]], Any]] = _ENVIRONMENT
     return config | {key: read(made) for key, read in readers.items() if made}
@@ -419,10 +431,10 @@ def _front(groups: Sequence[Group]) -> tuple[tuple[str, ...] | None, str]:
     """Groups that no other beats in both mean accuracy and mean joules, by joules."""
     finished = [group for group in groups if group.spreads["accuracy"] and group.spreads["energy_j"]]
     if not finished:
-        return None, "No front is drawn: no finished run has both an accuracy and joules."
+        return None, "No front is drawn: no finished run has both an accuracy and joules that are complete."
     metering = {run.metering for group in finished for run in group.runs if run.is_finished}
-    if len(metering) > 1:
-        return None, "No front is drawn: these runs were not all metered alike, on the same hardware."
+    if len(metering) > 1 or any(len(run.compared.hardware or ()) > 1 for group in finished for run in group.runs):
+        return None, "No front is drawn: these runs were not all metered alike, on the same hardware, executed alike."
     points = sorted((_mean(group, "energy_j"), -_mean(group, "accuracy"), group.label) for group in finished)
     front: list[str] = []
     best = float("-inf")
@@ -458,9 +470,12 @@ def _notes(runs: Sequence[ReportedRun]) -> list[str]:
     unfinished = [run.name for run in runs if not run.is_finished]
     if unfinished:
         notes.append(f"Not finished, so in no mean and no ratio: {', '.join(unfinished)}.")
-    incomplete = [run.name for run in runs if run.compared.summary.get("energy_complete") is False]
+    incomplete = [run.name for run in runs if not run.compared.energy_is_complete]
     if incomplete:
-        notes.append(f"Joules are a lower bound, because some could not be read: {', '.join(incomplete)}.")
+        notes.append(
+            "Joules are a lower bound, because some could not be read, so in no mean and no ratio: "
+            f"{', '.join(incomplete)}."
+        )
     several = [run for run in runs if run.history.attempts > 1]
     if several:
         told_each = (f"{run.name} in {run.history.attempts}{_lost(run)}" for run in several)

@@ -175,7 +175,10 @@ def record_run(
         "energy_bound_j": None,
         "energy_lost_j": 0.0,
         "energy_by_phase_j": {"train": 0.9 * energy_j, "eval": 0.1 * energy_j},
-        "energy_by_device_j": {"cpu (counter: RAPL counter)": 0.6 * energy_j, "dram (estimate)": 0.4 * energy_j},
+        "energy_by_device_j": {
+            "cpu (counter: RAPL counter)": 0.6 * energy_j,
+            "dram (estimate: CodeCarbon: constant 20 W)": 0.4 * energy_j,
+        },
         "co2_g": None,
         "carbon_intensity_g_per_kwh": None,
         "time_s": epochs * STEPS * 0.1,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from greenprune.config import Config, GateConfig, OptimConfig, UserError, dump_config
+from greenprune.config import Config, DataConfig, GateConfig, ModelConfig, OptimConfig, UserError, dump_config
 from greenprune.report import Comparison, compare_runs
 
 DENSE: dict[str, Any] = {
@@ -132,11 +132,96 @@ def test_seconds_and_joules_of_other_hardware_are_not_compared(tmp_path: Path) -
     assert "different hardware" in comparison.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("attempts", "alike"),
+    [
+        ([{}], True),
+        ([{}, {}], True),  # stopped, and went on with the same
+        ([{"gpus": ["A GPU that it did not use"]}], True),
+        ([{"threads": 8}], False),
+        ([{"cpu_cores_usable": 2}], False),
+        ([{"cpu": "another CPU"}, {}], False),
+        ([{"device": "cuda:0", "gpus": ["a GPU"]}, {}], False),
+    ],
+)
+def test_the_same_hardware_is_what_every_attempt_used(
+    tmp_path: Path, attempts: list[dict[str, Any]], alike: bool
+) -> None:
+    usual = {"cpu": "a CPU", "threads": 1, "cpu_cores_usable": 8, "gpus": [], "device": "cpu"}
+    for name, summary, made in (("dense", DENSE, [{}]), ("gated", GATED, attempts)):
+        folder = write_run(tmp_path / name, summary)
+        lines = [json.dumps(usual | attempt) + "\n" for attempt in made]
+        (folder / "provenance.jsonl").write_text("".join(lines))
+    comparison = compare_runs([tmp_path])
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert [against[key] is not None for key in ("energy_j", "time_s", "step_time_s")] == [alike] * 3
+    assert ["different hardware" in note for note in comparison.notes] == ([] if alike else [True])
+
+
+@pytest.mark.parametrize("cpu", ["a CPU", "another CPU"])
+def test_on_a_gpu_the_processor_does_not_matter(tmp_path: Path, cpu: str) -> None:
+    for name, summary, processor in (("dense", DENSE, "a CPU"), ("gated", GATED, cpu)):
+        folder = write_run(tmp_path / name, summary | {"device": "cuda"})
+        made = {"cpu": processor, "gpus": ["a GPU"], "device": "cuda:0"}
+        (folder / "provenance.jsonl").write_text(json.dumps(made) + "\n")
+    comparison = compare_runs([tmp_path])
+    assert comparison.runs[1].hardware == ("a GPU",)
+    assert not comparison.notes
+
+
 def test_of_several_twins_the_one_on_the_same_hardware_counts(tmp_path: Path) -> None:
     write_run(tmp_path / "dense-1", DENSE, cpu="another CPU")
     write_run(tmp_path / "dense-2", DENSE)
     write_run(tmp_path / "gated", GATED)
     assert compare_runs([tmp_path]).runs[2].twin == "dense-2"
+
+
+def write_configured(folder: Path, summary: dict[str, Any], **model: Any) -> None:
+    write_run(folder, summary)
+    config = Config(model=ModelConfig(**model), gate=GateConfig(enabled=summary["gated"]))
+    (folder / "config.yaml").write_text(dump_config(config))
+
+
+@pytest.mark.parametrize("model", [{"compile": True}, {"cuda_graph": False}])
+def test_seconds_and_joules_of_steps_executed_otherwise_are_not_compared(tmp_path: Path, model: dict[str, Any]) -> None:
+    write_configured(tmp_path / "dense", DENSE)
+    write_configured(tmp_path / "gated", GATED, **model)
+    comparison = compare_runs([tmp_path])
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert [against[key] for key in ("energy_j", "co2_g", "time_s", "step_time_s")] == [None] * 4
+    assert against["flops_train"] == 0.75
+    (key,) = model
+    assert comparison.notes == (f"gated and dense differ in model.{key}: no ratios of joules, CO2e and seconds",)
+
+
+def test_of_several_twins_the_one_executed_alike_counts(tmp_path: Path) -> None:
+    write_configured(tmp_path / "dense-1", DENSE)
+    write_configured(tmp_path / "dense-2", DENSE, compile=True)
+    write_configured(tmp_path / "gated", GATED, compile=True)
+    comparison = compare_runs([tmp_path])
+    assert comparison.runs[2].twin == "dense-2"
+    assert not comparison.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "roots", "is_twin"),
+    [
+        ("image_folder", ("/images/cats", "/images/dogs"), False),
+        ("image_folder", ("/images/cats", "/images/../images/cats/"), True),
+        ("image_folder", ("/images/cats", None), True),  # perhaps the same, by the environment
+        ("cifar10", ("/data", "/copy/of/data"), True),
+    ],
+)
+def test_another_folder_of_images_is_another_data_set(
+    tmp_path: Path, name: str, roots: tuple[str | None, str | None], is_twin: bool
+) -> None:
+    for summary, root in zip((DENSE, GATED), roots, strict=True):
+        folder = write_run(tmp_path / ("gated" if summary["gated"] else "dense"), summary | {"data": name})
+        config = Config(data=DataConfig(name=name, root=root), gate=GateConfig(enabled=summary["gated"]))
+        (folder / "config.yaml").write_text(dump_config(config))
+    assert compare_runs([tmp_path]).runs[1].twin == ("dense" if is_twin else None)
 
 
 def test_an_estimate_is_not_compared_with_a_counter(tmp_path: Path) -> None:
@@ -148,6 +233,51 @@ def test_an_estimate_is_not_compared_with_a_counter(tmp_path: Path) -> None:
     assert against["energy_j"] is None
     assert against["time_s"] == pytest.approx(0.8)
     assert "not metered alike" in comparison.notes[0]
+
+
+GPU, CPU = "GPU-1a NVIDIA H100 (counter: NVML energy counter)", "cpu (estimate: CodeCarbon: load of 280 W (EPYC))"
+
+
+@pytest.mark.parametrize("without_joules", ["dense", "gated"])
+def test_joules_that_are_a_lower_bound_are_not_compared(tmp_path: Path, without_joules: str) -> None:
+    """NVML failed in one run, which has the estimate of the CPU alone."""
+    whole = {"energy_j": 10_000.0, "energy_quality": "estimate", "energy_complete": True}
+    whole["energy_by_device_j"] = {GPU: 9000.0, CPU: 1000.0}
+    part = whole | {"energy_j": 900.0, "energy_complete": False, "energy_by_device_j": {"GPU-1a": None, CPU: 900.0}}
+    for name, summary in (("dense", DENSE), ("gated", GATED)):
+        write_run(tmp_path / name, summary | (part if name == without_joules else whole))
+    comparison = compare_runs([tmp_path])
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert against["energy_j"] is None
+    assert against["time_s"] == pytest.approx(0.8)
+    assert comparison.notes == (f"some joules of {without_joules} could not be read: no ratios of joules and CO2e",)
+    assert render(comparison).count("at least") == 1
+
+
+@pytest.mark.parametrize(
+    ("devices", "alike"),
+    [
+        ({GPU: 9.0, CPU: 1.0}, True),
+        ({GPU.replace("1a", "2b"): 9.0, CPU: 1.0}, True),  # another GPU of the kind
+        ({f"node-1: {GPU}": 9.0, f"cpu-2: {CPU}": 1.0}, True),
+        ({CPU: 1.0}, False),
+        ({"GPU-1a NVIDIA H100 (integrated power: NVML power samples)": 9.0, CPU: 1.0}, False),
+        ({GPU: 9.0, CPU.replace("280", "8"): 1.0}, False),
+        ({GPU: 9.0, CPU: 1.0, "dram (estimate: CodeCarbon: constant 20 W)": 1.0}, False),
+    ],
+)
+def test_joules_of_other_parts_or_by_other_meters_are_not_compared(
+    tmp_path: Path, devices: dict[str, float], alike: bool
+) -> None:
+    """The worst quality is the same in all of them."""
+    write_run(tmp_path / "dense", DENSE | {"energy_by_device_j": {GPU: 90.0, CPU: 10.0}})
+    write_run(tmp_path / "gated", GATED | {"energy_by_device_j": devices})
+    comparison = compare_runs([tmp_path])
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert (against["energy_j"] is not None) == alike
+    assert [("not metered alike" in note) for note in comparison.notes] == ([] if alike else [True])
 
 
 def test_validation_and_test_accuracy_are_not_compared(tmp_path: Path) -> None:

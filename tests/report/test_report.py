@@ -311,6 +311,19 @@ def test_other_data_sets_are_drawn_apart(tmp_path: Path) -> None:
     assert "cifar10: dense" in report.differences["data.name"]
 
 
+def test_runs_with_other_threads_are_told_apart(tmp_path: Path) -> None:
+    for name, threads in (("one", 1), ("two", 2)):
+        record_run(tmp_path / name)
+        (tmp_path / name / "provenance.jsonl").write_text(json.dumps({"cpu": "a CPU", "threads": threads}) + "\n")
+    report = build_report([tmp_path])
+    assert [group.label.rpartition(" (")[2] for group in report.groups] == [
+        "hardware a CPU, threads 1)",
+        "hardware a CPU, threads 2)",
+    ]
+    assert [*report.differences["hardware"].values()] == [("a CPU, threads 1",), ("a CPU, threads 2",)]
+    assert report.tasks[0].front is None
+
+
 def test_runs_metered_in_other_ways_have_no_common_front(tmp_path: Path) -> None:
     record_run(tmp_path / "one", gated=False)
     record_run(tmp_path / "two")
@@ -318,6 +331,52 @@ def test_runs_metered_in_other_ways_have_no_common_front(tmp_path: Path) -> None
     (task,) = build_report([tmp_path]).tasks
     assert task.front is None
     assert "not all metered alike" in task.front_reason
+
+
+def test_compiled_runs_are_neither_averaged_nor_drawn_with_the_rest(tmp_path: Path) -> None:
+    for seed, compiled in ((0, False), (1, True)):
+        record_run(tmp_path / f"run-{seed}", seed=seed)
+        (tmp_path / f"run-{seed}" / "config.yaml").write_text(json.dumps(config(seed, model__compile=compiled)))
+    (task,) = build_report([tmp_path]).tasks
+    assert [group.label.rpartition(" (")[2] for group in task.groups] == ["compile False)", "compile True)"]
+    assert "executed alike" in task.front_reason
+
+
+def test_runs_on_two_folders_of_images_are_neither_averaged_nor_drawn_together(tmp_path: Path) -> None:
+    for seed, root in enumerate(("/images/cats", "/images/dogs", "/images/dogs")):
+        record_run(tmp_path / f"run-{seed}", seed=seed, data="image_folder")
+        values = config(seed, data__name="image_folder", data__root=root)
+        (tmp_path / f"run-{seed}" / "config.yaml").write_text(json.dumps(values))
+    tasks = build_report([tmp_path]).tasks
+    assert [(task.data, [len(group.runs) for group in task.groups]) for task in tasks] == [
+        ("image_folder /images/cats", [1]),
+        ("image_folder /images/dogs", [2]),
+    ]
+
+
+def change_summary(folder: Path, **changes: Any) -> None:
+    path = folder / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_joules_of_other_parts_are_neither_averaged_nor_drawn_with_the_rest(tmp_path: Path) -> None:
+    record_four(tmp_path)
+    change_summary(tmp_path / "gated-1", energy_by_device_j={"dram (estimate: CodeCarbon: constant 20 W)": 10.0})
+    (task,) = build_report([tmp_path]).tasks
+    assert [len(group.runs) for group in task.groups] == [2, 1, 1]
+    assert "not all metered alike" in task.front_reason
+
+
+def test_joules_that_are_a_lower_bound_are_in_no_mean_and_no_ratio(tmp_path: Path) -> None:
+    record_four(tmp_path)
+    change_summary(tmp_path / "gated-1", energy_complete=False)
+    report = build_report([tmp_path])
+    gated = report.groups[1]
+    spreads = (gated.spreads["accuracy"], gated.spreads["energy_j"], gated.against_twins["energy_j"])
+    assert [spread.n if spread else 0 for spread in spreads] == [2, 1, 1]
+    for text in forms(report):
+        assert "at least" in text
+        assert "so in no mean and no ratio: gated-1." in text
 
 
 @pytest.mark.parametrize("damage", ["events.jsonl", "summary.json", "config.yaml", "provenance.jsonl"])
