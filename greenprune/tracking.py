@@ -106,11 +106,16 @@ def name_without_seed(config: Config) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that it is whole or the old one, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:  # on a full disk a half-written file would stay, and take what little is left
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def write_json(path: Path, values: object) -> None:
