@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -145,15 +146,10 @@ def _add_export_parsers(
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from greenprune.config import UserError
     from greenprune.formatting import open_console
     from greenprune.report import compare_runs
 
-    try:
-        comparison = compare_runs(arguments.runs, arguments.to_accuracy)
-    except UserError as error:
-        print(f"greenprune: error: {error}", file=sys.stderr)
-        return 2
+    comparison = compare_runs(arguments.runs, arguments.to_accuracy)
     if arguments.json:
         print(json.dumps(comparison.to_dict(), indent=2))
     else:
@@ -205,42 +201,43 @@ def _benchmark(arguments: argparse.Namespace) -> int:
 
 def _carry_out(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     """Carry a command out and say in one line why it could not be."""
-    from greenprune.checkpoint import CheckpointCorrupt
     from greenprune.config import UserError
 
     try:
-        return command(arguments)
-    except (UserError, CheckpointCorrupt, OSError) as error:
+        code = command(arguments)
+        sys.stdout.flush()  # here, where a reader that has left can still be told from a failure
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is left in the buffer at the end
+        return 128 + signal.SIGPIPE
+    except (UserError, OSError) as error:
         print(f"greenprune: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except RuntimeError as error:
+        from greenprune.checkpoint import CheckpointCorrupt  # loads torch, as commands that raise it have done
+
+        if not isinstance(error, CheckpointCorrupt):
+            raise
+        print(f"greenprune: error: {error}", file=sys.stderr)
+        return 1
+    return code
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from greenprune.config import UserError
     from greenprune.report.writing import write_report
 
-    try:
-        path = write_report(arguments.runs, arguments.output, arguments.format)
-    except UserError as error:
-        print(f"greenprune: error: {error}", file=sys.stderr)
-        return 2
+    path = write_report(arguments.runs, arguments.output, arguments.format)
     if path is not None:
         print(f"{path} is written: {path.stat().st_size / 1e6:.1f} MB")
     return 0
 
 
 def _watch(arguments: argparse.Namespace) -> int:
-    from greenprune.config import UserError
     from greenprune.progress import open_display
     from greenprune.watch import watch_run
 
     display = open_display()
     try:
         ending = watch_run(arguments.run, display, follow=not arguments.once)
-    except UserError as error:
-        display.close()
-        print(f"greenprune: error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         ending = "The run goes on."
     finally:
@@ -262,14 +259,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _sync(arguments: argparse.Namespace) -> int:
-    from greenprune.config import UserError
     from greenprune.sync import sync_run
 
-    try:
-        print(sync_run(arguments.run, arguments.to, os.environ, offline=arguments.offline))
-    except UserError as error:
-        print(f"greenprune: error: {error}", file=sys.stderr)
-        return 2
+    print(sync_run(arguments.run, arguments.to, os.environ, offline=arguments.offline))
     return 0
 
 
@@ -278,19 +270,15 @@ def _dashboard(arguments: argparse.Namespace) -> int:
     from greenprune.dashboard import build_workspace, describe_workspace, save_workspace
     from greenprune.tracking import has_wandb_login
 
-    try:
-        if arguments.entity is None and not arguments.print:
-            raise UserError("--entity: not given; expected your W&B user or team, or --print")
-        workspace = build_workspace(arguments.entity or "ENTITY", arguments.project)
-        if arguments.print:
-            print(describe_workspace(workspace))
-            return 0
-        if not has_wandb_login(os.environ):  # which W&B would ask for
-            raise UserError("dashboard: nobody is logged in to W&B; expected a login (wandb login), or --print")
-        print(f"{save_workspace(workspace)} is laid out")
-    except UserError as error:
-        print(f"greenprune: error: {error}", file=sys.stderr)
-        return 2
+    if arguments.entity is None and not arguments.print:
+        raise UserError("--entity: not given; expected your W&B user or team, or --print")
+    workspace = build_workspace(arguments.entity or "ENTITY", arguments.project)
+    if arguments.print:
+        print(describe_workspace(workspace))
+        return 0
+    if not has_wandb_login(os.environ):  # which W&B would ask for
+        raise UserError("dashboard: nobody is logged in to W&B; expected a login (wandb login), or --print")
+    print(f"{save_workspace(workspace)} is laid out")
     return 0
 
 
@@ -336,18 +324,19 @@ def main(argv: list[str] | None = None) -> int:
 
         return measure(args[1:], os.environ)
     arguments = parser.parse_args(args)
-    exporting = {"export": _export, "eval": _evaluate, "infer-bench": _benchmark, "verify": _verify}
-    if arguments.command in exporting:
-        return _carry_out(exporting[arguments.command], arguments)
     commands = {
         "compare": _compare,
         "report": _report,
         "watch": _watch,
+        "verify": _verify,
         "sync": _sync,
         "dashboard": _dashboard,
+        "export": _export,
+        "eval": _evaluate,
+        "infer-bench": _benchmark,
         "doctor": _doctor,
     }
-    return commands[arguments.command](arguments)
+    return _carry_out(commands[arguments.command], arguments)
 
 
 if __name__ == "__main__":

@@ -237,8 +237,18 @@ def _engines() -> list[Finding]:
         findings.append(
             Finding("engines", "ddp", "missing", detail, "install torch from https://pytorch.org/get-started")
         )
-    findings.append(Finding("engines", "deepspeed", "note", "not supported by this version", "train with ddp"))
-    return findings
+    return [*findings, _deepspeed()]
+
+
+def _deepspeed() -> Finding:
+    """Whether runs can be launched with DeepSpeed; none needs it."""
+    requirements = importlib.metadata.requires("greenprune") or []
+    package = _package(next(line for line in requirements if re.match(r"deepspeed\b", line)))
+    if package.state == "ok":
+        advice = "to use it, launch with a file launch/deepspeed_*.yaml"
+        return Finding("engines", "deepspeed", "ok", package.detail, advice)
+    advice = "only to launch with it: pip install 'greenprune[deepspeed]'"
+    return Finding("engines", "deepspeed", "note", package.detail, advice)
 
 
 def _wandb(environment: Mapping[str, str]) -> Finding:

@@ -5,8 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-_SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)($|_)", re.IGNORECASE)
+# Databases and shells run some of these words together with what stands before: PGPASSWORD, OPENAI_APIKEY. PWD is a
+# folder where it stands alone, and short for a password after an underscore, as in MYSQL_PWD.
+_SECRET_NAME = re.compile(
+    r"((^|_)(KEY|TOKEN|SECRET|CREDENTIALS?)|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|_PWD)($|_)", re.IGNORECASE
+)
+# Who logs in with which password, which may hold what should have been escaped: a slash, an @.
+_LOGIN = re.compile(r"(://)([^/:@\s]*:[^\s\"'<>]*|[^/@\s]+)@")
 _LEAST_SECRET = 6  # shorter ones are flags, and would blot out half of a text
+
+
+def names_secret(name: str) -> bool:
+    """Whether a variable of this name holds a secret: a key, token, password or the like."""
+    return _SECRET_NAME.search(name) is not None
 
 
 def without_secrets(text: str, environment: Mapping[str, str]) -> str:
@@ -17,6 +28,6 @@ def without_secrets(text: str, environment: Mapping[str, str]) -> str:
         environment: The process's environment.
     """
     for name, value in environment.items():
-        if _SECRET.search(name) and len(value) >= _LEAST_SECRET:
+        if names_secret(name) and len(value) >= _LEAST_SECRET:
             text = text.replace(value, "***")
-    return re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
+    return _LOGIN.sub(r"\1***@", text)

@@ -106,11 +106,16 @@ def name_without_seed(config: Config) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that it is whole or the old one, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:  # on a full disk a half-written file would stay, and take what little is left
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def write_json(path: Path, values: object) -> None:
@@ -224,6 +229,20 @@ def salvage_events(path: Path) -> tuple[list[Event], list[str]]:
     return events, damaged
 
 
+def parse_event(line: bytes) -> Event:
+    """The event that one line of a log tells of.
+
+    Raises:
+        EventsCorrupt: It is no event; the message says why.
+    """
+    value = _object_in(line)
+    wrong = value if isinstance(value, str) else _wrong_with(value)
+    if wrong:
+        raise EventsCorrupt(wrong)
+    event: Event = value
+    return event
+
+
 def read_attempts(path: Path) -> list[dict[str, Any]]:
     """The attempts that a provenance.jsonl tells of; lines that are not whole are left out."""
     return [value for _, value in _json_lines(path) if isinstance(value, dict)]
@@ -237,12 +256,16 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n") or not line.strip():
                 continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield number, " ".join(str(error).split())[:200]
-            else:
-                yield number, value if isinstance(value, dict) else "expected a JSON object"
+            yield number, _object_in(line)
+
+
+def _object_in(line: bytes) -> Any:
+    """The JSON object that a line holds, or text that says why it is none."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return " ".join(str(error).split())[:200]
+    return value if isinstance(value, dict) else "expected a JSON object"
 
 
 def _wrong_with(event: Event) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from greenprune.config import UserError
 from greenprune.locking import is_held
-from greenprune.tracking import Event, RunFolder
+from greenprune.tracking import Event, EventsCorrupt, RunFolder, parse_event
 
 _POLL_S = 0.5
 _LAST = ("end", "interrupt")
@@ -38,7 +37,10 @@ def watch_run(path: Path, show: Callable[[Event], None], *, follow: bool = True)
     last = "nothing"
     for event in _events(folder, follow):
         last = event["kind"]
-        show(event)
+        try:
+            show(event)
+        except KeyError as error:
+            raise _unreadable(folder, f"its {last} event of step {event['step']} lacks {error}") from None
     if last == "end":
         return "The run is finished."
     if last == "interrupt":
@@ -49,16 +51,18 @@ def watch_run(path: Path, show: Callable[[Event], None], *, follow: bool = True)
 def _events(folder: RunFolder, follow: bool) -> Iterator[Event]:
     """Whole lines of the log; at its end more are waited for as long as the run may go on."""
     was_held = False
-    last, rest = "", ""
-    with folder.events.open() as file:
+    last, rest, number = "", b"", 0
+    with folder.events.open("rb") as file:
         while True:
             held = is_held(folder.path)  # asked before the read: once let go of, nothing more comes after it
             text = file.read()
-            *lines, rest = (rest + text).split("\n")
-            for line in filter(None, lines):
-                event = _parsed(line, folder)
-                last = event["kind"]
-                yield event
+            *lines, rest = (rest + text).split(b"\n")
+            for line in lines:
+                number += 1
+                if line:
+                    event = _parsed(line, number, folder)
+                    last = event["kind"]
+                    yield event
             stopped = last in _LAST or (was_held and not held)
             if not text and (not follow or stopped):
                 return
@@ -67,9 +71,15 @@ def _events(folder: RunFolder, follow: bool) -> Iterator[Event]:
                 time.sleep(_POLL_S)
 
 
-def _parsed(line: str, folder: RunFolder) -> Event:
+def _parsed(line: bytes, number: int, folder: RunFolder) -> Event:
     try:
-        event: Event = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"RUN: {str(folder.events)!r} cannot be read ({error})") from None
+        event = parse_event(line)
+    except EventsCorrupt as error:
+        raise _unreadable(folder, f"line {number} is no event: {error}") from None
+    if number == 1 and event["kind"] != "start":
+        raise _unreadable(folder, f"line 1 is not a start but tells of {event['kind']}")
     return event
+
+
+def _unreadable(folder: RunFolder, why: str) -> UserError:
+    return UserError(f"RUN: {str(folder.events)!r} cannot be read ({why}); expected a log as the run wrote it")

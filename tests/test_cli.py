@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -10,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "report"))
+from recording import record_run
 
 from greenprune.cli import main
 
@@ -57,6 +61,40 @@ def test_compare_names_a_path_that_is_no_run(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("greenprune: error: RUN: 'nowhere' does not exist")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["compare", "report", "watch", "sync", "verify"])
+def test_a_path_that_no_system_takes_is_one_line(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, "x" * 300]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("greenprune: error: ")
+    assert "name too long" in said
+    assert said.count("\n") == 1
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(Path, "is_file", refuse)  # the tests may run as root, who may read everything
+    assert main(["compare", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("greenprune: error: [Errno 13] Permission denied")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("args", [["report", "it", "--format", "csv"], ["compare", "it"], ["compare", "it", "--json"]])
+def test_a_reader_that_has_left_ends_a_command_quietly(tmp_path: Path, args: list[str]) -> None:
+    record_run(tmp_path / "it")
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "greenprune.cli", *args]
+    done = subprocess.run(command, check=False, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, timeout=120)
+    os.close(writing)
+    assert done.stderr == b""
 
 
 def test_the_doctor_as_json(tmp_path: Path) -> None:

@@ -106,6 +106,14 @@ def test_the_defaults_survive_a_round_trip(tmp_path: Path) -> None:
     assert load_config(path) == Config()
 
 
+@pytest.mark.parametrize("word", ["5e-4", "7e4", "1234e56", "1.5", "012", "1_000", "no", "true", "2024-01-01"])
+def test_text_that_looks_like_something_else_survives_a_round_trip(tmp_path: Path, word: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(Config(run_name=word)))
+    assert load_config(path) == Config(run_name=word)
+    assert yaml.safe_load(path.read_text())["run_name"] == word  # readers of YAML 1.1 see the same
+
+
 def test_the_last_word_wins(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text("seed: 1\noptim:\n  lr: 0.1\n  epochs: 5\n")
     (tmp_path / "two.yaml").write_text("optim:\n  lr: 0.2\n")

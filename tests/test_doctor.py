@@ -142,6 +142,35 @@ def test_a_missing_package_is_named_and_makes_the_machine_unfit(monkeypatch: pyt
     assert "not done" in found["other checks"].detail
 
 
+@pytest.mark.parametrize(
+    ("version", "state", "detail", "advice"),
+    [
+        ("0.19.8", "ok", "0.19.8", "launch with a file launch/deepspeed_*.yaml"),
+        ("0.9.1", "note", "0.9.1 is older than 0.18", "pip install 'greenprune[deepspeed]'"),
+        (None, "note", "not installed", "pip install 'greenprune[deepspeed]'"),
+    ],
+)
+def test_deepspeed_is_described_and_not_needed(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, state: str, detail: str, advice: str
+) -> None:
+    real = importlib.metadata.version
+
+    def find(name: str) -> str:
+        if name != "deepspeed":
+            return real(name)
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", find)
+    findings = diagnose({})
+    deepspeed = by_name(findings)["deepspeed"]
+    assert (deepspeed.state, deepspeed.detail) == (state, detail)
+    assert deepspeed.advice is not None
+    assert advice in deepspeed.advice
+    assert is_fit(findings)
+
+
 def test_an_old_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.13.1+cu117" if name == "torch" else real(name))

@@ -73,6 +73,24 @@ def test_what_is_no_secret_stays() -> None:
     assert without_secrets(text, {"API_KEY": "key", "MONKEY": "monkey", "PATH": "/home/key"}) == text
 
 
+@pytest.mark.parametrize(
+    "name", ["PGPASSWORD", "OPENAI_APIKEY", "MYSQL_PWD", "SSH_PASSPHRASE", "db_password", "GOOGLE_CREDENTIALS"]
+)
+def test_a_secret_is_known_by_its_name(name: str) -> None:
+    assert without_secrets(f"--with {SECRET}", {name: SECRET}) == "--with ***"
+
+
+@pytest.mark.parametrize("name", ["PWD", "OLDPWD", "TOKENIZERS_PARALLELISM", "MONKEY", "KEYBOARD_LAYOUT"])
+def test_a_name_that_only_sounds_like_a_secret_is_none(name: str) -> None:
+    assert without_secrets("in /home/me/work", {name: "/home/me/work"}) == "in /home/me/work"
+
+
+@pytest.mark.parametrize("user", ["u:pa/ss", "u:p@ss", "u:pass", ":pass", "token", "u:"])
+def test_who_logs_in_is_left_out_of_an_address(user: str) -> None:
+    told = without_secrets(f"from https://{user}@host/path, not me@there", {})
+    assert told == "from https://***@host/path, not me@there"
+
+
 def test_no_code_of_the_package_hands_text_to_a_shell_or_runs_a_pickle() -> None:
     forbidden = re.compile(
         r"shell\s*=\s*True|os\.(system|popen)\(|subprocess\.getoutput|pickle\.loads?\(|weights_only\s*=\s*False|"

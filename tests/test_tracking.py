@@ -204,6 +204,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="No space"):
         write_json(path, {"new": 1})
     assert json.loads(path.read_text()) == {"old": 1}
+    assert [item.name for item in tmp_path.iterdir()] == ["summary.json"]
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,33 @@ def test_events_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         watch_run(tmp_path, lambda _: None)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"{}", "line 2 is no event: it has no kind"),
+        (b"[]", "line 2 is no event: expected a JSON object"),
+        (b"\xff", "line 2 is no event: "),
+        (b'{"kind": "epoch", "step": 5, "time": 1.0}', "its epoch event of step 5 lacks 'epoch'"),
+    ],
+)
+def test_a_line_that_is_no_event_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: bytes, said: str
+) -> None:
+    path = tmp_path / "it" / "events.jsonl"
+    record_run(path.parent)
+    path.write_bytes(path.read_bytes().splitlines()[0] + b"\n" + line + b"\n")
+    assert main(["watch", str(path.parent), "--once"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"greenprune: error: RUN: {str(path)!r} cannot be read ({said}")
+    assert error.count("\n") == 1
+
+
+def test_a_log_without_its_first_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_events(tmp_path / "it", record_run(tmp_path / "it")[1:])
+    assert main(["watch", str(tmp_path / "it"), "--once"]) == 2
+    assert "line 1 is not a start" in capsys.readouterr().err
+
+
 def test_watching_loads_no_torch(tmp_path: Path) -> None:
     record_run(tmp_path / "it")
     code = (

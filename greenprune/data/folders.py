@@ -227,7 +227,15 @@ def _decoded(path: str) -> Image.Image:
             width, height = file.size
             if width * height > _MOST_PIXELS:
                 raise ValueError(f"it is said to have {width} x {height} pixels, more than {_MOST_PIXELS:,}")
-            return file.convert("RGB")
+            if file.mode in ("I", "F"):
+                raise ValueError(f"its pixels are of mode {file.mode!r}, numbers that do not say which one is white")
+            return (_eight_bits(file) if file.mode.startswith("I;16") else file).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits in 8, rounded; Pillow would cut all above 255 off to white."""
+    grey = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
 
 
 def _collate(samples: list[Loaded]) -> Batch | str:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from greenprune.config import EnergyConfig, UserError
 from greenprune.energy import CarbonIntensity, Measurement, carbon_intensity, co2_g, open_local_meter
+from greenprune.redaction import without_secrets
 
 _DESCRIPTION = """\
 Run a command and say what energy the GPUs that it can see, the CPU and the memory of this machine took meanwhile.
@@ -76,6 +77,7 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
             message = message.replace(key, flag)
         print(f"{prog}: error: {message}", file=sys.stderr)
         return 2
+    told = [without_secrets(word, environment) for word in command]
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # one that was inherited as ignored would never be told
     with (
         _blocked(signal.SIGCHLD, *_FORWARDED) as mask,
@@ -89,11 +91,11 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
                     command[0], command, dict(environment), setsigmask=mask, setsigdef=_IGNORED_BY_PYTHON
                 )
             except OSError as error:
-                print(f"{prog}: error: {command[0]}: {error.strerror}", file=sys.stderr)
+                print(f"{prog}: error: {told[0]}: {error.strerror}", file=sys.stderr)
                 return 127 if isinstance(error, FileNotFoundError) else 126
             code = _wait(process)
         notes = meter.notes
-    report = _report(window.measurement, command, code, carbon, notes)
+    report = _report(window.measurement, told, code, carbon, notes)
     _tell(report, options, prog)
     return code
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from greenprune.config import ConfigError
+from greenprune.redaction import names_secret
 
 _WORD = re.compile(r"[^\s\"'\\#]+")  # what stands in an #SBATCH line, where Slurm splits and unquotes
-_SECRET = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)($|_)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Site:
 
 def _check_no_secret(key: str, names: Iterable[str]) -> None:
     for name in names:
-        if _SECRET.search(name):
+        if names_secret(name):
             raise ConfigError(
                 f"{key}: {name} looks like a secret, which would be written into job files; "
                 "expected it to be exported in the shell you submit from: jobs inherit it"

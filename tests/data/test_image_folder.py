@@ -4,6 +4,7 @@ import gc
 import shutil
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -150,6 +151,32 @@ def test_broken_image(folder_root, tmp_path, workers, part):
     one_line = r"^data\.root: '.*n02_1.JPEG' is truncated, corrupt or missing \(.*\); expected an image\Z"
     with pytest.raises(UserError, match=one_line):
         list(data.train_batches(0) if part == "train" else data.eval_batches())
+
+
+def evaluated(root, image, form):
+    """What comes of one image in a set by itself, written in a form."""
+    for part in ("train", "val"):
+        (root / part / "n00").mkdir(parents=True)
+        image.save(root / part / "n00" / "it.png", format=form)
+    config = DataConfig(name="image_folder", batch_size=1, image_size=32, workers=0, augment=False)
+    ((images, _),) = open_data(config, str(root), 0).eval_batches()
+    return images
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, form):
+    grey = np.linspace(0, 255, 64 * 64).astype(np.uint8).reshape(64, 64)
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert deep.mode == "I;16"
+    expected = evaluated(tmp_path / "8", Image.fromarray(grey), form)
+    torch.testing.assert_close(evaluated(tmp_path / "16", deep, form), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_numbers_without_a_white_are_refused(tmp_path, mode):
+    one_line = rf"^data\.root: '.*it.png' is .* \(its pixels are of mode '{mode}', .*\); expected an image\Z"
+    with pytest.raises(UserError, match=one_line):
+        evaluated(tmp_path, Image.new(mode, (40, 40), 7), "TIFF")
 
 
 def change_image_folder(root, change):

@@ -67,6 +67,23 @@ def test_json_has_every_device_with_source_quality_and_reason(nvml_stub: Path, t
     assert any("MIG" in note for note in report["notes"])
 
 
+def test_secrets_in_the_command_are_left_out(tmp_path: Path) -> None:
+    """The command itself gets them as they are."""
+    secret, address = "pl4nted-0123456789", "https://me:hunter22@example.org"
+    command = [sys.executable, "-c", "import sys; print(*sys.argv[1:])", f"--key={secret}", address]
+    environment = {**os.environ, "DB_PASSWORD": secret}
+    for flags in (["--output", str(tmp_path / "it.json")], ["--json"]):
+        done = run(*flags, "--", *command, env=environment)
+        output, *report = done.stdout.splitlines()
+        assert output == f"--key={secret} {address}"
+        told = done.stderr + "".join(report) + (tmp_path / "it.json").read_text()
+        assert "--key=***" in told
+        assert secret not in told
+        assert "hunter22" not in told
+    missing = run("--", f"/{secret}", env=environment)
+    assert (missing.returncode, secret in missing.stderr) == (127, False)
+
+
 def test_what_libraries_print_while_they_are_imported_is_not_in_the_output(tmp_path: Path) -> None:
     """As amdsmi does where AMD's library is missing."""
     (tmp_path / "amdsmi").mkdir()

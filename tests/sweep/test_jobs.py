@@ -106,6 +106,7 @@ BAD_SITES = {
     "gres": ("gres: gpu:{gpus}", "gres: 'gpu:{gpus}' is not valid"),
     "variable": ("environment: {A-B: x}", "environment: 'A-B' is not valid"),
     "secret": ("environment: {WANDB_API_KEY: abc}", "environment: WANDB_API_KEY looks like a secret"),
+    "secret as databases name it": ("environment: {PGPASSWORD: abc}", "environment: PGPASSWORD looks like a secret"),
     "secret in a line": ("setup: ['export HF_TOKEN=abc']", "setup: HF_TOKEN looks like a secret"),
     "list": ("modules: cuda", "modules: "),
     "no mapping": ("- a", "holds no keys"),
