@@ -244,7 +244,10 @@ def _runs_at(path: Path) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _RUN_FILES)
+    try:
+        return any((folder / name).is_file() for name in _RUN_FILES)
+    except PermissionError:  # somebody else's, beside one's own
+        return False
 
 
 def read_run(path: Path, name: str) -> ComparedRun:
