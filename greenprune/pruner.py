@@ -210,6 +210,11 @@ class Pruner:
         self._accumulate = accumulate
         self._policy.losses_are_divided_by(accumulate)
 
+    @property
+    def accumulate(self) -> int:
+        """Over how many batches gradients are added up for a step; 1 until :meth:`losses_are_divided_by` says more."""
+        return self._accumulate
+
     def penalize_output(self, accumulate: int = 1) -> RemovableHandle:
         """Add the penalty to whatever loss is made from the network's output, for loops that hide their loss.
 

@@ -33,6 +33,10 @@ class PrunerCallback(pl.Callback):  # type: ignore[misc]
         """Where Lightning's checkpoints keep the state."""
         return "PrunerCallback"
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Tell the gates of accumulated gradients before the optimizer is made: their learning rate follows from it."""
+        self.pruner.losses_are_divided_by(trainer.accumulate_grad_batches)
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work before anything is trained.
 

@@ -15,7 +15,8 @@ from greenprune.pruner import Pruner
 class PrunerCallback(TrainerCallback):  # type: ignore[misc]
     """Adds the gates' penalty to the loss, removes units as the training goes on, and settles the rest at its end.
 
-    The trainer gets an optimizer made of ``pruner.parameter_groups()``.
+    The trainer gets an optimizer made of ``pruner.parameter_groups()``; where it accumulates gradients, that is said to
+    ``pruner.losses_are_divided_by`` before.
 
     Args:
         pruner: The pruner of the network that is trained; its ``total_steps`` are the batches of the whole training.
@@ -29,7 +30,8 @@ class PrunerCallback(TrainerCallback):  # type: ignore[misc]
         """Put the penalty beside the network's output.
 
         Raises:
-            UserError: Several processes, or fp16 with a scaled loss.
+            UserError: Several processes, fp16 with a scaled loss, or accumulated gradients that the pruner was not told
+                of before the optimizer was made.
         """
         if args.world_size > 1:
             raise UserError(
@@ -38,6 +40,12 @@ class PrunerCallback(TrainerCallback):  # type: ignore[misc]
             )
         if args.fp16:
             raise UserError("fp16: True is not valid with PrunerCallback; expected bf16 or full precision")
+        if self.pruner.accumulate != args.gradient_accumulation_steps:
+            raise UserError(
+                f"gradient_accumulation_steps: {args.gradient_accumulation_steps} is not what the pruner was told; "
+                f"expected {self.pruner.accumulate}, or pruner.losses_are_divided_by("
+                f"{args.gradient_accumulation_steps}) before the optimizer is made"
+            )
         self._handle = self.pruner.penalize_output(args.gradient_accumulation_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:

@@ -43,6 +43,12 @@ def check_outcome(pruner: Pruner, optimizer: torch.optim.Optimizer, model: nn.Mo
     assert model.eval()(images[:3]).shape == (3, 10)
 
 
+def check_gates_lr(pruner: Pruner, optimizer: torch.optim.Optimizer, accumulate: int) -> None:
+    """Steps that are fewer and of more samples: the gates learn faster in each."""
+    (gates,) = [group for group in optimizer.param_groups if group.get("name") == "gates"]
+    assert gates["lr"] == pruner.gate.lr_of_step(pruner.total_steps / accumulate, 128 * accumulate, adaptive=False)
+
+
 @pytest.mark.filterwarnings("ignore")  # Lightning advises on workers and loggers
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_lightning_trains_a_smaller_network(digits: tuple[Tensor, Tensor], tmp_path: Path, accumulate: int) -> None:
@@ -81,6 +87,7 @@ def test_lightning_trains_a_smaller_network(digits: tuple[Tensor, Tensor], tmp_p
     )
     trainer.fit(module, DataLoader(TensorDataset(images, labels), batch_size=BATCH, shuffle=True))
     check_outcome(pruner, trainer.optimizers[0], model, images)
+    check_gates_lr(pruner, trainer.optimizers[0], accumulate)
     assert sum(module.losses[-5:]) < sum(module.losses[:5])
     (saved,) = tmp_path.rglob("*.ckpt")
     state = torch.load(saved, weights_only=True)["callbacks"]["PrunerCallback"]
@@ -133,6 +140,7 @@ def test_transformers_trains_a_smaller_network(digits: tuple[Tensor, Tensor], tm
     images, labels = digits
     network = CifarResNet(20, 10, channels=1)
     pruner = prune(network, images, ["block", "channel"])
+    pruner.losses_are_divided_by(accumulate)
     optimizer = torch.optim.AdamW(pruner.parameter_groups(weight_decay=0.01, adaptive=True), lr=3e-3)
     trainer = transformers.Trainer(
         model=Classifier(network),
@@ -170,4 +178,17 @@ def test_transformers_in_half_precision_is_refused(digits: tuple[Tensor, Tensor]
     settings = arguments(transformers, tmp_path)
     settings.fp16 = True
     with pytest.raises(UserError, match="bf16"):
+        callback.on_train_begin(settings, transformers.TrainerState(), transformers.TrainerControl())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_with_gradients_added_up_untold_are_refused(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from greenprune.integrations.transformers import PrunerCallback
+
+    callback = PrunerCallback(prune(CifarResNet(20, 10, channels=1), digits[0], ["block"]))
+    settings = arguments(transformers, tmp_path, gradient_accumulation_steps=3)
+    with pytest.raises(
+        UserError, match=r"^gradient_accumulation_steps: 3 .* pruner\.losses_are_divided_by\(3\) before"
+    ):
         callback.on_train_begin(settings, transformers.TrainerState(), transformers.TrainerControl())
