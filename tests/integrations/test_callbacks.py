@@ -97,14 +97,15 @@ def test_lightning_trains_a_smaller_network(digits: tuple[Tensor, Tensor], tmp_p
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lightning_in_half_precision_is_refused(digits: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true", "bf16-true", "64-true"])
+def test_lightning_in_another_precision_is_refused(digits: tuple[Tensor, Tensor], precision: str) -> None:
     pl = pytest.importorskip("lightning.pytorch")
     from greenprune.integrations.lightning import PrunerCallback
 
     callback = PrunerCallback(prune(CifarResNet(20, 10, channels=1), digits[0], ["block"]))
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.strategy.precision_plugin.precision = "16-mixed"
-    with pytest.raises(UserError, match="bf16-mixed"):
+    trainer.strategy.precision_plugin.precision = precision
+    with pytest.raises(UserError, match=f"^precision: '{precision}' is not valid .* expected 32-true or bf16-mixed$"):
         callback.on_fit_start(trainer, pl.LightningModule())
 
 
