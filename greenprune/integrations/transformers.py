@@ -30,13 +30,18 @@ class PrunerCallback(TrainerCallback):  # type: ignore[misc]
         """Put the penalty beside the network's output.
 
         Raises:
-            UserError: Several processes, fp16 with a scaled loss, or accumulated gradients that the pruner was not told
-                of before the optimizer was made.
+            UserError: Several processes or GPUs, fp16 with a scaled loss, or accumulated gradients that the pruner was
+                not told of before the optimizer was made.
         """
         if args.world_size > 1:
             raise UserError(
                 f"{args.world_size} processes are not valid with PrunerCallback, which cannot wrap the network again "
                 "after a removal; expected 1, or greenprune's own trainer"
+            )
+        if args.n_gpu > 1:
+            raise UserError(
+                f"{args.n_gpu} GPUs are not valid with PrunerCallback, since the trainer copies the network to each; "
+                "expected 1, as with the environment's CUDA_VISIBLE_DEVICES=0"
             )
         if args.fp16:
             raise UserError("fp16: True is not valid with PrunerCallback; expected bf16 or full precision")

@@ -163,22 +163,31 @@ def arguments(transformers: Any, folder: Path, **changed: Any) -> Any:
         per_device_train_batch_size=BATCH,
         use_cpu=True,
         report_to=[],
-        save_strategy="no",
         logging_steps=4,
         disable_tqdm=True,
-        **changed,
+        **{"save_strategy": "no", **changed},
     )
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_in_half_precision_is_refused(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("fp16", True, "^fp16: True is not valid .* bf16"),
+        ("_n_gpu", 2, "^2 GPUs are not valid .* CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_transformers_settings_that_cannot_work_are_refused(
+    digits: tuple[Tensor, Tensor], tmp_path: Path, setting: str, value: object, message: str
+) -> None:
     transformers = pytest.importorskip("transformers")
     from greenprune.integrations.transformers import PrunerCallback
 
     callback = PrunerCallback(prune(CifarResNet(20, 10, channels=1), digits[0], ["block"]))
     settings = arguments(transformers, tmp_path)
-    settings.fp16 = True
-    with pytest.raises(UserError, match="bf16"):
+    assert settings.n_gpu <= 1
+    setattr(settings, setting, value)
+    with pytest.raises(UserError, match=message):
         callback.on_train_begin(settings, transformers.TrainerState(), transformers.TrainerControl())
 
 
