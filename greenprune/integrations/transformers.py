@@ -30,8 +30,8 @@ class PrunerCallback(TrainerCallback):  # type: ignore[misc]
         """Put the penalty beside the network's output.
 
         Raises:
-            UserError: Several processes or GPUs, fp16 with a scaled loss, or accumulated gradients that the pruner was
-                not told of before the optimizer was made.
+            UserError: Several processes or GPUs, fp16 with a scaled loss, weights of an earlier checkpoint, or
+                accumulated gradients that the pruner was not told of before the optimizer was made.
         """
         if args.world_size > 1:
             raise UserError(
@@ -45,6 +45,13 @@ class PrunerCallback(TrainerCallback):  # type: ignore[misc]
             )
         if args.fp16:
             raise UserError("fp16: True is not valid with PrunerCallback; expected bf16 or full precision")
+        if args.load_best_model_at_end:  # weights of before the last removals, in a network of after them
+            raise UserError("load_best_model_at_end: True is not valid with PrunerCallback; expected False")
+        if state.global_step > 0:  # the pruner's own state is not in the trainer's checkpoints
+            raise UserError(
+                f"resume_from_checkpoint: going on after {state.global_step} steps is not valid with PrunerCallback; "
+                "expected a training from its start"
+            )
         if self.pruner.accumulate != args.gradient_accumulation_steps:
             raise UserError(
                 f"gradient_accumulation_steps: {args.gradient_accumulation_steps} is not what the pruner was told; "

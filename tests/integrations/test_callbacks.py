@@ -175,6 +175,7 @@ def arguments(transformers: Any, folder: Path, **changed: Any) -> Any:
     [
         ("fp16", True, "^fp16: True is not valid .* bf16"),
         ("_n_gpu", 2, "^2 GPUs are not valid .* CUDA_VISIBLE_DEVICES"),
+        ("load_best_model_at_end", True, "^load_best_model_at_end: True is not valid .* expected False$"),
     ],
 )
 def test_transformers_settings_that_cannot_work_are_refused(
@@ -189,6 +190,30 @@ def test_transformers_settings_that_cannot_work_are_refused(
     setattr(settings, setting, value)
     with pytest.raises(UserError, match=message):
         callback.on_train_begin(settings, transformers.TrainerState(), transformers.TrainerControl())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_that_go_on_from_a_checkpoint_are_refused(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from greenprune.integrations.transformers import PrunerCallback
+
+    images, labels = digits
+
+    def make_trainer() -> Any:
+        network = CifarResNet(20, 10, channels=1)
+        pruner = prune(network, images, ["block"])
+        optimizer = torch.optim.SGD(pruner.parameter_groups(), lr=0.05)
+        return transformers.Trainer(
+            model=Classifier(network),
+            args=arguments(transformers, tmp_path, max_steps=2, save_strategy="steps", save_steps=1),
+            train_dataset=Samples(images, labels),
+            optimizers=(optimizer, None),
+            callbacks=[PrunerCallback(pruner)],
+        )
+
+    make_trainer().train()
+    with pytest.raises(UserError, match=r"^resume_from_checkpoint: going on after 1 steps is not valid"):
+        make_trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 @pytest.mark.filterwarnings("ignore")
