@@ -80,9 +80,9 @@ class Pruner:
         self._table = UnitTable.of(model, tuple(example.shape[1:]))
         unit = self.budget.unit
         self._measured = _measured_for_all(unit, model, example) if unit in MEASURED else None
-        self._costs = unit_costs(self._table, self.budget, self._measured)
         self._device = example.device
         self._rounding = self._table.rounding(surgery or SurgeryConfig(), self._device)
+        self._costs = unit_costs(self._table, self.budget, self._measured, rounding=self._rounding)
         self._accumulate = 1
         self._policy = self._new_policy()
         self._batches = 0  # for which a penalty was given
