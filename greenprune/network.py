@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Protocol
@@ -18,6 +18,8 @@ from greenprune.gating import CostTerm, UnitCosts, attach_gates, channel_unit, f
 from greenprune.models import BlockError, ChannelSet, PlainBlock, build_model, find_channels, residual_blocks
 from greenprune.surgery import Structure, StructureMismatch, given_structure, replay
 from greenprune.unit_cost import MEASURED, UnitCost
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,13 @@ def _parts(model: nn.Module, sets: dict[str, ChannelSet], counts: dict[str, Cost
     return parts
 
 
-def unit_costs(table: UnitTable, budget: BudgetConfig, measured: UnitCost | None = None) -> UnitCosts:
+def unit_costs(
+    table: UnitTable,
+    budget: BudgetConfig,
+    measured: UnitCost | None = None,
+    *,
+    rounding: Mapping[str, int] | None = None,
+) -> UnitCosts:
     """What each unit of a dense network costs in the budget's unit, as a share of the whole network.
 
     Args:
@@ -157,6 +165,7 @@ def unit_costs(table: UnitTable, budget: BudgetConfig, measured: UnitCost | None
         budget: The budget.
         measured: What was measured, for a budget in time or energy; until it is there, FLOPs stand in and no target is
             checked.
+        rounding: For each set of channels, of what number of units its size is to be a multiple; 1 where not given.
 
     Raises:
         ConfigError: The network has gates, and the budget's target cannot be met.
@@ -168,7 +177,7 @@ def unit_costs(table: UnitTable, budget: BudgetConfig, measured: UnitCost | None
     else:
         costs = _shares(table, attrgetter("params" if budget.unit == "params" else "flops_forward"))
     if table.gates and (budget.unit not in MEASURED or measured is not None):
-        costs.check_target(budget.target, table.gates)
+        costs.check_target(budget.target, table.gates, rounding)
     return costs
 
 
@@ -255,8 +264,13 @@ class ImageShape(Protocol):
         """Side of the square images in pixels."""
 
 
-def prepare_network(config: Config, data: ImageShape) -> Network:
+def prepare_network(config: Config, data: ImageShape, device: torch.device = CPU) -> Network:
     """Build the network for a data set, seeded, gate it, and count what it costs.
+
+    Args:
+        config: The run.
+        data: The images.
+        device: Where it will be trained: the default of surgery.round_to depends on it.
 
     Raises:
         ConfigError: There is no such network or structure, it cannot take the images, has nothing to gate, its budget
@@ -276,7 +290,7 @@ def prepare_network(config: Config, data: ImageShape) -> Network:
             f"{reason}"
         ) from None
     _check_fits(given, model, config)
-    costs = unit_costs(table, config.budget)
+    costs = unit_costs(table, config.budget, rounding=table.rounding(config.surgery, device))
     if config.gate.enabled and given.operations:
         _check_more_may_go(kept_cost(costs, given), config)
     return Network(model, table, costs, given, notes=notes)

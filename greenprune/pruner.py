@@ -80,10 +80,10 @@ class Pruner:
         self._table = UnitTable.of(model, tuple(example.shape[1:]))
         unit = self.budget.unit
         self._measured = _measured_for_all(unit, model, example) if unit in MEASURED else None
-        self._costs = unit_costs(self._table, self.budget, self._measured)
         self._device = example.device
         self._surgery = surgery or SurgeryConfig()
         self._rounding = self._table.rounding(self._surgery, self._device)
+        self._costs = unit_costs(self._table, self.budget, self._measured, rounding=self._rounding)
         self._accumulate = 1
         self._policy = self._new_policy()
         self._batches = 0  # for which a penalty was given
@@ -221,6 +221,11 @@ class Pruner:
         """
         self._accumulate = accumulate
         self._policy.losses_are_divided_by(accumulate)
+
+    @property
+    def accumulate(self) -> int:
+        """Over how many batches gradients are added up for a step; 1 until :meth:`losses_are_divided_by` says more."""
+        return self._accumulate
 
     def penalize_output(self, accumulate: int = 1) -> RemovableHandle:
         """Add the penalty to whatever loss is made from the network's output, for loops that hide their loss.

@@ -81,7 +81,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
             data = _open_data(config, environment.get("GREENPRUNE_DATA"), engine)
         config = _resolve_structure(config, engine)
         with meter.window("setup"):
-            network = engine.together(lambda: prepare_network(config, data))
+            network = engine.together(lambda: prepare_network(config, data, engine.device))
         claim = engine.together(lambda: _claim(config, network, stack, environment), main_only=True)
         folder = RunFolder(claim.path)
         if claim.finished:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, ModelConfig
+from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, ModelConfig, SurgeryConfig
 from greenprune.flops import Cost, count_costs
 from greenprune.gating import find_gates
 from greenprune.models import residual_blocks
-from greenprune.network import UnitTable, prepare_network, unit_costs
+from greenprune.network import CPU, UnitTable, prepare_network, unit_costs
 from greenprune.surgery import Operation, Structure, replay
 
 MakeNetwork = Callable[..., nn.Module]
@@ -31,8 +31,8 @@ class Shape:
     image_size: int = 8
 
 
-def prepared(config: Config, shape: Shape | None = None) -> Any:
-    return prepare_network(config, shape or Shape())  # type: ignore[arg-type]
+def prepared(config: Config, shape: Shape | None = None, device: torch.device = CPU) -> Any:
+    return prepare_network(config, shape or Shape(), device)  # type: ignore[arg-type]
 
 
 def random_structure(rng: random.Random, units: list[str]) -> Structure:
@@ -128,6 +128,18 @@ def test_a_budget_below_what_has_no_gate_is_refused_if_it_matters() -> None:
 def test_a_real_network_names_its_smallest_budget() -> None:
     with pytest.raises(ConfigError, match=r"budget\.target: 0\.001 cannot be met; 0\.0\d+ "):
         prepared(Config(model=ModelConfig(name="resnet20"), budget=BudgetConfig(target=0.001)), Shape(image_size=32))
+
+
+def test_what_rounding_keeps_counts_against_the_budget() -> None:
+    """The first block of MobileNet's stages has no shortcut, so the last channels of each stay."""
+    gate, budget = GateConfig(units=["channel"]), BudgetConfig(target=0.15)
+    config = Config(model=ModelConfig(name="mobilenet_v2"), gate=gate, budget=budget)
+    shape = Shape(channels=3, image_size=32)
+    prepared(config, shape)
+    with pytest.raises(ConfigError, match=r"0\.153 .* is kept by surgery\.round_to"):
+        prepared(replace(config, surgery=SurgeryConfig(round_to=8)), shape)
+    with pytest.raises(ConfigError, match=r"0\.153 .* is kept by surgery\.round_to"):
+        prepared(config, shape, torch.device("cuda"))  # where 8 is the default
 
 
 # Preparing.

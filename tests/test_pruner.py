@@ -326,6 +326,25 @@ def test_a_network_without_channels_inside_its_branches_is_refused() -> None:
         Pruner(nn.Sequential(block), torch.randn(2, 3, 8, 8), total_steps=STEPS, gate=GateConfig(units=["channel"]))
 
 
+def test_a_budget_that_rounding_puts_out_of_reach_is_refused() -> None:
+    def make(round_to: int) -> Pruner:
+        chains = [nn.Sequential(nn.Conv2d(3, width, 1), nn.ReLU(), nn.Conv2d(width, 3, 1)) for width in (4, 6, 10)]
+        first = ResidualBlock(chains[0], nn.Identity(), nn.ReLU(), input_activated=False)
+        model = nn.Sequential(first, *map(PlainBlock, chains[1:]))
+        return Pruner(
+            model,
+            torch.randn(2, 3, 4, 4),
+            total_steps=STEPS,
+            gate=GateConfig(units=["channel"]),
+            budget=BudgetConfig(target=0.4),
+            surgery=SurgeryConfig(round_to=round_to),
+        )
+
+    make(4)
+    with pytest.raises(UserError, match=r"^budget\.target: 0\.4 cannot be met; 0\.7 .* is kept by surgery\.round_to"):
+        make(8)
+
+
 def test_what_is_not_gated_is_named() -> None:
     mixed = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 3, 1))
     plain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1))

@@ -93,27 +93,35 @@ class UnitCosts:
             return self.fixed + sum(cost for name, cost in self.units.items() if name in present)
         return KeptCost(self, present).total
 
-    def check_target(self, target: float, gated: Collection[str] | None = None) -> None:
+    def check_target(
+        self, target: float, gated: Collection[str] | None = None, rounding: Mapping[str, int] | None = None
+    ) -> None:
         """Refuse a target that no choice of units can meet.
 
         Args:
             target: The budget.
             gated: Names of the gates; None: every block has one.
+            rounding: For each set of channels, of what number of units its size is to be a multiple; 1 where not given.
 
         Raises:
-            ConfigError: The part of the network that has no gate costs more than the target.
+            ConfigError: What has no gate, or has to stay of channels in blocks without a shortcut, costs more than the
+                target.
         """
+        reason = "has no gate"
         kept = KeptCost(self, self.everything())
         for name in self.units if gated is None else gated:
             block = name.rpartition(":")[0] or name
             if block in kept.blocks:
                 kept.remove_block(block)
             elif name in self.channels and block not in self.units:
-                kept.remove_channels(name, self.channels[name] - 1)
+                last = min(self.channels[name], (rounding or {}).get(name, 1))
+                kept.remove_channels(name, self.channels[name] - last)
+                if last > 1:
+                    reason = "has no gate or is kept by surgery.round_to"
         least = math.ceil((kept.total - _ROUNDING) * 1000) / 1000
         if kept.total > target + _ROUNDING:
             raise ConfigError(
-                f"budget.target: {target} cannot be met; {least} of this network's cost has no gate, "
+                f"budget.target: {target} cannot be met; {least} of this network's cost {reason}, "
                 f"expected a share from {least} to 1"
             )
 

@@ -33,19 +33,25 @@ class PrunerCallback(pl.Callback):  # type: ignore[misc]
         """Where Lightning's checkpoints keep the state."""
         return "PrunerCallback"
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Tell the gates of accumulated gradients before the optimizer is made: their learning rate follows from it."""
+        self.pruner.losses_are_divided_by(trainer.accumulate_grad_batches)
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work before anything is trained.
 
         Raises:
-            UserError: Several processes or optimizers, or fp16 with a scaled loss.
+            UserError: Several processes, or a precision other than 32-true and bf16-mixed.
         """
         if trainer.world_size > 1:
             raise UserError(
                 f"devices: {trainer.world_size} processes are not valid with PrunerCallback, which cannot wrap the "
                 "network again after a removal; expected 1, or greenprune's own trainer"
             )
-        if trainer.precision == "16-mixed":
-            raise UserError("precision: '16-mixed' is not valid with PrunerCallback; expected 32-true or bf16-mixed")
+        if trainer.precision not in ("32-true", "bf16-mixed"):
+            raise UserError(
+                f"precision: {trainer.precision!r} is not valid with PrunerCallback; expected 32-true or bf16-mixed"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the penalty beside the network's output.

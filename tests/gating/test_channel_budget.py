@@ -221,6 +221,21 @@ def test_a_budget_below_what_must_stay_is_refused() -> None:
         COSTS.check_target(0.5, ["c:hidden"])
 
 
+@pytest.mark.parametrize(("step", "left", "least"), [(4, 4, "0.22"), (8, 8, "0.34"), (16, 10, "0.4")])
+def test_a_budget_below_what_rounding_leaves_is_refused(step: int, left: int, least: str) -> None:
+    """The last piece of a set of channels whose block has to stay is as large as the rounding says."""
+    gates, rounding = [*COSTS.units, *COSTS.channels], {"c:hidden": step}
+    COSTS.check_target(float(least), gates, rounding)
+    with pytest.raises(ConfigError, match=f"; {least} .* has no gate or is kept by surgery.round_to, expected"):
+        COSTS.check_target(float(least) - 0.01, gates, rounding)
+    everything = COSTS.everything()
+    window = window_of(dict.fromkeys(everything, 0))
+    verdicts = decide(window, everything, COSTS, 0.1, ceiling=1.0, freeze_after=9, final=True, rounding=rounding)
+    present = after(everything, verdicts)
+    assert len(present) == left
+    assert COSTS.kept(present) == pytest.approx(float(least))
+
+
 @pytest.mark.parametrize("units", [["channel"], ["block", "channel"]])
 @pytest.mark.parametrize("unit", ["flops", "params"])
 def test_a_real_network_costs_one(units: list[str], unit: str) -> None:

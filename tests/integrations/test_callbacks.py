@@ -43,6 +43,12 @@ def check_outcome(pruner: Pruner, optimizer: torch.optim.Optimizer, model: nn.Mo
     assert model.eval()(images[:3]).shape == (3, 10)
 
 
+def check_gates_lr(pruner: Pruner, optimizer: torch.optim.Optimizer, accumulate: int) -> None:
+    """Steps that are fewer and of more samples: the gates learn faster in each."""
+    (gates,) = [group for group in optimizer.param_groups if group.get("name") == "gates"]
+    assert gates["lr"] == pruner.gate.lr_of_step(pruner.total_steps / accumulate, 128 * accumulate, adaptive=False)
+
+
 @pytest.mark.filterwarnings("ignore")  # Lightning advises on workers and loggers
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_lightning_trains_a_smaller_network(digits: tuple[Tensor, Tensor], tmp_path: Path, accumulate: int) -> None:
@@ -81,6 +87,7 @@ def test_lightning_trains_a_smaller_network(digits: tuple[Tensor, Tensor], tmp_p
     )
     trainer.fit(module, DataLoader(TensorDataset(images, labels), batch_size=BATCH, shuffle=True))
     check_outcome(pruner, trainer.optimizers[0], model, images)
+    check_gates_lr(pruner, trainer.optimizers[0], accumulate)
     assert sum(module.losses[-5:]) < sum(module.losses[:5])
     (saved,) = tmp_path.rglob("*.ckpt")
     state = torch.load(saved, weights_only=True)["callbacks"]["PrunerCallback"]
@@ -90,14 +97,15 @@ def test_lightning_trains_a_smaller_network(digits: tuple[Tensor, Tensor], tmp_p
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lightning_in_half_precision_is_refused(digits: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true", "bf16-true", "64-true"])
+def test_lightning_in_another_precision_is_refused(digits: tuple[Tensor, Tensor], precision: str) -> None:
     pl = pytest.importorskip("lightning.pytorch")
     from greenprune.integrations.lightning import PrunerCallback
 
     callback = PrunerCallback(prune(CifarResNet(20, 10, channels=1), digits[0], ["block"]))
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.strategy.precision_plugin.precision = "16-mixed"
-    with pytest.raises(UserError, match="bf16-mixed"):
+    trainer.strategy.precision_plugin.precision = precision
+    with pytest.raises(UserError, match=f"^precision: '{precision}' is not valid .* expected 32-true or bf16-mixed$"):
         callback.on_fit_start(trainer, pl.LightningModule())
 
 
@@ -133,6 +141,7 @@ def test_transformers_trains_a_smaller_network(digits: tuple[Tensor, Tensor], tm
     images, labels = digits
     network = CifarResNet(20, 10, channels=1)
     pruner = prune(network, images, ["block", "channel"])
+    pruner.losses_are_divided_by(accumulate)
     optimizer = torch.optim.AdamW(pruner.parameter_groups(weight_decay=0.01, adaptive=True), lr=3e-3)
     trainer = transformers.Trainer(
         model=Classifier(network),
@@ -154,20 +163,67 @@ def arguments(transformers: Any, folder: Path, **changed: Any) -> Any:
         per_device_train_batch_size=BATCH,
         use_cpu=True,
         report_to=[],
-        save_strategy="no",
         logging_steps=4,
         disable_tqdm=True,
-        **changed,
+        **{"save_strategy": "no", **changed},
     )
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_in_half_precision_is_refused(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("fp16", True, "^fp16: True is not valid .* bf16"),
+        ("_n_gpu", 2, "^2 GPUs are not valid .* CUDA_VISIBLE_DEVICES"),
+        ("load_best_model_at_end", True, "^load_best_model_at_end: True is not valid .* expected False$"),
+    ],
+)
+def test_transformers_settings_that_cannot_work_are_refused(
+    digits: tuple[Tensor, Tensor], tmp_path: Path, setting: str, value: object, message: str
+) -> None:
     transformers = pytest.importorskip("transformers")
     from greenprune.integrations.transformers import PrunerCallback
 
     callback = PrunerCallback(prune(CifarResNet(20, 10, channels=1), digits[0], ["block"]))
     settings = arguments(transformers, tmp_path)
-    settings.fp16 = True
-    with pytest.raises(UserError, match="bf16"):
+    assert settings.n_gpu <= 1
+    setattr(settings, setting, value)
+    with pytest.raises(UserError, match=message):
+        callback.on_train_begin(settings, transformers.TrainerState(), transformers.TrainerControl())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_that_go_on_from_a_checkpoint_are_refused(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from greenprune.integrations.transformers import PrunerCallback
+
+    images, labels = digits
+
+    def make_trainer() -> Any:
+        network = CifarResNet(20, 10, channels=1)
+        pruner = prune(network, images, ["block"])
+        optimizer = torch.optim.SGD(pruner.parameter_groups(), lr=0.05)
+        return transformers.Trainer(
+            model=Classifier(network),
+            args=arguments(transformers, tmp_path, max_steps=2, save_strategy="steps", save_steps=1),
+            train_dataset=Samples(images, labels),
+            optimizers=(optimizer, None),
+            callbacks=[PrunerCallback(pruner)],
+        )
+
+    make_trainer().train()
+    with pytest.raises(UserError, match=r"^resume_from_checkpoint: going on after 1 steps is not valid"):
+        make_trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_with_gradients_added_up_untold_are_refused(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from greenprune.integrations.transformers import PrunerCallback
+
+    callback = PrunerCallback(prune(CifarResNet(20, 10, channels=1), digits[0], ["block"]))
+    settings = arguments(transformers, tmp_path, gradient_accumulation_steps=3)
+    with pytest.raises(
+        UserError, match=r"^gradient_accumulation_steps: 3 .* pruner\.losses_are_divided_by\(3\) before"
+    ):
         callback.on_train_begin(settings, transformers.TrainerState(), transformers.TrainerControl())
