@@ -157,6 +157,7 @@ class Pruner:
             state = self._policy.state_dict()
             self._device = device
             self._rounding = self._table.rounding(self._surgery, device)
+            self._costs = unit_costs(self._table, self.budget, self._measured, rounding=self._rounding)
             self._policy = self._new_policy()
             self._policy.load_state_dict(state)
 

@@ -292,6 +292,12 @@ def _run_here(sweep: Sweep, folder: SweepFolder, runs: list[PlannedRun], at_once
     done = len(runs) - len(todo)
     if done:
         print(f"{done} of {len(runs)} runs are finished or on their way already", flush=True)
+    if min(at_once, len(todo)) > 1:
+        print(
+            "greenprune: note: of runs side by side each counts the joules of the whole machine; to compare joules and "
+            "seconds, or to add them up, do one at a time (--local 1)",
+            file=sys.stderr,
+        )
     ended = 0
 
     def tell(run: PlannedRun, code: int | None, time_s: float) -> None:

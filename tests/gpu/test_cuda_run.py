@@ -17,14 +17,16 @@ import torch
 from families import BATCH, CLASSES, FAMILIES
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional
 
+from greenprune import BudgetConfig, Pruner
 from greenprune.accounts import Records
 from greenprune.config import Config, ConfigError, DataConfig, GateConfig, ModelConfig, OptimConfig, RemovalConfig
 from greenprune.data import open_data
 from greenprune.energy import open_meter
 from greenprune.engine import Engine
 from greenprune.gating import attach_gates, find_gates, take_decisions
-from greenprune.models import convert_blocks, find_channels
+from greenprune.models import CifarResNet, convert_blocks, find_channels
 from greenprune.network import prepare_network
 from greenprune.optimization import build_optimizer
 from greenprune.tracking import RunFolder
@@ -298,6 +300,36 @@ def test_every_family_can_be_recorded(new_engine: Callable[[Config], Engine], na
     assert engine._graph.keeps_gradients
     assert torch.stack(losses).isfinite().all()
     assert len({loss.item() for loss in losses}) == 8
+
+
+@pytest.mark.parametrize("moved", ["before", "after"])
+def test_a_pruner_in_a_loop_of_ones_own(moved: str) -> None:
+    """The network goes to the GPU before the pruner is made, or after, as Lightning and transformers do it."""
+    torch.manual_seed(0)
+    model = CifarResNet(20, 10, channels=1)
+    images, labels = torch.randn(64, 1, 8, 8, device="cuda"), torch.randint(0, 10, (64,), device="cuda")
+    if moved == "before":
+        model.cuda()
+    example = images if moved == "before" else images.cpu()
+    pruner = Pruner(
+        model,
+        example,
+        total_steps=40,
+        gate=GateConfig(units=["block", "channel"]),
+        budget=BudgetConfig(target=0.5),
+        removal=RemovalConfig(window=5),
+    )
+    optimizer = torch.optim.SGD(pruner.parameter_groups(batch_size=64), lr=0.05, momentum=0.9)
+    model.cuda()
+    for _ in range(40):
+        loss = functional.cross_entropy(model(images), labels) + pruner.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        pruner.step(optimizer)
+    pruner.finalize(optimizer)
+    assert pruner.report()["kept_cost"] <= 0.5
+    assert loss.isfinite()
 
 
 def test_fused_kernels_do_what_the_operators_do() -> None:

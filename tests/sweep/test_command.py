@@ -220,12 +220,14 @@ def test_here_it_is_stopped_in_good_order_and_goes_on(place: Path) -> None:
     again = here(place, "two.yaml", "--local", "2")
     out, err = again.communicate(timeout=200)
     assert again.returncode == 0, err
+    assert "counts the joules of the whole machine" in err
     assert "2/2" in out
     states = json.loads(here(place, "status", str(folder), "--json").communicate(timeout=60)[0])
     assert [(state["state"], state["attempts"], state["progress"]) for state in states] == [("finished", 2, 1.0)] * 2
     assert all(name in (folder / "report.md").read_text() for name in names)
 
     nothing = here(place, "two.yaml", "--local")
-    out, _ = nothing.communicate(timeout=60)
+    out, err = nothing.communicate(timeout=60)
     assert nothing.returncode == 0
+    assert "whole machine" not in err
     assert "started" not in out
