@@ -124,9 +124,17 @@ def is_held(folder: Path) -> bool | None:
     """
     try:
         locks, status = Path("/proc/locks").read_text(), (folder / _NAME).stat()
+        owner = _OWNER.fullmatch((folder / _NAME).read_text()[:1000].strip())
     except FileNotFoundError:
         return False if Path("/proc/locks").exists() else None
     except OSError:
         return None
-    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    return any(words[1] == "FLOCK" and place in words for words in map(str.split, locks.splitlines()) if len(words) > 1)
+    device, inode = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino)
+    for words in map(str.split, locks.splitlines()):
+        if len(words) < 6 or words[1] != "FLOCK":
+            continue
+        where, _, number = words[5].rpartition(":")
+        # A file's device is another one for the kernel's list on btrfs and on some overlays: there the process tells.
+        if number == inode and (where == device or (owner is not None and words[4] == owner["pid"])):
+            return True
+    return False

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from greenprune.config import BudgetConfig, Config, DataConfig, GateConfig, ModelConfig, UserError
-from greenprune.locking import FolderLock
+from greenprune.locking import FolderLock, is_held
 from greenprune.tracking import (
     Event,
     EventLog,
@@ -243,6 +243,18 @@ def test_a_folder_is_held_by_one_at_a_time(tmp_path: Path) -> None:
         FolderLock(folder.path)
     lock.release()
     FolderLock(folder.path).release()
+
+
+@pytest.mark.parametrize("devices", ["alike", "other"])
+def test_that_a_folder_is_held_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: str) -> None:
+    """Also where a file's device is another one than in the kernel's list of locks, as on btrfs."""
+    if devices == "other":
+        monkeypatch.setattr(os, "major", lambda _: 0xEE)
+    assert is_held(tmp_path) is False
+    lock = FolderLock(tmp_path)
+    assert is_held(tmp_path) is True
+    lock.release()
+    assert is_held(tmp_path) is False
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
