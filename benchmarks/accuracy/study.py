@@ -154,7 +154,7 @@ def ablations(target: float) -> list[Cell]:
             for share in (0.2, 0.5, 0.8)
         ),
         cell("no-warmup", "no warm-up", "--gate.warmup", "0"),
-        cell("warmup-0.3", "warm-up 0.3", "--gate.warmup", "0.3"),
+        cell("warmup-0.2", "warm-up 0.2", "--gate.warmup", "0.2"),
         cell("time", "budget in measured time", "--budget.unit", "time"),
         cell("masked", "masked, not removed", ablated=("--mask",)),
         cell("channel", "channels", "--gate.units", "[channel]"),
