@@ -14,16 +14,16 @@ import yaml
 from greenprune.config import UserError, shaping_values
 from greenprune.formatting import format_joules, format_percent
 from greenprune.locking import is_held
-from greenprune.report.comparison import (
+from greenprune.report.comparison import set_against_twins
+from greenprune.report.history import History, read_history
+from greenprune.report.runs import (
     ComparedRun,
     find_runs,
     hardware_of,
     read_provenance,
     read_run,
     read_run_events,
-    set_against_twins,
 )
-from greenprune.report.history import History, read_history
 from greenprune.tracking import RunFolder
 
 _ALWAYS_DIFFERENT = ("output_dir", "run_name", "seed", "resume")

@@ -13,7 +13,7 @@ from rich.text import Text
 from greenprune.config import UserError
 from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_seconds
 from greenprune.locking import is_held
-from greenprune.report.comparison import read_run, read_run_events
+from greenprune.report.runs import read_run, read_run_events
 from greenprune.sweep.folder import PlannedRun, SweepFolder
 from greenprune.sweep.slurm import QueuedTask
 

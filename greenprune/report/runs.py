@@ -1,0 +1,315 @@
+"""What is known of a run: read from its folder, of which only a part may be there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from greenprune.config import UserError, load_yaml, shaping_values
+from greenprune.formatting import worst_quality
+from greenprune.timing import StepTimes
+from greenprune.tracking import Event, RunFolder, read_attempts, read_events
+
+_EXECUTION_KEYS = ("compile", "cuda_graph")
+_RUN_FILES = ("summary.json", "events.jsonl", "config.yaml")
+# A device in energy_by_device_j: perhaps its host, its name and model, and unless it is unreadable how it was metered.
+_DEVICE = re.compile(r"(?:\S+: )?(?P<kind>cpu|dram)?.*?(?: \((?P<meter>(?:counter|integrated power|estimate)\b.*)\))?")
+_EXPECTED = "expected a run's folder, its summary.json, or a folder that holds runs"
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One run of a comparison.
+
+    Attributes:
+        path: The run's folder.
+        name: The folder's name, after those of as many parents as set it apart from the other compared runs.
+        summary: Content of summary.json; of a run that is not finished, what its events tell under the same keys.
+        state: ``finished``, or how far it came.
+        hardware: What its attempts ran on, each once, as its provenance tells; None if that is missing.
+        dense_config: All that shapes the result of its dense twin, as its config.yaml tells; None if that is missing.
+        execution: How its steps were executed, which shapes joules and seconds but no result, by key of the config;
+            without what its config.yaml does not tell.
+        images: Where its own folder of images is; None if it was trained on a known data set, or no config.yaml tells.
+        twin: Name of its dense twin among the compared runs, if there is one.
+        against_twin: Differences and ratios to the twin by name; None where one is unknown or would compare machines.
+    """
+
+    path: Path
+    name: str
+    summary: dict[str, Any]
+    state: str
+    hardware: tuple[str, ...] | None
+    dense_config: dict[str, Any] | None = None
+    execution: dict[str, Any] = field(default_factory=dict)
+    images: Path | None = None
+    twin: str | None = None
+    against_twin: dict[str, float | None] | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has a summary."""
+        return self.state == "finished"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is known to be neither gated nor given a structure."""
+        return self.summary.get("gated") is False and not self.summary.get("structure_given")
+
+    @property
+    def standing(self) -> str:
+        """What it is among the compared runs, in a few words."""
+        if not self.is_finished:
+            return self.state
+        if self.is_dense:
+            return "dense"
+        what = "gated" if self.summary.get("gated") else "structure given"
+        return f"{what}, no dense twin here" if self.twin is None else f"against {self.twin}"
+
+    @property
+    def step_time_s(self) -> float | None:
+        """Median seconds of a step of the network as it is now: after the last removal, if there was one."""
+        times = self.summary.get("step_time_s") or {}
+        after: float | None = times.get("after")
+        before: float | None = times.get("before")
+        return before if after is None else after
+
+    @property
+    def energy_is_complete(self) -> bool:
+        """Whether its joules are more than a lower bound, as far as is known."""
+        return self.summary.get("energy_complete") is not False
+
+    @property
+    def meters(self) -> frozenset[tuple[str, str | None]]:
+        """Each kind of device that its joules are of (gpu, cpu, dram), with how it was metered; None: not at all."""
+        devices = (_DEVICE.fullmatch(name) for name in self.summary.get("energy_by_device_j") or {})
+        return frozenset((device["kind"] or "gpu", device["meter"]) for device in devices if device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "path": str(self.path),
+            "name": self.name,
+            "state": self.state,
+            "finished": self.is_finished,
+            "summary": self.summary,
+            "twin": self.twin,
+            "against_twin": self.against_twin,
+        }
+
+
+# Reading.
+
+
+def find_runs(paths: Sequence[Path]) -> dict[Path, str]:
+    """The folders of the runs at some paths, each once, and the name it goes by: as much of its path as is needed.
+
+    Args:
+        paths: As for :func:`compare_runs`.
+
+    Raises:
+        UserError: There is no run at a path.
+    """
+    folders = dict.fromkeys(folder for path in paths for folder in _runs_at(path))
+    return {path: _name_among(path, list(folders)) for path in folders}
+
+
+def _name_among(path: Path, paths: Sequence[Path]) -> str:
+    """The shortest end of a path that no other one has."""
+    for length in range(1, len(path.parts)):
+        end = path.parts[-length:]
+        if sum(other.parts[-length:] == end for other in paths) == 1:
+            return str(Path(*end))
+    return str(path)
+
+
+def _runs_at(path: Path) -> list[Path]:
+    if path.name == "summary.json" and path.is_file():
+        return [path.parent]
+    if not path.is_dir():
+        what = "is not a summary.json" if path.exists() else "does not exist"
+        raise UserError(f"RUN: {str(path)!r} {what}; {_EXPECTED}")
+    if _is_run(path):
+        return [path]
+    runs = sorted(child for child in path.iterdir() if child.is_dir() and _is_run(child))
+    if not runs:
+        raise UserError(f"RUN: {str(path)!r} holds no run ({', '.join(_RUN_FILES)}); {_EXPECTED}")
+    return runs
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return any((folder / name).is_file() for name in _RUN_FILES)
+    except PermissionError:  # somebody else's, beside one's own
+        return False
+
+
+def read_run(path: Path, name: str) -> ComparedRun:
+    """Read one run, of which only a part may be there.
+
+    Args:
+        path: Its folder.
+        name: What to call it.
+
+    Raises:
+        UserError: A file of it cannot be read.
+    """
+    folder = RunFolder(path)
+    if folder.summary.is_file():
+        summary, state = _read_object(folder.summary), "finished"
+    else:
+        summary, state = _unfinished(read_run_events(path))
+    config = _read_config(folder.config)
+    hardware = hardware_of(read_provenance(path))
+    shaping, execution, images = _dense_config(config), _execution(config), _images(config)
+    return ComparedRun(path, name, summary, state, hardware, shaping, execution, images)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A config.yaml, whatever version wrote it; empty if there is none to be read."""
+    try:
+        values = load_yaml(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _dense_config(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What shapes the result of the dense twin of a run with this config; None if it does not tell."""
+    try:
+        dense = {"gate": {"enabled": False}, "model": {**config["model"], "structure": None}}
+        return shaping_values({**config, **dense})
+    except (TypeError, KeyError):
+        return None
+
+
+def _execution(config: dict[str, Any]) -> dict[str, Any]:
+    model = config.get("model")
+    return {f"model.{key}": model[key] for key in _EXECUTION_KEYS if key in model} if isinstance(model, dict) else {}
+
+
+def _images(config: dict[str, Any]) -> Path | None:
+    """The folder of an image_folder: two of them are two data sets, while any other is the same wherever it lies."""
+    data = config.get("data")
+    if not isinstance(data, dict) or data.get("name") != "image_folder" or not isinstance(data.get("root"), str):
+        return None
+    return Path(data["root"]).resolve()
+
+
+def read_run_events(path: Path) -> list[Event]:
+    """The events of the run in a folder; a last line that is not whole is left out.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    events = RunFolder(path).events
+    try:
+        return read_events(events)
+    except (OSError, ValueError) as error:
+        raise UserError(f"RUN: {str(events)!r} cannot be read ({error}); expected one JSON object a line") from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"RUN: {str(path)!r} cannot be read ({error}); expected a run's summary") from None
+    if not isinstance(values, dict):
+        raise UserError(f"RUN: {str(path)!r} holds no summary; expected one JSON object with a run's figures")
+    return values
+
+
+def read_provenance(path: Path) -> list[dict[str, Any]]:
+    """Versions and hardware of each attempt of the run in a folder; empty if that is not known."""
+    try:
+        return read_attempts(RunFolder(path).provenance)
+    except OSError:
+        return []
+
+
+def hardware_of(attempts: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
+    """What attempts ran on, each once: the GPUs, or the processor with what of it was used; None if not known."""
+    return tuple(dict.fromkeys(map(_hardware, attempts))) or None
+
+
+def _hardware(attempt: dict[str, Any]) -> str:
+    if attempt.get("gpus") and attempt.get("device") != "cpu":
+        return ", ".join(attempt["gpus"])
+    used = {"threads": attempt.get("threads"), "usable cores": attempt.get("cpu_cores_usable")}
+    told = [f"{name} {count}" for name, count in used.items() if count is not None]  # older versions may tell neither
+    return ", ".join([str(attempt.get("cpu")), *told])
+
+
+_FROM_EVENTS = {
+    "accuracy": "eval/accuracy",
+    "loss": "eval/loss",
+    "params": "structure/params",
+    "params_dense": "structure/params_dense",
+    "flops_forward": "flops/forward",
+    "flops_forward_dense": "flops/forward_dense",
+    "flops_train": "flops/train",
+    "flops_train_dense": "flops/train_dense",
+    "kept_cost": "structure/kept_cost",
+    "gates_left": "structure/gates",
+    "blocks": "structure/blocks",
+    "channels": "structure/channels",
+    "energy_j": "energy/total_j",
+    "co2_g": "energy/co2_g",
+    "time_s": "time_s",
+    "steps": "step",
+}
+_FROM_START = (
+    "run",
+    "model",
+    "data",
+    "gated",
+    "structure_given",
+    "accuracy_kind",
+    "budget_target",
+    "budget_unit",
+    "epochs",
+    "batch_size",
+    "precision",
+    "device",
+    "world_size",
+)
+
+
+def _unfinished(events: list[Event]) -> tuple[dict[str, Any], str]:
+    """What the events of a run tell under the keys of a summary, and how far the run came.
+
+    Events of older versions may lack keys; what they do not tell is unknown.
+    """
+    start = next((event for event in reversed(events) if event["kind"] == "start"), None)
+    if start is None:
+        return {}, "unfinished: nothing is recorded yet"
+    last: Event = {}
+    step_times = StepTimes()
+    for event in events:
+        last.update(event)
+        if event["kind"] == "end" and "summary" in event:
+            return event["summary"], "finished"
+        if event["kind"] == "train" and event.get("train/step_time_s") is not None:
+            step_times.add(event["train/step_time_s"])
+        elif event["kind"] == "removal" and event["step"]:
+            step_times.cut()
+    summary: dict[str, Any] = {key: start.get(key) for key in _FROM_START}
+    summary |= {key: last.get(name) for key, name in _FROM_EVENTS.items()}
+    if "units" in start:
+        summary["blocks_dense"] = len(start["units"])
+    summary["channels_dense"] = sum(start.get("channels", {}).values())
+    sources = start.get("energy_sources", [])
+    summary["energy_quality"] = worst_quality(quality for _, _, quality in sources)
+    named = (f"{device} ({quality}: {source})" if quality else device for device, source, quality in sources)
+    summary["energy_by_device_j"] = last.get("energy/by_device_j") or dict.fromkeys(named)
+    summary["step_time_s"] = step_times.medians()
+    steps = start["epochs"] * start["steps_per_epoch"] if {"epochs", "steps_per_epoch"} <= start.keys() else None
+    state = f"unfinished: step {last['step']:,}" + ("" if steps is None else f" of {steps:,}")
+    stopped = f", stopped by {last.get('signal', 'a signal')}" if events[-1]["kind"] == "interrupt" else ""
+    return summary, state + stopped
