@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from greenprune.config import ConfigError
-from greenprune.energy import MeterUnavailable, Source, open_counters
+from greenprune.energy import POWERCAP, MeterUnavailable, Source, open_counters
 from greenprune.models import ResidualBlock, residual_blocks
 from greenprune.provenance import gpu_uuid
 
@@ -76,7 +76,7 @@ def measure_unit_cost(
     *,
     autocast: Autocast = nullcontext,
     channels_last: bool = False,
-    powercap: Path | None = None,
+    powercap: Path = POWERCAP,
 ) -> UnitCost:
     """Measure a network and each of its blocks, forward and backward, on the device of an example.
 
@@ -96,7 +96,7 @@ def measure_unit_cost(
         example: A batch of its input as it is trained on, in size and on the device.
         autocast: Context of the run's precision.
         channels_last: Whether weights and images are laid out so.
-        powercap: Where the kernel shows the counters of the CPU, if not where it does.
+        powercap: Where the kernel shows the counters of the CPU.
 
     Raises:
         ConfigError: The device has no counter of joules, or it does not count.
@@ -127,9 +127,7 @@ def measure_unit_cost(
 
 
 @contextmanager
-def _meter(
-    unit: MeasuredUnit, device: torch.device, powercap: Path | None
-) -> Iterator[Callable[[Passes], dict[str, float]]]:
+def _meter(unit: MeasuredUnit, device: torch.device, powercap: Path) -> Iterator[Callable[[Passes], dict[str, float]]]:
     """What measures passes in a unit.
 
     Raises:
@@ -140,7 +138,7 @@ def _meter(
         return
     with ExitStack() as stack:
         try:
-            counters = open_counters(gpu_uuid(device), **({} if powercap is None else {"powercap": powercap}))
+            counters = open_counters(gpu_uuid(device), powercap=powercap)
             for counter in counters:
                 stack.callback(counter.close)
             yield lambda passes: _usual_joules(passes, counters, device)

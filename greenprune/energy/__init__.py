@@ -22,6 +22,7 @@ from greenprune.energy.source import MeterUnavailable, Quality, Source, Unreadab
 
 __all__ = [
     "IDLE",
+    "POWERCAP",
     "CarbonIntensity",
     "Measurement",
     "Meter",
