@@ -26,8 +26,8 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -372,7 +372,7 @@ def select(cells: list[Cell], asked: list[str] | None) -> list[Cell]:
 
 
 def train_all(runner: Runner, cells: list[Cell], seeds: Iterable[int], jobs: int) -> list[str]:
-    """Train all cells, seed by seed so that a table of all cells is there early.
+    """Train all cells, seed by seed so that a table of all cells is there early; no job waits while there is a run.
 
     Returns:
         What failed, one line each.
@@ -385,21 +385,27 @@ def train_all(runner: Runner, cells: list[Cell], seeds: Iterable[int], jobs: int
             # Without its choice it is not trained: what is reported is with it.
             failed.append(str(error))
             cells = [cell for cell in cells if cell.peer != peer]
-    for seed in seeds:
-        # Twice: first what needs nothing, then what needs one of those.
-        for wave in (
-            [cell for cell in cells if cell.after is None],
-            [cell for cell in cells if cell.after is not None],
-        ):
-            with ThreadPoolExecutor(jobs) as pool:
-                going = {pool.submit(runner.train, cell, seed): cell for cell in wave}
-                for done in as_completed(going):
-                    error = done.exception()
-                    if error is not None and not isinstance(error, RuntimeError):
-                        raise error
-                    print(f"seed {seed}, {going[done].name}: {'done' if error is None else error}", flush=True)
-                    failed += [] if error is None else [str(error)]
+    waiting = [(cell, seed) for seed in seeds for cell in cells]
+    going: dict[Future[None], tuple[Cell, int]] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or going:
+            for cell, seed in startable(waiting, going.values())[: jobs - len(going)]:
+                waiting.remove((cell, seed))
+                going[pool.submit(runner.train, cell, seed)] = cell, seed
+            for done in wait(going, return_when=FIRST_COMPLETED).done:
+                cell, seed = going.pop(done)
+                error = done.exception()
+                if error is not None and not isinstance(error, RuntimeError):
+                    raise error
+                print(f"seed {seed}, {cell.name}: {'done' if error is None else error}", flush=True)
+                failed += [] if error is None else [str(error)]
     return failed
+
+
+def startable(waiting: Sequence[tuple[Cell, int]], going: Iterable[tuple[Cell, int]]) -> list[tuple[Cell, int]]:
+    """Runs that need nothing, or only what is not to be trained any more; in their order."""
+    missing = {(cell.name, seed) for cell, seed in (*waiting, *going)}
+    return [(cell, seed) for cell, seed in waiting if (cell.after, seed) not in missing]
 
 
 # The table.

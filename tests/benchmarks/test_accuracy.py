@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,32 @@ def test_a_cell_is_asked_for_by_its_name_or_with_others_by_how_theirs_begin() ->
     ]
     with pytest.raises(SystemExit, match=r"--cells chanel: no such cell; expected one of block-0\.5"):
         study.select(cells, ["chanel"])
+
+
+def test_no_job_waits_while_there_is_a_run_and_a_run_waits_for_what_it_needs() -> None:
+    cells = [
+        study.Cell("dense", "dense"),
+        study.Cell("block", "ours", 0.5),
+        study.Cell("scratch", "s", 0.5, after="block"),
+    ]
+    order: list[str] = []
+    both = threading.Barrier(2, timeout=30)
+
+    class Runner:
+        def choose(self, peer: str) -> None: ...
+
+        def train(self, cell: study.Cell, seed: int) -> None:
+            if cell.name == "scratch":
+                assert f"block {seed}" in order
+            if (cell.name, seed) in {("scratch", 0), ("dense", 1)}:
+                both.wait()  # passes only if the next seed begins beside the last run of this one
+            order.append(f"{cell.name} {seed}")
+            if (cell.name, seed) == ("block", 1):
+                raise RuntimeError("block, seed 1: out of memory")
+
+    failed = study.train_all(Runner(), cells, [0, 1], jobs=2)  # type: ignore[arg-type]
+    assert sorted(order) == sorted(f"{name} {seed}" for name in ("dense", "block", "scratch") for seed in (0, 1))
+    assert failed == ["block, seed 1: out of memory"]  # and what needs it is tried, and tells that it is missing
 
 
 def test_an_unknown_key_of_a_study_is_named(tmp_path: Path) -> None:
