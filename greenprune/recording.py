@@ -22,6 +22,8 @@ from greenprune.timing import StepTimes
 from greenprune.tracking import Event, EventLog, salvage_events, write_json
 from greenprune.unit_cost import MEASURED
 
+_G_PER_KWH = "energy/co2_g_per_kwh"
+
 
 class Told(NamedTuple):
     """What all ranks have told.
@@ -113,11 +115,24 @@ class Recorder:
     def _on_resuming(self, step: int, previous: list[Event], damaged: list[str]) -> list[str]:
         """What going on costs: steps that are done again, lines of the log that tell nothing any more."""
         notes = [f"{self._folder.events}: {line}; what was spent is a lower bound now" for line in damaged]
+        known = [event[_G_PER_KWH] for event in previous if event.get(_G_PER_KWH) is not None]
+        now = self._g_per_kwh
+        if known and now is not None and known[-1] != now:
+            notes.append(
+                f"CO2e of the whole run, earlier attempts included, is told at {now:,.0f} g/kWh from now on (with the "
+                f"site's share); it was at {known[-1]:,.0f}"
+            )
         reached = max((event["step"] for event in previous), default=0)
         if reached > step:
             since = "the beginning" if step == 0 else f"the checkpoint at step {step}"
             notes.append(f"the run had come to step {reached}: the {reached - step} steps since {since} are lost")
         return notes
+
+    @property
+    def _g_per_kwh(self) -> float | None:
+        """Grams of CO2e for each metered kilowatt-hour, the site's share counted; None if the grid is not known."""
+        carbon = self.accounts.carbon
+        return None if carbon is None else carbon.g_per_kwh * carbon.pue
 
     def _catch_up(self, step: int, structure: Structure, path: Path, previous: list[Event]) -> None:
         """Bring the files of the run to the checkpoint: an attempt that was killed may have been behind or ahead."""
@@ -136,6 +151,7 @@ class Recorder:
             resumed_from=str(resumed_from) if resumed_from else None,
             model=config.model.name,
             data=config.data.name,
+            data_digest=data.digest,
             gated=config.gate.enabled,
             structure_given=config.model.structure is not None,
             budget_target=config.budget.target if config.gate.enabled else None,
@@ -156,6 +172,7 @@ class Recorder:
             channels=self._costs.channels,
             unit_cost=None if self._measured is None else self._measured.to_dict(),
             energy_sources=self.accounts.sources(),
+            **{_G_PER_KWH: self._g_per_kwh},
             notes=self._notes,
             **self._numbers,
             **self.accounts.begin(),
@@ -281,6 +298,7 @@ class Recorder:
             "run": self._folder.path.name,
             "model": config.model.name,
             "data": config.data.name,
+            "data_digest": self._data.digest,
             "seed": config.seed,
             "gated": config.gate.enabled,
             "structure_given": config.model.structure is not None,

@@ -89,7 +89,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         resume = None
         if claim.checkpoint is not None:
             path = claim.checkpoint
-            resume = path, engine.together(lambda: load_checkpoint(path))
+            resume = path, engine.together(lambda: _load(path, data))
         if config.budget.unit in MEASURED and config.gate.enabled:
             if resume is not None:  # what was measured first counts to the end
                 network = with_unit_cost(network, UnitCost.of_state(resume[1].state), config.budget)
@@ -108,6 +108,21 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         stack.callback(trainer.close)
         with engine.watching(config.stall_s, lambda: _advice(folder)):
             return RunResult(trainer.fit(), folder, engine.is_main)
+
+
+def _load(path: Path, data: ImageData) -> Checkpoint:
+    """A checkpoint of a run on this data set.
+
+    Raises:
+        UserError: The run was started on other images; those of before it had digests pass.
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint.state.get("data", data.digest) != data.digest:
+        raise UserError(
+            f"data.root: it holds another {data.name} than the one that the run in {str(path.parent.parent)!r} was "
+            "started on; expected the same files (their place may change), or another run_name"
+        )
+    return checkpoint
 
 
 def _advice(folder: RunFolder) -> str:
@@ -171,7 +186,9 @@ def _open_data(config: Config, data_root: str | None, engine: Engine) -> ImageDa
         data.check_world(engine.world_size, config.optim.accumulate)
         return data.to(engine.device, config.model.channels_last)
 
-    return engine.together(open_and_move)
+    data = engine.together(open_and_move)
+    engine.check_agreement(f"{config.data.name} in data.root", data.digest)
+    return data
 
 
 def _open_meter(config: Config, engine: Engine) -> Meter:

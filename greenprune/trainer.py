@@ -448,6 +448,7 @@ class Trainer:
         state = {
             "step": self.step,
             "config": shaping_values(self.config.to_dict()),
+            "data": self.data.digest,
             "structure": self.structure.to_dict(),
             "unit_cost": None if self._unit_cost is None else self._unit_cost.to_dict(),
             "ledger": ledger.to_dict(),

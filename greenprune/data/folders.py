@@ -20,7 +20,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from greenprune.config import DataConfig, UserError
-from greenprune.data.image_data import Batch, ImageData, derive_seed, hold_out, per_channel
+from greenprune.data.image_data import Batch, ImageData, derive_seed, digest_of, hold_out, per_channel
 from greenprune.interrupt import outlive_signals
 
 # Mean and deviation of ImageNet's channels in [0, 1], as in torchvision's reference training.
@@ -93,6 +93,14 @@ def scan_tiny_imagenet(root: Path) -> Tree:
             raise _missing(base / "val" / "images" / file, layout)
         evaluated.append((present[file], label_of[wnid]))
     return Tree(len(label_of), train, evaluated)
+
+
+def _digest(root: Path, tree: Tree) -> str:
+    """Of the files' names below the root, and of their labels."""
+    below = len(os.fsencode(root / "x")) - 1
+    names = (b"\n".join(os.fsencode(path)[below:] for path, _ in files) for files in (tree.train, tree.evaluated))
+    labels = (np.array([label for _, label in files]).tobytes() for files in (tree.train, tree.evaluated))
+    return digest_of([*names, *labels])
 
 
 def _missing(path: Path, layout: str) -> UserError:
@@ -299,6 +307,7 @@ class FolderData(ImageData):
                 torch.tensor([label for _, label in tree.train]), config.validation
             )
         super().__init__(config, seed, (3, size), tree.classes, len(self._train_rows), len(self._eval_rows))
+        self.digest = _digest(root, tree)
         self._decoder = _Decoder(files, *layout.transforms(size))
         self._augment = config.augment
         self._workers = config.workers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -28,6 +28,15 @@ def derive_seed(*key: int | str) -> int:
     """
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
+
+
+def digest_of(parts: Iterable[bytes]) -> str:
+    """A short digest that depends on every part, and on where one ends and the next begins."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def split_off(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -83,8 +92,11 @@ class ImageData(ABC):
         accuracy_kind: What evaluation measures: ``test``, or ``validation`` with ``data.validation`` above 0.
         batch_size: Training samples a step, over all processes.
         steps_per_epoch: Whole batches in the training set; the samples left over sit out this epoch.
+        digest: Tells one set from another, wherever it lies: of a folder by the names of its files, else by its labels
+            and some of its pixels.
     """
 
+    digest: str
     _mean: Tensor
     _std: Tensor
 

@@ -136,9 +136,15 @@ def _is_twin(other: ComparedRun, run: ComparedRun) -> bool:
     if run.dense_config is not None and other.dense_config is not None:
         mine, theirs = run.dense_config, other.dense_config  # of an older version one may lack fields
         same = same and all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys())
-    if run.images is not None and other.images is not None:
-        same = same and run.images == other.images
-    return other.is_finished and other.is_dense and same
+    return other.is_finished and other.is_dense and same and _same_data(run, other)
+
+
+def _same_data(run: ComparedRun, other: ComparedRun) -> bool:
+    """Whether two runs on sets of one name had the same samples, as far as it is known."""
+    digests = run.summary.get("data_digest"), other.summary.get("data_digest")
+    if None not in digests:
+        return digests[0] == digests[1]
+    return run.images is None or other.images is None or run.images == other.images
 
 
 def _same_machine(run: ComparedRun, other: ComparedRun) -> bool:

@@ -268,6 +268,7 @@ _FROM_START = (
     "run",
     "model",
     "data",
+    "data_digest",
     "gated",
     "structure_given",
     "accuracy_kind",

@@ -144,13 +144,13 @@ def _expand(sweep: SweepConfig, base: Config, folder: Path) -> Iterator[Task]:
     """Every run of a sweep, each dense twin right before the first gated run that needs it."""
     changes = _typed(list(_changes(sweep)))
     seen: dict[str, int] = {}
-    dense: set[str] = set()
+    dense: set[tuple[object, ...]] = set()
     number = 0
     for index, changed in enumerate(changes):
         config = resolve_structure(replace_fields(base, changed))
         twin = replace_fields(config, {"gate.enabled": False, "model.structure": None})
-        if twin.identity() not in dense:
-            dense.add(twin.identity())
+        if _costs(twin) not in dense:
+            dense.add(_costs(twin))
             added = not config.is_dense
             twin_changes = {key: value for key, value in changed.items() if not key.startswith(_NOT_OF_A_TWIN)}
             yield _task(number, twin, {**twin_changes, "gate.enabled": False}, folder, is_twin=added)
@@ -165,6 +165,13 @@ def _expand(sweep: SweepConfig, base: Config, folder: Path) -> Iterator[Task]:
             number += 1
         if number > _MOST_TASKS:
             raise ConfigError(f"runs: there are more than {_MOST_TASKS:,}; expected several smaller sweeps")
+
+
+def _costs(config: Config) -> tuple[object, ...]:
+    """All that shapes a run's result, or the seconds and joules that it takes."""
+    data, model = config.data, config.model
+    where = (config.device, data.root, data.workers, data.eval_batch_size)
+    return (config.identity(), *where, model.compile, model.cuda_graph)
 
 
 _NOT_OF_A_TWIN = ("gate.", "budget.", "removal.", "surgery.", "model.structure")

@@ -73,6 +73,12 @@ def test_validation_is_held_out_of_the_training_set():
     assert counts.max() - counts.min() <= 3
 
 
+def test_its_digest_tells_it_from_its_parts():
+    known = open_digits().digest
+    assert open_digits(seed=1).digest == known
+    assert open_digits(validation=0.1).digest != known
+
+
 def test_split_off_is_a_stratified_partition():
     labels = torch.tensor([0] * 10 + [1] * 20 + [3])
     kept, held = split_off(labels, 0.3)

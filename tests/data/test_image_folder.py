@@ -44,6 +44,28 @@ def test_describes_itself(opened):
         assert labels.dtype == torch.int64
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: (root / "train" / "n01").rename(root / "train" / "n00"),
+        lambda root: (root / "train" / "n01" / "n01_0.JPEG").rename(root / "train" / "n01" / "other.JPEG"),
+        lambda root: next((root / "val" / "n02").iterdir()).unlink(),
+    ],
+)
+def test_a_folder_is_known_by_its_files_wherever_it_lies(folder_root, tmp_path, monkeypatch, change):
+    def digest(root):
+        return open_data(DataConfig(name="image_folder", batch_size=4, image_size=32), root, 0).digest
+
+    shutil.copytree(folder_root, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "val" / "n01")  # or n01 of train could not change its name
+    shutil.copytree(tmp_path / "copy", tmp_path / "again" / "copy")
+    known = digest(str(tmp_path / "copy"))
+    monkeypatch.chdir(tmp_path / "again" / "copy")
+    assert digest(".") == known
+    change(tmp_path / "copy")
+    assert digest(str(tmp_path / "copy")) != known
+
+
 def test_loader_processes_change_nothing(opened):
     alone, helped = opened(), opened(workers=2)
     before = torch.get_rng_state()

@@ -326,17 +326,19 @@ def test_where_there_are_no_locks_a_living_owner_is_respected(tmp_path: Path, mo
 # Falling back.
 
 
-def test_going_on_from_the_checkpoint_before_says_what_is_lost(tmp_path: Path) -> None:
+def test_going_on_from_the_checkpoint_before_says_what_is_lost_and_what_it_tells_otherwise(tmp_path: Path) -> None:
     args = [*FLAGS, "--output_dir", str(tmp_path), "--resume", "auto"]
-    whole = run(TRAIN, args)
+    whole = run(TRAIN, [*args, "--energy.intensity_g_per_kwh", "50"])
     assert whole.returncode == 0, whole.stderr[-3000:]
     folder = tmp_path / "it"
     accuracy = json.loads((folder / "summary.json").read_text())["accuracy"]
     (folder / "summary.json").unlink()
     damaged = folder / "checkpoints" / "step-000000066" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    again = run(TRAIN, args)
+    again = run(TRAIN, [*args, "--energy.intensity_g_per_kwh", "400", "--energy.pue", "1.5"])
     assert again.returncode == 0, again.stderr[-3000:]
+    assert "CO2e of the whole run, earlier attempts included, is told at 600 g/kWh from now on" in again.stdout
+    assert "it was at 50" in again.stdout
     assert f"going on from step-000000044, because {damaged}: size or checksum differs" in again.stdout
     assert "the 22 steps since the checkpoint at step 44 are lost" in again.stdout
     assert json.loads((folder / "summary.json").read_text())["accuracy"] == accuracy

@@ -224,6 +224,21 @@ def test_another_folder_of_images_is_another_data_set(
     assert compare_runs([tmp_path]).runs[1].twin == ("dense" if is_twin else None)
 
 
+@pytest.mark.parametrize(("digests", "is_twin"), [(("a", "a"), True), (("a", "b"), False)])
+def test_images_are_told_apart_by_what_they_are_rather_than_by_their_place(
+    tmp_path: Path, digests: tuple[str, str], is_twin: bool
+) -> None:
+    for summary, digest, place in zip((DENSE, GATED), digests, ("/here", "/there"), strict=True):
+        about = {"data": "image_folder", "data_digest": digest}
+        folder = write_run(tmp_path / ("gated" if summary["gated"] else "dense"), summary | about)
+        config = Config(
+            data=DataConfig(name="image_folder", root=place if is_twin else "/one"),
+            gate=GateConfig(enabled=summary["gated"]),
+        )
+        (folder / "config.yaml").write_text(dump_config(config))
+    assert compare_runs([tmp_path]).runs[1].twin == ("dense" if is_twin else None)
+
+
 def test_an_estimate_is_not_compared_with_a_counter(tmp_path: Path) -> None:
     write_run(tmp_path / "dense", DENSE | {"energy_quality": "estimate"})
     write_run(tmp_path / "gated", GATED)

@@ -60,6 +60,27 @@ def test_a_grid_has_a_twin_for_everything_that_shapes_it(tmp_path: Path) -> None
     assert len(rows) == 6
 
 
+def test_what_is_executed_otherwise_has_a_twin_of_its_own(tmp_path: Path) -> None:
+    sweep = expand(tmp_path, "grid: {model.compile: [false, true], budget.target: [0.5, 0.3]}\n")
+    assert sorted(table(sweep, "model.compile", "budget.target", "gate.enabled")) == [
+        (False, 0.3, True, False),
+        (False, 0.5, False, True),
+        (False, 0.5, True, False),
+        (True, 0.3, True, False),
+        (True, 0.5, False, True),
+        (True, 0.5, True, False),
+    ]
+    of_two_folders = "settings: {data.name: image_folder}\ngrid: {data.root: [/cats, /dogs]}\n"
+    assert table(expand(tmp_path, of_two_folders), "data.root", "gate.enabled") == [
+        ("/cats", False, True),
+        ("/cats", True, False),
+        ("/dogs", False, True),
+        ("/dogs", True, False),
+    ]
+    recorded_otherwise = "runs: [{energy.country: FRA}, {budget.target: 0.3, tracking.log_every: 5}]\n"
+    assert sum(task.is_twin for task in expand(tmp_path, recorded_otherwise).tasks) == 1
+
+
 def test_a_list_with_settings_for_all(tmp_path: Path) -> None:
     settings = "settings: {optim.epochs: 5, budget.target: 0.4}\n"
     sweep = expand(tmp_path, settings + "runs:\n  - {gate.units: [channel]}\n  - {budget.target: 0.6}\n")
