@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,11 @@ from greenprune.engine import Engine
 from greenprune.tracking import Event, Ledger, RunFolder
 
 _WORST_FIRST = ("estimate", "integrated power", "counter")
+_OF_ENERGY = (
+    *("energy_by_phase_j", "energy_by_phase_bound_j", "energy_by_device_j"),
+    *("energy_lost_j", "energy_quality", "energy_complete"),
+)
+"""Fields of a ledger that tell all joules of the run up to some moment."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,18 @@ class Accounts:
         self._lost_j: list[tuple[float, float]] = []
         self._resumed_at_j = 0.0
 
-    def add_earlier_attempts(self, events: Iterable[Event], *, complete: bool = True) -> None:
+    def add_earlier_attempts(self, events: Sequence[Event], step: int, *, complete: bool = True) -> None:
         """Add what earlier attempts spent after the checkpoint, if any, that this one goes on from.
+
+        If one of them was asked to stop at this step, the books are those that it closed: writing the checkpoint is in
+        them, and not lost.
 
         Args:
             events: All events of the run so far; call once, after the checkpoint's ledger was taken up.
+            step: Steps done by then.
             complete: Whether these are all events; else some could not be read.
         """
-        ledger = self.ledger
+        ledger = self.ledger = _as_closed(self.ledger, events, step)
         ledger.energy_complete &= complete
         self._resumed_at_j = ledger.energy_j or 0.0
         last: Event = {}
@@ -104,6 +113,11 @@ class Accounts:
         if not self.ledger.energy_by_epoch_j and self.ledger.energy_at_epoch_j is None:
             self.ledger.energy_at_epoch_j = _joules(numbers)
         return {**numbers, "energy__resumed_at_j": self._resumed_at_j}
+
+    def stop(self) -> dict[str, object]:
+        """:meth:`numbers` as an attempt stops because it was asked to, and its books; all ranks call it."""
+        numbers, so_far = self.numbers(), self.ledger_now()
+        return {**numbers, "energy__ledger": {key: getattr(so_far, key) for key in _OF_ENERGY}}
 
     def end_epoch(self) -> dict[str, object]:
         """:meth:`numbers` as an epoch ends, its joules, and all so far by phase and by device; all ranks call it."""
@@ -223,6 +237,14 @@ class Accounts:
         if self._slurm_job is None or not self._engine.is_main:
             return SlurmEnergy(None, "not a Slurm job")
         return slurm_energy(self._slurm_job)
+
+
+def _as_closed(ledger: Ledger, events: Sequence[Event], step: int) -> Ledger:
+    """A checkpoint's ledger with the joules that an attempt had in its books when it stopped at this step, if later."""
+    stops = [event for event in events if event["kind"] == "interrupt" and event["step"] == step]
+    books = stops[-1].get("energy/ledger") if stops else None
+    closed = replace(ledger, **{key: books[key] for key in _OF_ENERGY}) if books else ledger
+    return closed if (closed.energy_j or 0.0) > (ledger.energy_j or 0.0) else ledger
 
 
 def _joules(numbers: dict[str, object]) -> float | None:

@@ -104,7 +104,7 @@ class Recorder:
         """
         previous, damaged = salvage_events(self._folder.events)
         self.events = EventLog(self._folder.events if self._engine.is_main else None, self._mirrors)
-        self.accounts.add_earlier_attempts(previous, complete=not damaged)
+        self.accounts.add_earlier_attempts(previous, step, complete=not damaged)
         self._notes += self._on_resuming(step, previous, damaged)
         self._start(step, resumed_from)
         if resumed_from is not None:
@@ -265,7 +265,7 @@ class Recorder:
 
     def interrupted(self, step: int, signal_name: str, checkpoint: Path) -> None:
         """Record that the run stops because it was asked to."""
-        self.events.record("interrupt", step, signal=signal_name, checkpoint=str(checkpoint), **self.accounts.numbers())
+        self.events.record("interrupt", step, signal=signal_name, checkpoint=str(checkpoint), **self.accounts.stop())
 
     # What came of it.
 

@@ -188,6 +188,8 @@ class _Books:
             if event["kind"] == "start":
                 resumed_at = event.get("energy/resumed_at_j") or 0.0
                 lost = lost_at.setdefault(event["step"], lost) + max(0.0, reached - resumed_at)
+            elif event["kind"] == "interrupt" and event.get("energy/ledger"):
+                lost_at[event["step"]] = lost  # the next attempt goes on with the books as they were then
             elif event["kind"] == "checkpoint" and event.get("write_s") is not None:
                 lost_at[event["step"]] = lost
             reached = event.get("energy/total_j") or reached

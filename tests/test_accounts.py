@@ -61,7 +61,7 @@ def figures(accounts: Accounts) -> dict[str, Any]:
 
 def test_a_first_attempt_has_all_joules_and_lost_none(engine: Engine, meter: Meter, dial: Dial) -> None:
     accounts = Accounts(engine, meter, None)
-    accounts.add_earlier_attempts([])
+    accounts.add_earlier_attempts([], 0)
     accounts.ledger.add_step(10, 1, 1)
     with meter.window("train"):
         dial.joules += 70
@@ -85,7 +85,7 @@ def test_joules_after_the_checkpoint_are_lost_to_the_attempt_that_spent_them(
     """Checkpoint at 60 J; killed at 100 J; a second attempt is killed at 130 J before it has saved anything."""
     accounts = Accounts(engine, meter, None)
     accounts.ledger = Ledger(energy_by_phase_j={"train": 60.0}, energy_by_phase_bound_j={"train": 0.5}, samples=5)
-    accounts.add_earlier_attempts([*attempt([5.0, 60.0, 100.0]), *attempt([104.0, 130.0], resumed_at_j=60.0)])
+    accounts.add_earlier_attempts([*attempt([5.0, 60.0, 100.0]), *attempt([104.0, 130.0], resumed_at_j=60.0)], 0)
     dial.joules += 20
     ledger = accounts.ledger_now()
     assert ledger.energy_j == 150
@@ -112,7 +112,7 @@ def test_losses_of_several_resumes_are_each_counted_once(engine: Engine, meter: 
         *attempt([104.0, 130.0], resumed_at_j=60.0),
         *attempt([135.0, 200.0], resumed_at_j=60.0),
     ]
-    accounts.add_earlier_attempts(events)
+    accounts.add_earlier_attempts(events, 0)
     dial.joules += 1
     found = figures(accounts)
     assert [each["lost_j"] for each in found["energy_by_attempt"]] == [40, 30, 20, 0]
@@ -120,18 +120,53 @@ def test_losses_of_several_resumes_are_each_counted_once(engine: Engine, meter: 
     assert found["energy_lost_j"] == 90
 
 
-def test_a_run_that_was_asked_to_stop_has_lost_nothing(engine: Engine, meter: Meter) -> None:
-    accounts = Accounts(engine, meter, None)
-    accounts.ledger = Ledger(energy_by_phase_j={"train": 50.0})
-    accounts.add_earlier_attempts(attempt([5.0, 50.0], last="interrupt"))
-    found = figures(accounts)
-    assert found["energy_complete"]
-    assert found["energy_lost_j"] == 0
+def test_a_run_that_was_asked_to_stop_has_lost_nothing(engine: Engine, dial: Dial) -> None:
+    """Checkpoint at 50 J, 3 J to write it; the next attempt stops at once, another is killed 20 J later."""
+
+    def begun(events: list[Event]) -> Accounts:
+        source = CounterSource("GPU-1", "test counter", dial.read, model="H100", period_s=0.001, limit_w=500)
+        accounts = Accounts(engine, Meter([source]), None)
+        accounts.ledger = Ledger(**at_checkpoint)
+        accounts.add_earlier_attempts(events, 7)
+        return accounts
+
+    def told(accounts: Accounts, kind: str) -> Event:
+        told = {"start": accounts.begin, "train": accounts.numbers, "interrupt": accounts.stop}[kind]()
+        values = {key.replace("__", "/"): value for key, value in told.items()}
+        return {"kind": kind, "step": 0 if not events else 7, **values}
+
+    events: list[Event] = []
+    at_checkpoint = Ledger().to_dict()
+    first = begun(events)
+    events.append(told(first, "start"))
+    with first.meter.window("train"):
+        dial.joules += 50
+    at_checkpoint = first.ledger_now().to_dict()
+    with first.meter.window("checkpoint"):
+        dial.joules += 3
+    events.append(told(first, "interrupt"))
+    second = begun(events)
+    found = figures(second)
+    assert (found["energy_complete"], found["energy_lost_j"]) == (True, 0)
+    assert found["energy_by_phase_j"] == {"idle": 0, "train": 50, "checkpoint": 3}
+    assert sum(found["energy_by_device_j"].values()) == 53
+    events.append(told(second, "start"))
+    dial.joules += 4
+    events.append(told(second, "interrupt"))
+    third = begun(events)
+    assert figures(third)["energy_lost_j"] == 0
+    events.append(told(third, "start"))
+    dial.joules += 20
+    events.append(told(third, "train"))
+    found = figures(begun(events))
+    assert (found["energy_complete"], found["energy_lost_j"]) == (False, 20)
+    assert [each["energy_j"] for each in found["energy_by_attempt"]] == [53, 4, 20, 0]
+    assert [each["lost_j"] for each in found["energy_by_attempt"]] == [0, 0, 20, 0]
 
 
 def test_epochs_add_up_from_the_start_and_include_what_was_done_twice(engine: Engine, meter: Meter, dial: Dial) -> None:
     first = Accounts(engine, meter, None)
-    first.add_earlier_attempts([])
+    first.add_earlier_attempts([], 0)
     dial.joules += 7  # setting up
     assert first.begin()["energy__resumed_at_j"] == 0
     dial.joules += 20
@@ -141,7 +176,7 @@ def test_epochs_add_up_from_the_start_and_include_what_was_done_twice(engine: En
     second_meter = Meter([CounterSource("GPU-1", "test counter", dial.read, period_s=0.001, limit_w=500)])
     second = Accounts(engine, second_meter, None)
     second.ledger = Ledger(**saved.to_dict())
-    second.add_earlier_attempts(attempt([7.0, 27.0, 32.0]))
+    second.add_earlier_attempts(attempt([7.0, 27.0, 32.0]), 0)
     assert second.begin()["energy__resumed_at_j"] == 27
     dial.joules += 20
     assert second.end_epoch()["energy__epoch_j"] == 25
@@ -156,7 +191,7 @@ def test_a_bound_is_unknown_where_a_part_is_an_estimate(engine: Engine, dial: Di
     estimate = PowerSource("cpu", "guess", "estimate", lambda: 5.0, mean=True, min_span_s=0)
     with Meter([counter, estimate]) as meter:
         accounts = Accounts(engine, meter, None)
-        accounts.add_earlier_attempts([])
+        accounts.add_earlier_attempts([], 0)
         with meter.window("train"):
             pass
         found = figures(accounts)
@@ -167,7 +202,7 @@ def test_a_bound_is_unknown_where_a_part_is_an_estimate(engine: Engine, dial: Di
 def test_unknown_energy_is_unknown_in_every_figure(engine: Engine) -> None:
     with Meter([UnreadableSource("gpu", MeterUnavailable("it is broken", "mend it"))]) as meter:
         accounts = Accounts(engine, meter, None)
-        accounts.add_earlier_attempts(attempt([None, None, None]))
+        accounts.add_earlier_attempts(attempt([None, None, None]), 0)
         accounts.begin()
         with meter.window("train"):
             pass
@@ -193,7 +228,7 @@ def test_slurms_own_figure_stands_beside_the_meters_and_is_not_added(
     sacct.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     accounts = Accounts(engine, meter, None, slurm_job="42")
-    accounts.add_earlier_attempts([])
+    accounts.add_earlier_attempts([], 0)
     dial.joules += 70
     ledger = accounts.ledger_now()
     found = accounts.energy_figures(ledger)

@@ -255,6 +255,8 @@ def test_a_run_that_goes_on_counts_with_what_was_measured_first(
         assert read(folder / "summary.json")[figure] == read(whole / "summary.json")[figure], figure
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert [event["unit_cost"] for event in events if event["kind"] == "start"] == [MADE_UP.to_dict()] * 2
+    assert read(folder / "summary.json")["energy_lost_j"] == 0  # writing the checkpoint is no lost work
+    assert not [finding for finding in verify_run(folder) if finding.good is False]
 
 
 @pytest.mark.usefixtures("made_up")
