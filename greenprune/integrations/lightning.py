@@ -64,6 +64,12 @@ class PrunerCallback(pl.Callback):  # type: ignore[misc]
         self._steps = trainer.global_step
         self._handle = self.pruner.penalize_output(trainer.accumulate_grad_batches)
 
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Follow a GradientAccumulationScheduler; the gates' learning rate stays that of the start."""
+        if self._handle is not None and trainer.accumulate_grad_batches != self.pruner.accumulate:
+            self._handle.remove()
+            self._handle = self.pruner.penalize_output(trainer.accumulate_grad_batches)
+
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Follow the optimizer's step, if the batch ended in one."""
         if trainer.global_step > self._steps:

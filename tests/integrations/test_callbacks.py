@@ -97,6 +97,44 @@ def test_lightning_trains_a_smaller_network(digits: tuple[Tensor, Tensor], tmp_p
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_lightning_may_accumulate_more_from_some_epoch_on(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+    from greenprune.integrations.lightning import PrunerCallback
+
+    images, labels = digits
+    pruner = prune(CifarResNet(20, 10, channels=1), images, ["block"])
+    seen: list[tuple[int, int, int]] = []
+
+    class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = pruner.model
+
+        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+            loss = functional.cross_entropy(self.model(batch[0]), batch[1])
+            seen.append((self.current_epoch, pruner.accumulate, len(self.model._forward_hooks)))
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(pruner.parameter_groups(), lr=0.05, momentum=0.9)
+
+    trainer = pl.Trainer(
+        max_epochs=EPOCHS,
+        accelerator="cpu",
+        callbacks=[PrunerCallback(pruner), pl.callbacks.GradientAccumulationScheduler({2: 3})],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(), DataLoader(TensorDataset(images, labels), batch_size=BATCH))
+    expected = {(epoch, 1 if epoch < 2 else 3, 1) for epoch in range(EPOCHS)}
+    assert set(seen) == expected
+    assert len(seen) == EPOCHS * BATCHES
+    assert pruner.report()["gates_left"] == 0
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("precision", ["16-mixed", "16-true", "bf16-true", "64-true"])
 def test_lightning_in_another_precision_is_refused(digits: tuple[Tensor, Tensor], precision: str) -> None:
     pl = pytest.importorskip("lightning.pytorch")
