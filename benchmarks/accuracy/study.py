@@ -3,9 +3,10 @@
     python benchmarks/accuracy/study.py benchmarks/accuracy/digits.yaml --seeds 0 1 2 --jobs 2
 
 Every cell is trained for the same number of epochs on the same data with the same augmentation, each seed in a process
-of its own. A cell's result is a file (``results/accuracy/<study>/<cell>-seed<n>.json``) with its config, its command,
-versions and hardware; what is there is not done again, and a run that was stopped goes on: Ctrl-C, SIGTERM or
-``--minutes`` stop it in good order. The last networks are evaluated on the test set; nothing is chosen on it.
+of its own; ``longer`` adds ours for more epochs, which tells what the saving buys when it is spent on training. A
+cell's result is a file (``results/accuracy/<study>/<cell>-seed<n>.json``) with its config, its command, versions and
+hardware; what is there is not done again, and a run that was stopped goes on: Ctrl-C, SIGTERM or ``--minutes`` stop it
+in good order. The last networks are evaluated on the test set; nothing is chosen on it.
 
 What the peers' papers leave open for a run of another length, the strength of their sparsity term and the learning rate
 of their fine-tuning, is chosen for them on a part of the training set that is held out, or taken over from the study
@@ -47,7 +48,7 @@ PEERS = {
 }
 
 
-_OPTIONAL = "peer_targets, choices, chosen_in, ablations, note and flags"
+_OPTIONAL = "peer_targets, longer, choices, chosen_in, ablations, note and flags"
 FINETUNE_LRS = (1.0, 0.3)
 """Shares of the config's learning rate that the peers' fine-tuning chooses from."""
 
@@ -66,6 +67,8 @@ class Study:
         seeds: Seeds of each cell.
         targets: Shares of the FLOPs to keep.
         peer_targets: Those for which the peers are trained too.
+        longer: Epochs for which ours are trained too, about as many as the dense twin's FLOPs pay for; None: they are
+            not.
         choices: By peer, the strengths of its sparsity term to choose from, on held-out training samples.
         chosen_in: Another study whose choices are taken over; None: this one makes its own.
         ablations: Target at which the parts of the method are exchanged one by one; None: they are not.
@@ -78,6 +81,7 @@ class Study:
     seeds: list[int]
     targets: list[float] = field(default_factory=list)
     peer_targets: list[float] = field(default_factory=list)
+    longer: int | None = None
     choices: dict[str, list[float]] = field(default_factory=dict)
     chosen_in: str | None = None
     ablations: float | None = None
@@ -111,6 +115,7 @@ class Cell:
         peer: Method of ``benchmarks/peers/pruning.py``; None for our own runs.
         random: Whether blocks go at random, when those of ``after`` went.
         ablated: Flags of ``benchmarks/accuracy/ablated.py``, if it trains the cell.
+        longer: Whether it is trained for more epochs than the others.
     """
 
     name: str
@@ -121,6 +126,7 @@ class Cell:
     peer: str | None = None
     random: bool = False
     ablated: tuple[str, ...] = ()
+    longer: bool = False
 
 
 def ablations(target: float) -> list[Cell]:
@@ -180,9 +186,7 @@ def cells_of(study: Study) -> list[Cell]:
         at = f"{target:g}"
         for name, units in UNITS.items():
             flags = ("--gate.units", units, "--budget.target", at)
-            cells.append(
-                Cell(f"{name}-{at}", f"ours, {name if name != 'both' else 'block and channel'}", target, flags)
-            )
+            cells.append(Cell(f"{name}-{at}", f"ours, {_words(name)}", target, flags))
         cells += [
             Cell(f"scratch-{name}-{at}", f"{name}'s structure from scratch", target, dense, after=f"{name}-{at}")
             for name in UNITS
@@ -197,11 +201,22 @@ def cells_of(study: Study) -> list[Cell]:
                 random=True,
             )
         )
+        if study.longer is not None:
+            cells += [_longer(name, target, study.longer) for name in UNITS]
     for target in study.peer_targets:
         cells += [Cell(f"{peer}-{target:g}", label, target, peer=peer) for peer, label in PEERS.items()]
     if study.peer_targets:
         cells.append(Cell("dense-b", "dense, with projections", flags=(*dense, "--model.shortcut", "B")))
     return cells
+
+
+def _longer(name: str, target: float, epochs: int) -> Cell:
+    flags = ("--gate.units", UNITS[name], "--budget.target", f"{target:g}", "--optim.epochs", str(epochs))
+    return Cell(f"long-{name}-{target:g}", f"ours, {_words(name)}, {epochs} epochs", target, flags, longer=True)
+
+
+def _words(name: str) -> str:
+    return name if name != "both" else "block and channel"
 
 
 class Stopped(RuntimeError):
@@ -475,7 +490,7 @@ def table(cells: list[Cell], found: Found, *, settled: bool = False) -> list[str
             _spread([100 * (runs[seed]["accuracy"] - twins[seed]["accuracy"]) for seed in both], 2),
             ratio(lambda seed: (runs[seed]["flops_forward"], runs[seed]["flops_forward_dense"]), sorted(runs), 3),  # noqa: B023
             ratio(lambda seed: (runs[seed]["params"], runs[seed]["params_dense"]), sorted(runs), 3),  # noqa: B023
-            ratio(lambda seed: (runs[seed]["flops_train"], runs[seed]["flops_train_dense"]), sorted(runs), 3),  # noqa: B023
+            ratio(lambda seed: (runs[seed]["flops_train"], _dense_training(cell, runs, twins, seed)), sorted(runs), 3),  # noqa: B023
             ratio(lambda seed: (runs[seed]["energy_j"], twins[seed]["energy_j"]), both, 2),  # noqa: B023
             ratio(lambda seed: (runs[seed]["time_s"], twins[seed]["time_s"]), both, 2),  # noqa: B023
         ]
@@ -483,6 +498,13 @@ def table(cells: list[Cell], found: Found, *, settled: bool = False) -> list[str
             cells_of_row.append(_settled(list(runs.values())))
         lines.append("| " + " | ".join(cells_of_row) + " |")
     return lines
+
+
+def _dense_training(cell: Cell, runs: dict[int, Any], twins: dict[int, Any], seed: int) -> int | None:
+    """Training FLOPs of the dense network in the epochs of the study."""
+    if not cell.longer:
+        return int(runs[seed]["flops_train_dense"])
+    return int(twins[seed]["flops_train"]) if seed in twins else None
 
 
 def _settled(runs: list[dict[str, Any]]) -> str:
@@ -524,7 +546,7 @@ def points(cells: list[Cell], found: Found) -> list[dict[str, Any]]:
 def report(study: Study, cells: list[Cell], found: Found, file: Path) -> str:
     """Write the table and the curves of what is there; the table."""
     text = "\n".join(table(cells, found, settled=study.ablations is not None))
-    some = next((run for runs in found.values() for run in runs.values()), None)
+    some = next((run for cell in cells if not cell.longer for run in found[cell.name].values()), None)
     if some is None:
         return text
     provenance = some["provenance"]
@@ -538,7 +560,8 @@ def report(study: Study, cells: list[Cell], found: Found, file: Path) -> str:
     text += (
         f"\n\n`{shlex.join(['python', 'benchmarks/accuracy/study.py', str(file)])}`: mean ± sample standard "
         f"deviation over seeds; differences and ratios seed by seed. {some['config']['optim']['epochs']} epochs in all "
-        f"for every cell, evaluated on the {some['accuracy_kind']} set after the last one.{chosen} {where}, torch "
+        f"for every cell that does not say otherwise, evaluated on the {some['accuracy_kind']} set after the last "
+        f"one.{chosen} {where}, torch "
         f"{provenance['versions']['torch']}; joules: {some['energy_quality']}. {study.note} "
         "Each cell's command is in its file."
     )
