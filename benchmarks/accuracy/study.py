@@ -3,10 +3,11 @@
     python benchmarks/accuracy/study.py benchmarks/accuracy/digits.yaml --seeds 0 1 2 --jobs 2
 
 Every cell is trained for the same number of epochs on the same data with the same augmentation, each seed in a process
-of its own; ``longer`` adds ours for more epochs, which tells what the saving buys when it is spent on training. A
-cell's result is a file (``results/accuracy/<study>/<cell>-seed<n>.json``) with its config, its command, versions and
-hardware; what is there is not done again, and a run that was stopped goes on: Ctrl-C, SIGTERM or ``--minutes`` stop it
-in good order. The last networks are evaluated on the test set; nothing is chosen on it.
+of its own; only ``variants``, ours with other settings, may be trained for longer, which tells what the saving buys
+when it is spent on training. A cell's result is a file (``results/accuracy/<study>/<cell>-seed<n>.json``) with its
+config, its command, versions and hardware; what is there is not done again, and a run that was stopped goes on:
+Ctrl-C, SIGTERM or ``--minutes`` stop it in good order. The last networks are evaluated on the test set; nothing is
+chosen on it.
 
 What the peers' papers leave open for a run of another length, the strength of their sparsity term and the learning rate
 of their fine-tuning, is chosen for them on a part of the training set that is held out, or taken over from the study
@@ -21,6 +22,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import statistics
@@ -48,7 +50,7 @@ PEERS = {
 }
 
 
-_OPTIONAL = "peer_targets, longer, choices, chosen_in, ablations, note and flags"
+_OPTIONAL = "peer_targets, variants, choices, chosen_in, ablations, note and flags"
 FINETUNE_LRS = (1.0, 0.3)
 """Shares of the config's learning rate that the peers' fine-tuning chooses from."""
 
@@ -67,8 +69,7 @@ class Study:
         seeds: Seeds of each cell.
         targets: Shares of the FLOPs to keep.
         peer_targets: Those for which the peers are trained too.
-        longer: Epochs for which ours are trained too, about as many as the dense twin's FLOPs pay for; None: they are
-            not.
+        variants: Further fields of ours, by what they are called, for each of the targets.
         choices: By peer, the strengths of its sparsity term to choose from, on held-out training samples.
         chosen_in: Another study whose choices are taken over; None: this one makes its own.
         ablations: Target at which the parts of the method are exchanged one by one; None: they are not.
@@ -81,7 +82,7 @@ class Study:
     seeds: list[int]
     targets: list[float] = field(default_factory=list)
     peer_targets: list[float] = field(default_factory=list)
-    longer: int | None = None
+    variants: dict[str, list[str]] = field(default_factory=dict)
     choices: dict[str, list[float]] = field(default_factory=dict)
     chosen_in: str | None = None
     ablations: float | None = None
@@ -115,7 +116,7 @@ class Cell:
         peer: Method of ``benchmarks/peers/pruning.py``; None for our own runs.
         random: Whether blocks go at random, when those of ``after`` went.
         ablated: Flags of ``benchmarks/accuracy/ablated.py``, if it trains the cell.
-        longer: Whether it is trained for more epochs than the others.
+        varied: Whether it may be trained for other epochs than the rest.
     """
 
     name: str
@@ -126,7 +127,7 @@ class Cell:
     peer: str | None = None
     random: bool = False
     ablated: tuple[str, ...] = ()
-    longer: bool = False
+    varied: bool = False
 
 
 def ablations(target: float) -> list[Cell]:
@@ -201,8 +202,7 @@ def cells_of(study: Study) -> list[Cell]:
                 random=True,
             )
         )
-        if study.longer is not None:
-            cells += [_longer(name, target, study.longer) for name in UNITS]
+        cells += [_variant(name, target, flags) for name, flags in study.variants.items()]
     for target in study.peer_targets:
         cells += [Cell(f"{peer}-{target:g}", label, target, peer=peer) for peer, label in PEERS.items()]
     if study.peer_targets:
@@ -210,9 +210,9 @@ def cells_of(study: Study) -> list[Cell]:
     return cells
 
 
-def _longer(name: str, target: float, epochs: int) -> Cell:
-    flags = ("--gate.units", UNITS[name], "--budget.target", f"{target:g}", "--optim.epochs", str(epochs))
-    return Cell(f"long-{name}-{target:g}", f"ours, {_words(name)}, {epochs} epochs", target, flags, longer=True)
+def _variant(name: str, target: float, flags: list[str]) -> Cell:
+    file = re.sub(r"[^a-z0-9.]+", "-", name.lower())
+    return Cell(f"{file}-{target:g}", f"ours, {name}", target, (*flags, "--budget.target", f"{target:g}"), varied=True)
 
 
 def _words(name: str) -> str:
@@ -502,7 +502,7 @@ def table(cells: list[Cell], found: Found, *, settled: bool = False) -> list[str
 
 def _dense_training(cell: Cell, runs: dict[int, Any], twins: dict[int, Any], seed: int) -> int | None:
     """Training FLOPs of the dense network in the epochs of the study."""
-    if not cell.longer:
+    if not cell.varied:
         return int(runs[seed]["flops_train_dense"])
     return int(twins[seed]["flops_train"]) if seed in twins else None
 
@@ -546,7 +546,7 @@ def points(cells: list[Cell], found: Found) -> list[dict[str, Any]]:
 def report(study: Study, cells: list[Cell], found: Found, file: Path) -> str:
     """Write the table and the curves of what is there; the table."""
     text = "\n".join(table(cells, found, settled=study.ablations is not None))
-    some = next((run for cell in cells if not cell.longer for run in found[cell.name].values()), None)
+    some = next((run for cell in cells if not cell.varied for run in found[cell.name].values()), None)
     if some is None:
         return text
     provenance = some["provenance"]

@@ -101,19 +101,20 @@ def test_the_table_compares_seed_by_seed_and_leaves_out_what_is_not_there() -> N
     assert rows[2] == "| other, 0.5 | 0 | - | - | - | - | - | - | - |"
 
 
-def test_what_is_trained_longer_is_set_against_the_dense_twin_of_the_study() -> None:
-    named = study.Study("it", ROOT / "configs" / "digits.yaml", [0], targets=[0.5], longer=10)
+def test_a_variant_that_is_trained_longer_is_set_against_the_dense_twin_of_the_study() -> None:
+    variants = {"channel, 10 epochs": ["--gate.units", "[channel]", "--optim.epochs", "10"]}
+    named = study.Study("it", ROOT / "configs" / "digits.yaml", [0], targets=[0.5], variants=variants)
     cells = {cell.name: cell for cell in study.cells_of(named)}
-    command = study.Runner(named, Path("runs")).command(cells["long-channel-0.5"], 0)
+    command = study.Runner(named, Path("runs")).command(cells["channel-10-epochs-0.5"], 0)
     assert command[command.index("--optim.epochs") + 1] == "10"
     dense = {"flops_train": 40, "flops_train_dense": 40}
     found = {name: {} for name in cells} | {
         "dense": {0: result(0.9, 1.0, **dense)},
         "channel-0.5": {0: result(0.89, 0.5)},
-        "long-channel-0.5": {0: result(0.9, 0.5, flops_train=42, flops_train_dense=60), 1: result(0.9, 0.5)},
+        "channel-10-epochs-0.5": {0: result(0.9, 0.5, flops_train=42, flops_train_dense=60), 1: result(0.9, 0.5)},
     }
-    rows = study.table(list(cells.values()), found)
-    shown = {row.split(" | ")[0]: row.split(" | ")[6] for row in rows[2:]}
+    rows = study.table(list(cells.values()), found)[2:]
+    shown = {row.split(" | ")[0]: row.split(" | ")[6] for row in rows}
     assert shown["| ours, channel, 0.5"] == "0.750"
     assert shown["| ours, channel, 10 epochs, 0.5"] == "1.050"
 
