@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,28 +62,40 @@ def verify_run(path: Path) -> list[Finding]:
         config = load_config(folder.config)
     except ConfigError as error:
         raise UserError(f"RUN: {str(folder.config)!r} is not a run's config: {error}") from None
-    events, damaged = salvage_events(folder.events)
-    held = is_held(folder.path)
-    state = "finished" if folder.summary.is_file() else "still goes on" if held else "not finished"
-    findings = [Finding("config.yaml", True, f"{config.data.name}, {config.model.name}; the run is {state}")]
-    findings.append(_check_events(events, damaged))
-    start = next((event for event in reversed(events) if event["kind"] == "start"), None)
+    held = bool(is_held(folder.path))
+    summary = _read(folder.summary) if folder.summary.is_file() else None
+    state = "is finished" if summary is not None else "still goes on" if held else "is not finished"
+    first = Finding("config.yaml", True, f"{config.data.name}, {config.model.name}; the run {state}")
+    start = next((event for event in reversed(salvage_events(folder.events)[0]) if event["kind"] == "start"), None)
     if start is None:
-        return [*findings, Finding("checkpoints", None, "no attempt has begun")]
+        return [first, *_check_begun(folder)]
     network = prepare_network(config, _Images.of(start))
+    # The events last: a run that goes on tells what it has done, and nothing of a file may be newer than what is told.
+    checkpoints = [_look_at(path, config, network.model) for path in list_checkpoints(folder.checkpoints)]
+    operations = _read_structure(folder)
+    events, damaged = salvage_events(folder.events)
+    findings = [first, _check_events(events, damaged)]
     try:
         books = _Books(config, network, events)
     except StructureMismatch as error:
         return [*findings, Finding("ledger", False, f"cannot be computed: {error}")]
     findings.append(books.check_steps())
-    findings.append(books.check_joules(folder))
-    findings.append(_check_structure(folder, books))
-    checkpoints = list_checkpoints(folder.checkpoints)
-    findings += [_check_checkpoint(found, config, network.model, books) for found in checkpoints]
+    findings.append(books.check_joules(summary))
+    findings.append(_check_structure(operations, books, may_differ_at_end=summary is None, goes_on=held))
+    findings += [_check_checkpoint(found, books) for found in checkpoints if not (held and found.is_gone)]
     if not checkpoints:
-        findings.append(Finding("checkpoints", False if folder.summary.is_file() else None, "there is none"))
-    findings.append(_check_summary(folder, books))
+        findings.append(Finding("checkpoints", None if summary is None else False, "there is none"))
+    findings.append(_check_summary(summary, books, goes_on=held))
     return findings
+
+
+def _check_begun(folder: RunFolder) -> list[Finding]:
+    """What there is of a run whose events tell of no attempt."""
+    others = (folder.summary, folder.structure, *list_checkpoints(folder.checkpoints))
+    there = [path.name for path in others if path.exists()]
+    if there:
+        return [Finding("events.jsonl", False, f"it tells of no attempt, but there is {', '.join(there)}")]
+    return [Finding("events.jsonl", None, "no attempt has begun")]
 
 
 @dataclass(frozen=True)
@@ -195,7 +207,7 @@ class _Books:
             reached = event.get("energy/total_j") or reached
         return lost
 
-    def check_joules(self, folder: RunFolder) -> Finding:
+    def check_joules(self, summary: dict[str, Any] | None) -> Finding:
         """Joules that only grow, and a summary that has all of them."""
         told = [event["energy/total_j"] for event in self.events if event.get("energy/total_j") is not None]
         if not told:
@@ -204,8 +216,8 @@ class _Books:
         if told != sorted(told):
             wrong.append("energy/total_j falls from one event to a later one")
         detail = f"{told[-1]:,.1f} J told, {self.lost_j():,.1f} J of them for work done again"
-        if folder.summary.is_file():
-            wrong += self._wrong_with_joules(_read(folder.summary), told[-1])
+        if summary is not None:
+            wrong += self._wrong_with_joules(summary, told[-1])
         return Finding("ledger: joules", not wrong, "; ".join(wrong) or detail)
 
     def _wrong_with_joules(self, summary: dict[str, Any], told_j: float) -> Iterator[str]:
@@ -223,53 +235,104 @@ class _Books:
             yield f"energy_lost_j is {lost_j}, not {self.lost_j()}"
 
 
-def _check_structure(folder: RunFolder, books: _Books) -> Finding:
-    """structure.json against the removals and freezes that the events tell."""
+def _read_structure(folder: RunFolder) -> list[Operation] | str | None:
+    """The removals and freezes of structure.json, or what is wrong with it; None if there is no file."""
     if not folder.structure.is_file():
-        there = f"{len(books.operations)} removals and freezes are told, but there is no file"
-        return Finding(
-            "structure.json", False if books.operations else None, there if books.operations else "no removal"
-        )
+        return None
     try:
-        operations = Structure.from_dict(_read(folder.structure)).operations
+        return Structure.from_dict(_read(folder.structure)).operations
     except StructureMismatch as error:
-        return Finding("structure.json", False, str(error))
-    # A process that is killed in the middle of surgery has written the file and not yet told of it.
-    ahead = [] if folder.summary.is_file() else operations[len(books.operations) :]
-    if operations[: len(operations) - len(ahead)] != books.operations:
+        return str(error)
+
+
+def _check_structure(
+    found: list[Operation] | str | None, books: _Books, *, may_differ_at_end: bool, goes_on: bool
+) -> Finding:
+    """structure.json against the removals and freezes that the events tell.
+
+    Args:
+        found: What :func:`_read_structure` gave.
+        books: What the events tell.
+        may_differ_at_end: Whether the file may tell more: a process that is killed in the middle of surgery has written
+            it and not yet told of it.
+        goes_on: Whether the events may tell more, because they were read later.
+    """
+    told = books.operations
+    if found is None:
+        is_missing = bool(told) and not goes_on
+        there = f"{len(told)} removals and freezes are told, but there is no file"
+        return Finding("structure.json", False if is_missing else None, there if told else "no removal")
+    if isinstance(found, str):
+        return Finding("structure.json", False, found)
+    length = len(told)
+    if (may_differ_at_end and len(found) > length) or (goes_on and len(found) < length):
+        length = min(len(found), length)
+        found, told = found[:length], told[:length]
+    if found != told:
         return Finding("structure.json", False, "not the removals and freezes that the events tell")
-    return Finding("structure.json", True, f"{len(operations)} removals and freezes, as the events tell them")
+    return Finding("structure.json", True, f"{length} removals and freezes, as the events tell them")
 
 
-def _check_checkpoint(path: Path, config: Config, model: nn.Module, books: _Books) -> Finding:
-    """A checkpoint's checksums, structure, weights and ledger."""
+@dataclass(frozen=True)
+class _Looked:
+    """What a checkpoint holds, or why that cannot be said.
+
+    Attributes:
+        path: Its folder.
+        wrong: What is wrong with it by itself, in one line; None if nothing is.
+        structure: Its structure.
+        totals: FLOPs of training, those of the dense twin and samples, as its ledger has them.
+        step: Steps done.
+        detail: What was looked at.
+        is_gone: Whether it was taken away meanwhile.
+    """
+
+    path: Path
+    wrong: str | None = None
+    structure: Structure = field(default_factory=Structure)
+    totals: tuple[int, int, int] = (0, 0, 0)
+    step: int = 0
+    detail: str = ""
+    is_gone: bool = False
+
+
+def _look_at(path: Path, config: Config, model: nn.Module) -> _Looked:
+    """A checkpoint's checksums, structure and weights."""
     try:
         checkpoint = load_checkpoint(path)
         structure = check_fits(checkpoint, config, model)
         step, ledger = checkpoint.state["step"], checkpoint.state["ledger"]
         if path.name != f"step-{step:09d}":
             raise CheckpointCorrupt(f"it is of step {step}")
-        if structure != books.structure_at(step):
-            raise CheckpointCorrupt("its structure is not the one that the events tell")
-        expected = (*books.flops_at(step), books.samples_at(step))
-        if (ledger["flops_train"], ledger["flops_train_dense"], ledger["samples"]) != expected:
-            raise CheckpointCorrupt("its ledger is not the one that follows from the events")
         tensors = [*checkpoint.model.items(), *(checkpoint.training.get("average") or {}).items()]
         broken = next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
         if broken is not None:
             raise CheckpointCorrupt(f"{broken} is not finite")
-    except CheckpointCorrupt as error:
-        return Finding(path.name, False, str(error))
-    size = sum(file.stat().st_size for file in path.iterdir())
+        size = sum(file.stat().st_size for file in path.iterdir())
+    except (CheckpointCorrupt, FileNotFoundError) as error:
+        return _Looked(path, str(error), is_gone=not path.exists())
+    totals = (ledger["flops_train"], ledger["flops_train_dense"], ledger["samples"])
     detail = f"{size / 1e6:.1f} MB, checksums right; structure replayed, {len(checkpoint.model)} tensors loaded"
-    return Finding(path.name, True, detail)
+    return _Looked(path, None, structure, totals, step, detail)
 
 
-def _check_summary(folder: RunFolder, books: _Books) -> Finding:
+def _check_checkpoint(looked: _Looked, books: _Books) -> Finding:
+    """A checkpoint's structure and ledger against the events."""
+    wrong = looked.wrong
+    if wrong is None and looked.structure != books.structure_at(looked.step):
+        wrong = "its structure is not the one that the events tell"
+    if wrong is None and looked.totals != (*books.flops_at(looked.step), books.samples_at(looked.step)):
+        wrong = "its ledger is not the one that follows from the events"
+    return Finding(looked.path.name, wrong is None, wrong or looked.detail)
+
+
+def _check_summary(summary: dict[str, Any] | None, books: _Books, *, goes_on: bool) -> Finding:
     """summary.json against the events."""
-    if not folder.summary.is_file():
-        return Finding("summary.json", None, "the run is not finished")
-    summary = _read(folder.summary)
+    end = books.events[-1]
+    if summary is None:
+        is_missing = end["kind"] == "end" and not goes_on
+        detail = "the events tell the end of the run, but there is no file" if is_missing else "the run is not finished"
+        return Finding("summary.json", False if is_missing else None, detail)
     steps = summary.get("steps")
     if not isinstance(steps, int):
         return Finding("summary.json", False, "it does not tell how many steps the run took")
@@ -283,8 +346,8 @@ def _check_summary(folder: RunFolder, books: _Books) -> Finding:
     wrong = [
         f"{key} is {summary.get(key)}, not {value}" for key, value in expected.items() if summary.get(key) != value
     ]
-    end = books.events[-1]
-    if end["kind"] != "end" or end.get("summary") != summary:
+    is_told = end["kind"] == "end" and end.get("summary") == summary
+    if not is_told and not (goes_on and end["kind"] != "end"):
         wrong.append("it is not what the last event tells")
     detail = f"accuracy {summary.get('accuracy')}, as the events tell"
     return Finding("summary.json", not wrong, "; ".join(wrong) or detail)

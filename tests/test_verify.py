@@ -13,7 +13,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launching import TRAIN, run
 
+from greenprune.checkpoint import Checkpoint, load_checkpoint
 from greenprune.cli import main
+from greenprune.locking import FolderLock
 from greenprune.tracking import read_events
 from greenprune.verify import verify_run
 
@@ -119,6 +121,51 @@ def test_a_checkpoint_under_another_name_is_found(copied: Path) -> None:
     shutil.rmtree(folder / "step-000000088")
     (folder / "step-000000066").rename(folder / "step-000000088")
     assert wrong(copied) == ["step-000000088"]
+
+
+@pytest.mark.parametrize("left", ["", None])
+def test_a_log_that_is_gone_is_found(copied: Path, left: str | None) -> None:
+    (copied / "events.jsonl").unlink()
+    if left is not None:
+        (copied / "events.jsonl").write_text(left)
+    (found,) = [finding for finding in verify_run(copied) if finding.good is False]
+    assert found.what == "events.jsonl"
+    assert "summary.json, structure.json, step-000000066, step-000000088" in found.detail
+
+
+def test_a_summary_that_is_gone_is_found(copied: Path) -> None:
+    (copied / "summary.json").unlink()
+    assert wrong(copied) == ["summary.json"]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_a_run_does_while_it_is_looked_at_is_nothing_wrong(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    """It tells of removals, writes its last checkpoint and deletes an older one while the first is being read."""
+    whole = (copied / "events.jsonl").read_bytes().splitlines(keepends=True)
+    first = next(number for number, line in enumerate(whole) if b'"removal"' in line)
+    (copied / "events.jsonl").write_bytes(b"".join(whole[:first]))
+    (copied / "summary.json").unlink()
+    structure = json.loads((copied / "structure.json").read_text())
+    structure["operations"] = structure["operations"][:1]
+    (copied / "structure.json").write_text(json.dumps(structure))
+
+    def load(path: Path) -> Checkpoint:
+        (copied / "events.jsonl").write_bytes(b"".join(whole))
+        if gone and path.name == "step-000000066":
+            shutil.rmtree(path)
+        return load_checkpoint(path)
+
+    monkeypatch.setattr("greenprune.verify.load_checkpoint", load)
+    lock = FolderLock(copied)
+    try:
+        findings = verify_run(copied)
+    finally:
+        lock.release()
+    assert not [finding for finding in findings if finding.good is False]
+    assert "the run still goes on" in findings[0].detail
+    assert ("step-000000066" in [finding.what for finding in findings]) != gone
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
