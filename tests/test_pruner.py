@@ -290,6 +290,26 @@ def test_channels_are_rounded_where_asked() -> None:
 # What is refused.
 
 
+def test_what_is_trained_beside_the_network_stays_in_the_optimizer() -> None:
+    """A head of its own, or a loss with parameters: neither is the pruner's."""
+    model, pruner = make_pruner()
+    head = nn.Linear(10, 10)
+    groups = pruner.parameter_groups()
+    groups[0]["params"].append(head.weight)
+    optimizer = torch.optim.SGD([*groups, {"params": [head.bias]}], lr=0.05, momentum=0.9)
+    images, labels = batch_of(0)
+    for _ in range(STEPS):
+        loss = functional.cross_entropy(head(model(images)), labels) + pruner.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        pruner.step(optimizer)
+    assert pruner.report()["gates_left"] == 0
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert set(held) == {*model.parameters(), *head.parameters()}
+    assert "momentum_buffer" in optimizer.state[head.weight]
+
+
 def test_an_optimizer_without_the_gates_is_refused() -> None:
     model, pruner = make_pruner()
     gates = set(gate_parameters(model))

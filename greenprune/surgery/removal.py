@@ -51,6 +51,7 @@ class Surgeon:
 
     Attributes:
         replacements: For each parameter that lost channels, the one in its place.
+        before: The network's parameters before any operation.
 
     Raises:
         TypeError: The network is wrapped.
@@ -58,10 +59,12 @@ class Surgeon:
 
     model: nn.Module
     replacements: dict[nn.Parameter, Replacement] = field(default_factory=dict)
+    before: frozenset[nn.Parameter] = frozenset()
     _sets: dict[str, ChannelSet] | None = None
 
     def __post_init__(self) -> None:
         refuse_wrapped(self.model)
+        self.before = frozenset(self.model.parameters())
 
     def remove_block(self, name: str) -> None:
         """Take a block's branch and gates out of the network; its shortcut stays in its place.
@@ -193,10 +196,16 @@ class Surgeon:
 
 
 def _select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Some entries of a tensor along a dimension, in the tensor's own memory format."""
+    """Some entries of a tensor along a dimension, in the tensor's own memory format.
+
+    Of the weights of a 1x1 or depthwise convolution ``is_contiguous`` holds for both formats, and only the strides tell
+    them apart. Kernels go by those: they have to be the ones that a network of the smaller size would have.
+    """
     chosen = tensor.index_select(dim, index)
-    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-        return chosen.contiguous(memory_format=torch.channels_last)
+    if tensor.dim() == 4:
+        rows_last = torch.empty(tensor.shape, device="meta").to(memory_format=torch.channels_last)
+        if tensor.stride() == rows_last.stride():
+            return torch.empty_like(chosen, memory_format=torch.channels_last).copy_(chosen)
     return chosen
 
 
@@ -204,7 +213,8 @@ def update_optimizer(optimizer: Optimizer, surgeon: Surgeon) -> None:
     """Make the optimizer follow surgery, in place: shrink the survivors' state, forget what is gone.
 
     The optimizer stays the same object and parameters keep their groups and their order, so learning-rate schedules
-    and wrappers that hold it go on. What it keeps for a parameter in the parameter's shape (momentum, moments) is cut
+    and wrappers that hold it go on. Parameters that were never of this network, such as those of a head beside it, stay
+    as they are. What it keeps for a parameter in the parameter's shape (momentum, moments) is cut
     like the parameter, bit for bit; single numbers (step counts) stay.
 
     Args:
@@ -220,7 +230,7 @@ def update_optimizer(optimizer: Optimizer, surgeon: Surgeon) -> None:
         kept = []
         for parameter in group["params"]:
             survivor = _follow(optimizer, parameter, surgeon.replacements)
-            if survivor in alive:
+            if survivor in alive or parameter not in surgeon.before:
                 kept.append(survivor)
             else:
                 optimizer.state.pop(survivor, None)

@@ -48,9 +48,10 @@ def make_engine() -> Iterator[MakeEngine]:
 
 def removal_of(*units: str) -> Callable[[nn.Module, Optimizer], None]:
     def operate(model: nn.Module, optimizer: Optimizer) -> None:
+        surgeon = Surgeon(model)
         for unit in units:
-            Surgeon(model).remove_block(unit)
-        update_optimizer(optimizer, Surgeon(model))
+            surgeon.remove_block(unit)
+        update_optimizer(optimizer, surgeon)
 
     return operate
 
@@ -241,9 +242,10 @@ def test_a_network_without_gates_trains_on_after_a_rebuild(make_network: MakeNet
     train_step(engine, 0)
 
     def freeze_all(inner: nn.Module, optimizer: Optimizer) -> None:
+        surgeon = Surgeon(inner)
         for unit in find_gates(inner):
-            Surgeon(inner).freeze_block(unit)
-        update_optimizer(optimizer, Surgeon(inner))
+            surgeon.freeze_block(unit)
+        update_optimizer(optimizer, surgeon)
 
     engine.rebuild(freeze_all)
     losses = [train_step(engine, 1) for _ in range(10)]

@@ -266,11 +266,12 @@ def train_steps(model: nn.Module, optimizer: Optimizer, steps: range, schedule: 
 
 
 def operate(model: nn.Module, optimizer: Optimizer, units: list[str], freeze: list[str]) -> None:
+    surgeon = Surgeon(model)
     for unit in units:
-        remove_block(model, unit)
+        surgeon.remove_block(unit)
     for unit in freeze:
-        freeze_block(model, unit)
-    update_optimizer(optimizer, Surgeon(model))
+        surgeon.freeze_block(unit)
+    update_optimizer(optimizer, surgeon)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
