@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from greenprune.config import BudgetConfig, ConfigError, GateConfig, RemovalConfig, SurgeryConfig
+from greenprune.config import BudgetConfig, ConfigError, GateConfig, RemovalConfig, SurgeryConfig, check_budget_unit
 from greenprune.gating import WINDOWS, GatePolicy, Verdict, attach_gates, find_gates, gate_parameters
 from greenprune.models import convert_blocks
 from greenprune.network import UnitTable, gating_notes, unit_costs, units_present
@@ -74,6 +74,7 @@ class Pruner:
         self.budget = budget or BudgetConfig()
         self.removal = removal or RemovalConfig()
         self.structure = Structure()
+        check_budget_unit(self.budget, self.gate)
         convert_blocks(model, example)
         attach_gates(model, self.gate)
         self.notes = gating_notes(model, self.gate)
@@ -85,6 +86,7 @@ class Pruner:
         self._rounding = self._table.rounding(self._surgery, self._device)
         self._costs = unit_costs(self._table, self.budget, self._measured, rounding=self._rounding)
         self._accumulate = 1
+        self._loss_scale: Tensor | None = None  # one tensor for good: a backward pass reads what it holds then
         self._policy = self._new_policy()
         self._batches = 0  # for which a penalty was given
         self._looked = 0  # of these, how many had been when a boundary was last looked for
@@ -100,6 +102,7 @@ class Pruner:
             window=self.removal.window or max(1, self.total_steps // WINDOWS),
         )
         policy.losses_are_divided_by(self._accumulate)
+        policy.scale_losses_by(self._loss_scale)
         return policy
 
     # The run.
@@ -130,10 +133,12 @@ class Pruner:
     def penalty(self, loss_scale: Tensor | float | None = None) -> Tensor:
         """What the gates add to the loss of the batch that has just passed through the network (scalar, fp32).
 
-        Call once after each forward pass in training. With several processes it is a collective.
+        Call once after each forward pass in training. With several processes it is a collective; their batches may be
+        of different sizes.
 
         Args:
-            loss_scale: Factor by which a GradScaler will scale the loss, if it does.
+            loss_scale: Factor by which a GradScaler will scale the loss, if it does. Told for the first time after a
+                forward pass, it comes too late for that pass, which teaches the gates nothing.
 
         Raises:
             RuntimeError: Nothing has passed through the network in training since the last call.
@@ -143,12 +148,20 @@ class Pruner:
         if not self._policy.active:
             return nothing
         if loss_scale is not None:
-            self._policy.scale_losses_by(torch.as_tensor(loss_scale, device=self._device))
+            self._scale_losses_by(torch.as_tensor(loss_scale, dtype=torch.float32, device=self._device))
         decision = next(iter(find_gates(self.model).values())).decision
         local = 0 if decision is None else len(decision)
         step, self._batches = self._batches, self._batches + 1
-        penalty = self._policy.penalty(step, local * _world_size(), _mean_over_ranks)
+        samples, mean_over_ranks = _over_ranks(local, self._device)
+        penalty = self._policy.penalty(step, samples, mean_over_ranks)
         return nothing if penalty is None else penalty
+
+    def _scale_losses_by(self, loss_scale: Tensor) -> None:
+        if self._loss_scale is None:
+            self._loss_scale = loss_scale.clone()
+            self._policy.scale_losses_by(self._loss_scale)
+        else:
+            self._loss_scale.copy_(loss_scale)
 
     def _follow_device(self) -> None:
         """Move along with a network that was moved after the pruner was made."""
@@ -156,6 +169,7 @@ class Pruner:
         if device != self._device:
             state = self._policy.state_dict()
             self._device = device
+            self._loss_scale = None if self._loss_scale is None else self._loss_scale.to(device)
             self._rounding = self._table.rounding(self._surgery, device)
             self._costs = unit_costs(self._table, self.budget, self._measured, rounding=self._rounding)
             self._policy = self._new_policy()
@@ -203,10 +217,11 @@ class Pruner:
         return self._operate(self._policy.settle_now(), optimizer)
 
     def _operate(self, verdicts: list[Verdict], optimizer: Optimizer | None) -> list[Operation]:
-        if not verdicts:
-            return []
         share = self._batches / self.total_steps
         operations = [Operation.of(verdict, self._batches, share) for verdict in verdicts]
+        _check_agreement(Structure(operations))
+        if not verdicts:
+            return []
         surgeon = carry_out(operations, self.model)
         if optimizer is not None:
             update_optimizer(optimizer, surgeon)
@@ -271,6 +286,7 @@ class Pruner:
             "structure": self.structure.to_dict(),
             "unit_cost": None if self._measured is None else self._measured.to_dict(),
             "policy": self._policy.state_dict(),
+            "loss_scale": None if self._loss_scale is None else self._loss_scale.item(),
             "batches": self._batches,
             "looked": self._looked,
         }
@@ -286,6 +302,8 @@ class Pruner:
         if self._measured is not None:
             self._measured = UnitCost.of_state(state)
             self._costs = unit_costs(self._table, self.budget, self._measured)
+        if state.get("loss_scale") is not None:
+            self._loss_scale = torch.tensor(state["loss_scale"], device=self._device)
         self._policy = self._new_policy()
         self._policy.load_state_dict(state["policy"])
         self._batches, self._looked = state["batches"], state["looked"]
@@ -347,9 +365,40 @@ def _measured_for_all(unit: MeasuredUnit, model: nn.Module, example: Tensor) -> 
     return UnitCost(**found[0])
 
 
-def _mean_over_ranks(values: Tensor) -> Tensor:
+def _over_ranks(local: int, device: torch.device) -> tuple[int | Tensor, Callable[[Tensor], Tensor]]:
+    """Samples of all processes, on the device if there are several, and what averages a tensor over them all.
+
+    Args:
+        local: Samples of this process; others may have had more or fewer in their last batch.
+        device: Where the processes talk.
+    """
     if _world_size() == 1:
-        return values
-    total = values.clone()
-    dist.all_reduce(total)
-    return total.div_(_world_size())
+        return local, lambda values: values
+    samples = torch.tensor(local, device=device)
+    dist.all_reduce(samples)
+    share = local / samples
+
+    def mean_over_ranks(values: Tensor) -> Tensor:
+        weighted = values * share
+        dist.all_reduce(weighted)
+        return weighted
+
+    return samples, mean_over_ranks
+
+
+def _check_agreement(structure: Structure) -> None:
+    """Check that all processes are about to do the same: networks of different shapes could not go on together.
+
+    Raises:
+        RuntimeError: They are not.
+    """
+    if _world_size() == 1:
+        return
+    found: list[str] = [""] * _world_size()
+    dist.all_gather_object(found, structure.checksum())
+    if len(set(found)) > 1:
+        odd = ", ".join(str(rank) for rank, checksum in enumerate(found) if checksum != found[0])
+        raise RuntimeError(
+            f"rank {odd} would remove other units than rank 0; expected penalty() after every forward pass in "
+            "training, and step() after every step, on all processes alike"
+        )

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from greenprune.accounts import Records
 from greenprune.checkpoint import Checkpoint, CheckpointCorrupt
 from greenprune.config import Config, shaping_values
-from greenprune.data import ImageData
+from greenprune.data import ImageData, derive_seed
 from greenprune.engine import Engine
 from greenprune.evaluation import Evaluation, evaluate
 from greenprune.gating import GatePolicy, Verdict, default_window
@@ -120,8 +120,14 @@ class Trainer:
         self.policy = self._new_policy() if config.gate.enabled else None
         self.skipper = self._new_skipper() if config.optim.nonfinite == "skip" else None
         self._structure_changed()
+        self._part_from_other_ranks()
         if checkpoint is not None:
             self._load(checkpoint)
+
+    def _part_from_other_ranks(self) -> None:
+        """Draw other numbers than the other ranks from now on, for dropout; the weights were drawn alike on all."""
+        if self.engine.rank > 0:
+            torch.manual_seed(derive_seed(self.config.seed, "rank", self.engine.rank))
 
     def _new_policy(self) -> GatePolicy:
         return GatePolicy(
@@ -163,9 +169,10 @@ class Trainer:
         self.step_times = StepTimes(**state["step_times"])
         if state["evaluation"] is not None:
             self.last_evaluation = Evaluation(**state["evaluation"])
-        random = training["random"][min(self.engine.rank, len(training["random"]) - 1)]
-        # Older checkpoints have the state of the host's generator alone.
-        self.engine.load_random_states([random] if isinstance(random, Tensor) else random)
+        if self.engine.rank < len(training["random"]):  # else there were fewer ranks
+            random = training["random"][self.engine.rank]
+            # Older checkpoints have the state of the host's generator alone.
+            self.engine.load_random_states([random] if isinstance(random, Tensor) else random)
 
     # The run.
 
@@ -286,7 +293,7 @@ class Trainer:
     def _at_boundary(self) -> None:
         """End a window: record what the gates did, and carry out what follows from it."""
         assert self.policy is not None
-        self._check_skipped(self.policy.window)
+        self._check_skipped()
         window, verdicts = self.policy.close_window(self.step)
         if not all(math.isfinite(unit.openness) for unit in window.values()):
             self._diverged(math.nan)
@@ -341,7 +348,7 @@ class Trainer:
             The signal that asked any rank to stop, or 0.
         """
         told = self._read()
-        self._check_skipped(self.total_steps)
+        self._check_skipped()
         self.saving.look()
         step_s = self._step_s = clock.seconds_per_step()
         self.step_times.add(step_s)
@@ -357,9 +364,9 @@ class Trainer:
         in_epoch = self.step % self.data.steps_per_epoch or self.data.steps_per_epoch
         return max(1, in_epoch - skipped) * self.config.data.batch_size
 
-    def _check_skipped(self, window: int) -> None:
+    def _check_skipped(self) -> None:
         """Stop, on every rank alike, where skipping steps does not help; the device is read beside it anyway."""
-        if self.skipper is not None and self.skipper.in_a_row >= min(window, MOST_IN_A_ROW):
+        if self.skipper is not None and self.skipper.in_a_row >= min(self.total_steps, MOST_IN_A_ROW):
             self._diverged(math.nan)
 
     def _read(self) -> Told:

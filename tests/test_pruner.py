@@ -340,6 +340,32 @@ def test_a_budget_that_cannot_be_met_is_refused() -> None:
         make_pruner(target=0.001)
 
 
+@pytest.mark.parametrize("unit", ["blocks", "time", "energy"])
+def test_a_budget_of_whole_blocks_is_refused_for_channels(unit: str) -> None:
+    with pytest.raises(UserError, match=f"budget.unit: '{unit}' is not valid; expected flops or params where channels"):
+        make_pruner(budget=BudgetConfig(0.5, unit))  # type: ignore[arg-type]
+
+
+def test_gates_learn_the_same_from_a_scaled_loss_when_the_scale_changes() -> None:
+    """A GradScaler's factor is told after the forward pass and counts in the backward pass."""
+
+    def gradients(scales: list[float]) -> list[list[Tensor]]:
+        model, pruner = make_pruner()
+        found = []
+        for step, scale in enumerate(scales):
+            images, labels = batch_of(step)
+            model.zero_grad()
+            loss = functional.cross_entropy(model(images), labels)
+            loss = (loss + pruner.penalty(None if scale == 1 else scale)) * scale
+            loss.backward()
+            found.append([parameter.grad / scale for parameter in gate_parameters(model)])
+        return found[1:]  # the first pass was before any scale was known
+
+    for scaled, plain in zip(gradients([2.0**16, 2.0**16, 2.0**15]), gradients([1.0, 1.0, 1.0]), strict=True):
+        for mine, expected in zip(scaled, plain, strict=True):
+            assert torch.allclose(mine, expected, rtol=1e-4, atol=1e-7)
+
+
 def test_a_network_without_channels_inside_its_branches_is_refused() -> None:
     block = ResidualBlock(nn.Sequential(nn.Conv2d(3, 3, 1)), nn.Identity(), nn.ReLU(), input_activated=True)
     with pytest.raises(UserError, match=r"gate\.units: 'channel' is not valid .* no branch has channels inside"):

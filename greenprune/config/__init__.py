@@ -20,6 +20,7 @@ from greenprune.config.fields import (
     SurgeryConfig,
     TrackingConfig,
     UserError,
+    check_budget_unit,
     shaping_values,
 )
 from greenprune.config.parsing import (
@@ -49,6 +50,7 @@ __all__ = [
     "SurgeryConfig",
     "TrackingConfig",
     "UserError",
+    "check_budget_unit",
     "check_field",
     "config_parser",
     "dump_config",

@@ -381,12 +381,7 @@ class Config:
                 self.removal.decide_by,
                 f"more than gate.warmup ({self.gate.warmup})",
             )
-            _require(
-                self.budget.unit not in ("blocks", "time", "energy") or self.gate.units == ["block"],
-                "budget.unit",
-                self.budget.unit,
-                f"flops or params where channels are gated (gate.units {self.gate.units})",
-            )
+            check_budget_unit(self.budget, self.gate)
 
     @property
     def is_dense(self) -> bool:
@@ -400,6 +395,20 @@ class Config:
     def identity(self) -> str:
         """A digest of everything that shapes the result: two configs with the same identity are the same run."""
         return hashlib.sha256(json.dumps(shaping_values(self.to_dict()), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_budget_unit(budget: BudgetConfig, gate: GateConfig) -> None:
+    """Check that a budget's unit can be counted for what is gated.
+
+    Raises:
+        ConfigError: It counts whole blocks, and channels are gated.
+    """
+    _require(
+        budget.unit not in ("blocks", "time", "energy") or gate.units == ["block"],
+        "budget.unit",
+        budget.unit,
+        f"flops or params where channels are gated (gate.units {gate.units})",
+    )
 
 
 _NOT_SHAPING = (

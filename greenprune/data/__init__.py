@@ -7,14 +7,14 @@ from pathlib import Path
 
 from greenprune.config import DataConfig, UserError
 from greenprune.data.folders import LAYOUTS, FolderData
-from greenprune.data.image_data import ImageData
+from greenprune.data.image_data import ImageData, derive_seed
 from greenprune.data.in_memory import InMemoryData
 from greenprune.data.readers import SOURCES
 
 DATASETS: tuple[str, ...] = (*SOURCES, *LAYOUTS)
 """Registered names, the valid values of ``data.name``."""
 
-__all__ = ["DATASETS", "ImageData", "open_data"]
+__all__ = ["DATASETS", "ImageData", "derive_seed", "open_data"]
 
 
 def open_data(config: DataConfig, root: str | None, seed: int) -> ImageData:

@@ -47,12 +47,12 @@ class Consensus:
         self._on = torch.zeros(len(units), dtype=torch.int64, device=device)
         self._openness = torch.zeros(len(units), device=device)
         self._steps = 0
-        self._samples = 0
+        self._samples: int | Tensor = 0
         self._taken_back = torch.zeros(1, dtype=torch.int64, device=device)  # steps that do not count
         self._before: list[Tensor] = []
         self._always_on = dict.fromkeys(units, 0)
 
-    def observe(self, rates: Tensor, openness: Tensor, samples: int) -> None:
+    def observe(self, rates: Tensor, openness: Tensor, samples: int | Tensor) -> None:
         """Add one pass on the device; the host's part is :meth:`count`.
 
         Args:
@@ -64,10 +64,15 @@ class Consensus:
         self._on += (rates.detach() * samples).round().to(torch.int64)
         self._openness += openness
 
-    def count(self, samples: int, passes: int) -> None:
-        """Count passes and their samples, over all ranks, on the host: what a replayed CUDA graph does not do."""
+    def count(self, samples: int | Tensor, passes: int) -> None:
+        """Count passes and their samples, over all ranks: what a replayed CUDA graph does not do.
+
+        Args:
+            samples: A tensor on the device where no rank knows how many the others had.
+            passes: Passes, which are the same for all.
+        """
         self._steps += passes
-        self._samples += samples
+        self._samples = self._samples + samples
 
     def remember(self) -> None:
         """Keep the counts as they are, for :meth:`take_back` after the next step."""
@@ -95,15 +100,16 @@ class Consensus:
         Returns:
             What each unit did; nothing if all of the window's steps were taken back.
         """
-        assert self._samples > 0, "a window without a step"
+        samples = int(self._samples)
+        assert samples > 0, "a window without a step"
         *on, taken_back = torch.cat([self._on, self._taken_back]).tolist()
-        self._samples -= taken_back * (self._samples // self._steps)
+        samples -= taken_back * (samples // self._steps)
         self._steps -= taken_back
         window: dict[str, UnitWindow] = {}
         openness = (self._openness / self._steps).tolist() if self._steps else []
         for name, count, mean in zip(self.units, on, openness, strict=bool(self._steps)):
-            self._always_on[name] = self._always_on[name] + 1 if count == self._samples else 0
-            window[name] = UnitWindow(count, self._samples, mean, self._always_on[name])
+            self._always_on[name] = self._always_on[name] + 1 if count == samples else 0
+            window[name] = UnitWindow(count, samples, mean, self._always_on[name])
         self._on.zero_()
         self._openness.zero_()
         self._taken_back.zero_()
@@ -125,7 +131,7 @@ class Consensus:
             "openness": self._openness,
             "taken_back": self._taken_back,
             "steps": self._steps,
-            "samples": self._samples,
+            "samples": int(self._samples),
             "always_on": dict(self._always_on),
         }
 

@@ -149,7 +149,7 @@ class GatePolicy:
         """Share of the dense cost in the units that are physically there."""
         return self.costs.kept(self.present)
 
-    def begin_step(self, step: int, samples: int, passes: int = 1) -> None:
+    def begin_step(self, step: int, samples: int | Tensor, passes: int = 1) -> None:
         """What the host does for a step, before its passes; :meth:`penalty_of_pass` is then the device's part alone.
 
         Args:
@@ -161,7 +161,7 @@ class GatePolicy:
         self.consensus.count(samples, passes)
         self.controller.aim(step)
 
-    def penalty_of_pass(self, samples: int, mean_over_ranks: Callable[[Tensor], Tensor]) -> Tensor | None:
+    def penalty_of_pass(self, samples: int | Tensor, mean_over_ranks: Callable[[Tensor], Tensor]) -> Tensor | None:
         """Count the decisions of the forward pass just done, and the loss that they add.
 
         Nothing in it depends on the step but through tensors on the device and :attr:`in_warmup`.
@@ -183,7 +183,7 @@ class GatePolicy:
         scattered = polarization(rates, self._weights)
         return self.polarization * scattered + self.controller.penalty(kept, kept_by_all)
 
-    def penalty(self, step: int, samples: int, mean_over_ranks: Callable[[Tensor], Tensor]) -> Tensor | None:
+    def penalty(self, step: int, samples: int | Tensor, mean_over_ranks: Callable[[Tensor], Tensor]) -> Tensor | None:
         """:meth:`begin_step` and :meth:`penalty_of_pass` for a step of one pass.
 
         Args:

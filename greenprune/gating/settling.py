@@ -82,22 +82,28 @@ def find_pieces(window: Mapping[str, UnitWindow], rounding: Mapping[str, int]) -
     for owner, units in sets.items():
         units.sort(key=lambda item: (item[0].rate, item[0].openness, item[1]))
         step = rounding.get(owner, 1)
-        start = 0
+        start, rate, openness = 0, 0.0, 0.0
         while start < len(units):
             end = start + (len(units) - start) % step if (len(units) - start) % step else start + step
             members = units[start:end]
+            # Rates never fall from one piece of a set to the next, nor does openness where they are equal: their means
+            # would by rounding, and the pieces would change places.
+            before, rate = rate, max(rate, sum(unit.rate for unit, _ in members) / len(members))
+            mean = sum(unit.openness for unit, _ in members) / len(members)
+            openness = max(openness, mean) if rate == before else mean
             pieces.append(
                 Piece(
                     owner,
                     tuple(sorted(index for _, index in members)),
-                    sum(unit.rate for unit, _ in members) / len(members),
-                    sum(unit.openness for unit, _ in members) / len(members),
+                    rate,
+                    openness,
                     off=all(unit.on == 0 for unit, _ in members),
                     last=end == len(units),
                 )
             )
             start = end
-    return sorted(pieces, key=lambda piece: (piece.rate, piece.openness, piece.owner, piece.channels or ()))
+    # Stable: pieces of a set that are alike keep their order.
+    return sorted(pieces, key=lambda piece: (piece.rate, piece.openness, piece.owner))
 
 
 def decide(

@@ -49,9 +49,10 @@ def main(unit: str, target: float) -> None:
     optimizer = torch.optim.SGD(pruner.parameter_groups(batch_size=16), lr=0.05, momentum=0.9)
     wrapped = DistributedDataParallel(model)
     generator = torch.Generator().manual_seed(dist.get_rank())
-    for _ in range(STEPS):
-        images = torch.randn(8, 1, 8, 8, generator=generator)
-        labels = torch.randint(0, 10, (8,), generator=generator)
+    for step in range(STEPS):
+        size = 3 if step % 4 == 3 and dist.get_rank() == 1 else 8  # a last batch that is not the same for all
+        images = torch.randn(size, 1, 8, 8, generator=generator)
+        labels = torch.randint(0, 10, (size,), generator=generator)
         loss = functional.cross_entropy(wrapped(images), labels) + pruner.penalty()
         optimizer.zero_grad()
         loss.backward()

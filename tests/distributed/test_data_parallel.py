@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from launching import TRAIN, run
+
+from greenprune.checkpoint import list_checkpoints, load_checkpoint
 
 HERE = Path(__file__).parent
 
@@ -63,3 +66,7 @@ def test_a_run_on_two_processes_from_the_command_line(tmp_path: Path) -> None:
     assert len(devices) == len(set(devices)) > 0
     assert all(event["energy/total_j"] > 0 for event in events if event["kind"] in ("train", "epoch"))
     assert [event["epoch"] for event in events if event["kind"] == "epoch"] == [1, 2, 3]
+    # Dropout is to draw other numbers on each rank, though all began with the same weights.
+    checkpoint = load_checkpoint(list_checkpoints(tmp_path / "two" / "checkpoints")[-1])
+    (first, *_), (second, *_) = checkpoint.training["random"]
+    assert not torch.equal(first, second)

@@ -72,6 +72,16 @@ def test_a_window_whose_only_step_is_skipped_decides_by_how_open_gates_are(tmp_p
     assert summary["kept_cost"] <= 0.5
 
 
+@pytest.mark.parametrize("window", ["1", "2"])
+def test_a_window_that_is_skipped_whole_decides_nothing_and_ends_nothing(tmp_path: Path, window: str) -> None:
+    flags = ("--optim.nonfinite", "skip", "--removal.window", window, "--optim.epochs", "1")
+    done, _ = broken(tmp_path, "loss:nan:1:9", "loss:nan:0:10", "loss:nan:1:11", flags=flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "it" / "summary.json").read_text())
+    assert summary["skipped_steps"] == 3
+    assert summary["gates_left"] == 0
+
+
 def test_skipping_what_does_not_pass_ends_in_a_stop(tmp_path: Path) -> None:
     """A weight that is broken on one rank makes every later step a bad one, for all."""
     flags = ("--optim.nonfinite", "skip", "--removal.window", "100")

@@ -126,6 +126,16 @@ def test_pieces_leave_a_multiple_of_the_rounding(step: int) -> None:
     assert [piece.rate for piece in pieces] == sorted(piece.rate for piece in pieces)
 
 
+@pytest.mark.parametrize(("units", "step"), [(20, 8), (10, 3), (28, 12)])
+@pytest.mark.parametrize("openness", [0.85, 0.9, 0.8808])
+def test_pieces_that_are_alike_keep_their_order(units: int, step: int, openness: float) -> None:
+    """Means of equal numbers differ by rounding: the odd piece comes first and the last one last all the same."""
+    window = {name: UnitWindow(8, 8, openness, 1) for name in units_of("a:hidden1", range(units))}
+    pieces = find_pieces(window, {"a:hidden1": step})
+    assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert len(pieces[0].channels or ()) == units % step
+
+
 @pytest.mark.parametrize("seed", range(80))
 def test_the_deadline_ends_within_a_piece_of_the_budget(seed: int) -> None:
     rng = random.Random(seed)
