@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -127,10 +126,9 @@ def _add_export_parsers(
     evaluate = commands.add_parser("eval", description="Accuracy of an exported network on a test set.")
     evaluate.add_argument("file", type=Path, metavar="FILE", help="an exported folder, or a file in it")
     evaluate.add_argument("--data", required=True, metavar="NAME", help="name of the data set, such as digits")
-    for command in (export, evaluate):
-        command.add_argument(
-            "--root", metavar="DIR", help="folder of the data set; default: the environment's GREENPRUNE_DATA"
-        )
+    variable = "the environment's GREENPRUNE_DATA"
+    for command, default in ((export, f"the one that the run's config names, or {variable}"), (evaluate, variable)):
+        command.add_argument("--root", metavar="DIR", help=f"folder of the data set; default: {default}")
     benchmark = commands.add_parser(
         "infer-bench", description="What inference with exported networks takes beside their dense twins, in turn."
     )
@@ -166,7 +164,8 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.output,
         fold_batch_norm=arguments.fold_batch_norm,
         opset=arguments.opset,
-        data_root=arguments.root or os.environ.get("GREENPRUNE_DATA"),
+        data_root=arguments.root,
+        default_root=os.environ.get("GREENPRUNE_DATA"),
     )
     print(exported)
     return 0
@@ -202,13 +201,13 @@ def _benchmark(arguments: argparse.Namespace) -> int:
 def _carry_out(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     """Carry a command out and say in one line why it could not be."""
     from greenprune.config import UserError
+    from greenprune.formatting import leave_closed_pipe
 
     try:
         code = command(arguments)
         sys.stdout.flush()  # here, where a reader that has left can still be told from a failure
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is left in the buffer at the end
-        return 128 + signal.SIGPIPE
+        return leave_closed_pipe()
     except (UserError, OSError) as error:
         print(f"greenprune: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

@@ -38,6 +38,7 @@ def _outcome(args: list[str], environment: Mapping[str, str], prog: str) -> tupl
     from greenprune.allocation import keep_freed_memory
     from greenprune.checkpoint import CheckpointCorrupt
     from greenprune.engine import PeerLost, RankMismatch
+    from greenprune.formatting import leave_closed_pipe
     from greenprune.interrupt import Interrupted
     from greenprune.progress import open_display
     from greenprune.report import print_summary
@@ -57,5 +58,8 @@ def _outcome(args: list[str], environment: Mapping[str, str], prog: str) -> tupl
         code = 2 if isinstance(error, UserError) else 1
         return code, f"error: {error}", getattr(error, "known_to_all", False)
     if result.is_main:
-        print_summary(result.summary, result.folder.path)
+        try:
+            print_summary(result.summary, result.folder.path)
+        except (OSError, SystemExit):  # with which rich leaves a closed pipe
+            leave_closed_pipe()  # nobody reads it; the run is done all the same
     return 0, "", True

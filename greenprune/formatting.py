@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -72,6 +74,12 @@ def worst_quality(qualities: Iterable[str | None]) -> str | None:
 def open_console() -> Console:
     """A console on standard output: as wide as the terminal, or 120 columns where there is none."""
     return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+
+
+def leave_closed_pipe() -> int:
+    """Have what is left for standard output go nowhere once its reader has left; the exit code of a command then."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def format_removed(removals: Iterable[Mapping[str, Any]]) -> str:

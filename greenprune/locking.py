@@ -113,6 +113,26 @@ class FolderLock:
             self._file.close()
 
 
+def is_left(folder: Path) -> bool:
+    """Whether a run's folder was let go of, or its last owner was a process of this machine that is gone.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        False also where that cannot be told: the last owner was of another machine, or the system shows no locks.
+    """
+    if is_held(folder) is not False:
+        return False
+    try:
+        owner = _OWNER.fullmatch((folder / _NAME).read_text(errors="replace")[:1000].strip())
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return owner is None or owner["host"] == socket.gethostname()
+
+
 def is_held(folder: Path) -> bool | None:
     """Whether a process of this machine has a run's folder in hand, found without touching its lock.
 

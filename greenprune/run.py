@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import shutil
@@ -82,6 +83,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         config = _resolve_structure(config, engine)
         with meter.window("setup"):
             network = engine.together(lambda: prepare_network(config, data, engine.device))
+        engine.together(lambda: _check_passes(config, network, data, engine))
         claim = engine.together(lambda: _claim(config, network, stack, environment), main_only=True)
         folder = RunFolder(claim.path)
         if claim.finished:
@@ -108,6 +110,25 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         stack.callback(trainer.close)
         with engine.watching(config.stall_s, lambda: _advice(folder)):
             return RunResult(trainer.fit(), folder, engine.is_main)
+
+
+def _check_passes(config: Config, network: Network, data: ImageData, engine: Engine) -> None:
+    """Check that the network can be trained on a single image, if that is a process's share of a pass.
+
+    Raises:
+        ConfigError: It cannot: batch norm over one value has no variance.
+    """
+    if config.data.batch_size // engine.world_size // config.optim.accumulate > 1:
+        return
+    model = copy.deepcopy(network.model).to("meta").train()
+    try:
+        model(torch.empty(1, data.channels, data.image_size, data.image_size, device="meta"))
+    except ValueError as error:
+        raise ConfigError(
+            f"data.batch_size: {config.data.batch_size!r} is not valid: it leaves one image for a pass of a process "
+            f"({engine.world_size} processes, optim.accumulate {config.optim.accumulate}), and {config.model.name} "
+            f"cannot be trained on one ({error}); expected at least twice as many"
+        ) from None
 
 
 def _load(path: Path, data: ImageData) -> Checkpoint:

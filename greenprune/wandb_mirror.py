@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -86,7 +87,8 @@ class WandbMirror:
     def _keep(self, kind: str, files: list[Path]) -> None:
         import wandb
 
-        name = f"{kind}-{self._run.id}"[:_ARTIFACT_NAME_LENGTH]
+        # W&B takes fewer characters in an artifact's name than a run's may have.
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", f"{kind}-{self._run.id}")[:_ARTIFACT_NAME_LENGTH]
         artifact = wandb.Artifact(name, type=kind)
         for file in files:
             artifact.add_file(str(file))

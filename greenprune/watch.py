@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from greenprune.config import UserError
-from greenprune.locking import is_held
+from greenprune.locking import is_left
 from greenprune.tracking import Event, EventsCorrupt, RunFolder, parse_event
 
 _POLL_S = 0.5
@@ -17,8 +17,8 @@ _LAST = ("end", "interrupt")
 def watch_run(path: Path, show: Callable[[Event], None], *, follow: bool = True) -> str:
     """Show a run's events from the first on, and then as they come, until it ends or is seen to have stopped.
 
-    A run that a process of this machine had in hand, and has no more, has stopped. That of a run on another machine is
-    not seen: it is followed until its events say that it ended.
+    A run that nobody has in hand, and a process of this machine had last, has stopped. A process of another machine is
+    not seen: its run is followed until its events say that it ended.
 
     Args:
         path: The run's folder.
@@ -50,11 +50,10 @@ def watch_run(path: Path, show: Callable[[Event], None], *, follow: bool = True)
 
 def _events(folder: RunFolder, follow: bool) -> Iterator[Event]:
     """Whole lines of the log; at its end more are waited for as long as the run may go on."""
-    was_held = False
     last, rest, number = "", b"", 0
     with folder.events.open("rb") as file:
         while True:
-            held = is_held(folder.path)  # asked before the read: once let go of, nothing more comes after it
+            left = is_left(folder.path)  # asked before the read: once let go of, nothing more comes after it
             text = file.read()
             *lines, rest = (rest + text).split(b"\n")
             for line in lines:
@@ -63,10 +62,9 @@ def _events(folder: RunFolder, follow: bool) -> Iterator[Event]:
                     event = _parsed(line, number, folder)
                     last = event["kind"]
                     yield event
-            stopped = last in _LAST or (was_held and not held)
+            stopped = last in _LAST or left
             if not text and (not follow or stopped):
                 return
-            was_held = was_held or bool(held)
             if not text:
                 time.sleep(_POLL_S)
 

@@ -266,6 +266,10 @@ BAD_INPUT = {
     "batch above the data": (["--data.batch_size", "5000"], "data.batch_size: 5000"),
     "fp16 on a CPU": (["--precision", "fp16", "--device", "cpu"], "precision: 'fp16'"),
     "unknown country": (["--energy.country", "XYZ"], "energy.country"),
+    "one image a pass": (
+        ["--optim.accumulate", "64", "--model.name", "mobilenet_v3_small", "--budget.target", "0.9"],
+        "data.batch_size",
+    ),
     "W&B online without a login": (
         ["--tracking.trackers", "[wandb]", "--tracking.mode", "online"],
         "tracking.mode: 'online'",
@@ -307,6 +311,24 @@ def test_a_folder_that_cannot_be_written(config: Path, tmp_path: Path) -> None:
     done = run(TRAIN, ["--config", str(config), "--output_dir", str(blocker)])
     assert done.returncode == 2
     assert "output_dir: cannot write" in done.stderr
+
+
+def test_a_run_whose_reader_is_gone_is_done_all_the_same(config: Path, tmp_path: Path) -> None:
+    args = ["--config", str(config), "--output_dir", str(tmp_path), "--optim.epochs", "1", "--removal.decide_by", "1"]
+    for name in ("full", "closed"):
+        line = command(TRAIN, [*args, "--run_name", name], 1)
+        with Path("/dev/full").open("w") as full:
+            out = full if name == "full" else subprocess.PIPE
+            process = subprocess.Popen(line, env=environment(), stdout=out, stderr=subprocess.PIPE, text=True)
+            if process.stdout is not None:
+                process.stdout.readline()
+                process.stdout.close()
+            assert process.stderr is not None
+            said = process.stderr.read()
+            process.stderr.close()
+        assert process.wait() == 0, said
+        assert "Traceback" not in said
+        assert (tmp_path / name / "summary.json").exists()
 
 
 def test_a_folder_that_holds_another_run(config: Path, finished: Path) -> None:

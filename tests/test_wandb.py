@@ -105,6 +105,9 @@ class Uploaded:
         return [row for row in self.history if key in row]
 
 
+NAME = "größe+1"
+"""A run's name with what W&B does not take everywhere."""
+
 ARGS = ["--model.name", "resnet20", "--optim.epochs", "3", "--removal.decide_by", "0.7", "--optim.lr", "0.05"]
 
 
@@ -112,7 +115,7 @@ ARGS = ["--model.name", "resnet20", "--optim.epochs", "3", "--removal.decide_by"
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without network or key, told to W&B and TensorBoard."""
     folder = tmp_path_factory.mktemp("runs")
-    args = [*ARGS, "--output_dir", str(folder), "--run_name", "w", "--tracking.trackers", "[wandb,tensorboard]"]
+    args = [*ARGS, "--output_dir", str(folder), "--run_name", NAME, "--tracking.trackers", "[wandb,tensorboard]"]
     # A home without a netrc, so that nobody is logged in.
     done = subprocess.run(
         command(TRAIN, [*args, "--energy.country", "FRA"], 1),
@@ -126,7 +129,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr[-3000:]
     told = [line for line in done.stdout.splitlines() if "wandb sync" in line]
     assert len(told) == 1
-    return folder / "w"
+    return folder / NAME
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +189,8 @@ def test_the_table_of_runs_is_useful_at_once(run: Path, uploaded: Uploaded) -> N
     assert uploaded.summary["flops_saved"] == pytest.approx(1 - written["flops_train"] / written["flops_train_dense"])
     assert uploaded.config["budget"]["target"] == 0.5
     record = uploaded.run
-    assert record.display_name == "w"
-    assert record.run_id.startswith("w-")
+    assert record.display_name == NAME
+    assert record.run_id.startswith(f"{NAME}-")
     assert record.run_group == "slurm-array-77"
     assert record.job_type == "gated"
     assert set(record.tags) == {"digits", "resnet20", "gated", "block gates", "keep 0.5"}
@@ -214,7 +217,7 @@ def test_tensorboard_has_the_same(run: Path) -> None:
 def test_a_run_is_caught_up_from_its_events(
     run: Path, uploaded: Uploaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    copy = tmp_path / "w"
+    copy = tmp_path / NAME
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("wandb", "tensorboard", "checkpoints"))
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "NETRC"):
@@ -222,7 +225,7 @@ def test_a_run_is_caught_up_from_its_events(
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
     assert main(["sync", str(copy)]) == 0
     said = capfd.readouterr().out
-    assert "events of w are told" in said
+    assert f"events of {NAME} are told" in said
     (path,) = (copy / "wandb").glob("offline-run-*/*.wandb")
     assert f"wandb sync {path.parent}" in said
     again = Uploaded(path)
@@ -244,11 +247,11 @@ def test_a_run_is_caught_up_from_its_events(
 
 def test_a_killed_run_that_goes_on_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both attempts bear one identity, and what the killed one had not written is caught up from the events."""
-    args = ["--output_dir", str(tmp_path), "--run_name", "w", "--model.name", "resnet20", "--optim.lr", "0.05"]
+    args = ["--output_dir", str(tmp_path), "--run_name", NAME, "--model.name", "resnet20", "--optim.lr", "0.05"]
     args += ["--resume", "auto", "--tracking.trackers", "[wandb]", "--optim.epochs", "6"]
     variables = environment() | {"HOME": str(tmp_path)}
     killed = subprocess.Popen(command(TRAIN, args), env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = tmp_path / "w" / "events.jsonl"
+    log = tmp_path / NAME / "events.jsonl"
     while not log.exists() or log.read_text().count('"kind": "checkpoint"') < 2:
         assert killed.poll() is None
         time.sleep(0.05)
@@ -256,14 +259,14 @@ def test_a_killed_run_that_goes_on_is_one_run(tmp_path: Path, monkeypatch: pytes
     killed.wait()
     done = subprocess.run(command(TRAIN, args), env=variables, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    newest = max((tmp_path / "w" / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    newest = max((tmp_path / NAME / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
     second = Uploaded(newest)
-    assert second.run.run_id.startswith("w-")
+    assert second.run.run_id.startswith(f"{NAME}-")
     assert newest.name == f"run-{second.run.run_id}.wandb"
-    assert {path.name for path in (tmp_path / "w" / "wandb").glob("offline-run-*/*.wandb")} == {newest.name}
+    assert {path.name for path in (tmp_path / NAME / "wandb").glob("offline-run-*/*.wandb")} == {newest.name}
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert main(["sync", str(tmp_path / "w")]) == 0
-    synced = max((tmp_path / "w" / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    assert main(["sync", str(tmp_path / NAME)]) == 0
+    synced = max((tmp_path / NAME / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
     caught_up = Uploaded(synced)
     assert caught_up.run.run_id == second.run.run_id
     epochs = [row["step"] for row in caught_up.history if "eval/accuracy" in row]
@@ -274,12 +277,12 @@ def test_a_killed_run_that_goes_on_is_one_run(tmp_path: Path, monkeypatch: pytes
 
 def test_a_tracker_whose_process_is_killed_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """W&B writes from a process of its own: SIGKILL takes it in the middle of a run, which goes on and is caught up."""
-    args = ["--output_dir", str(tmp_path), "--run_name", "w", "--model.name", "resnet20", "--optim.lr", "0.05"]
+    args = ["--output_dir", str(tmp_path), "--run_name", NAME, "--model.name", "resnet20", "--optim.lr", "0.05"]
     args += ["--tracking.trackers", "[wandb]", "--optim.epochs", "6"]
     run = subprocess.Popen(
         command(TRAIN, args), env=environment() | {"HOME": str(tmp_path)}, stderr=subprocess.PIPE, text=True
     )
-    log = tmp_path / "w" / "events.jsonl"
+    log = tmp_path / NAME / "events.jsonl"
     while not log.exists() or log.read_text().count('"kind": "epoch"') < 2:
         assert run.poll() is None
         time.sleep(0.05)
@@ -290,11 +293,11 @@ def test_a_tracker_whose_process_is_killed_is_done_without(tmp_path: Path, monke
     assert run.returncode == 0, said[-3000:]
     assert time.monotonic() - killed_s < 60
     assert said.count("wandb has failed and gets nothing more of this run") == 1, said[-3000:]
-    assert f"greenprune sync {tmp_path / 'w'} --to wandb" in said
+    assert f"greenprune sync {tmp_path / NAME} --to wandb" in said
     assert "Traceback" not in said
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert main(["sync", str(tmp_path / "w")]) == 0
-    synced = max((tmp_path / "w" / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    assert main(["sync", str(tmp_path / NAME)]) == 0
+    synced = max((tmp_path / NAME / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
     assert [row["step"] for row in Uploaded(synced).history if "eval/accuracy" in row] == [22 * n for n in range(1, 7)]
 
 
@@ -314,7 +317,7 @@ def train_shortly(folder: Path, trackers: list[str], **environment: str) -> tupl
     """A short run in this process, its summary and what its display showed."""
     config = Config(
         output_dir=str(folder),
-        run_name="w",
+        run_name=NAME,
         model=ModelConfig(name="resnet20"),
         optim=OptimConfig(epochs=1),
         gate=GateConfig(enabled=False),
@@ -336,7 +339,7 @@ def test_a_server_that_does_not_answer_leaves_the_run_offline(tmp_path: Path, mo
     summary, shown = train_shortly(tmp_path, ["wandb"], WANDB_API_KEY="x" * 40)
     assert summary["accuracy"] is not None
     assert "wandb sync" in shown
-    (path,) = (tmp_path / "w" / "wandb").glob("offline-run-*/*.wandb")
+    (path,) = (tmp_path / NAME / "wandb").glob("offline-run-*/*.wandb")
     assert Uploaded(path).rows("eval/accuracy")
 
 
@@ -351,8 +354,8 @@ def test_a_tracker_that_cannot_start_is_done_without(
     summary, shown = train_shortly(tmp_path, ["wandb", "tensorboard"])
     assert summary["accuracy"] is not None
     assert "wandb has failed" in shown
-    assert f"greenprune sync {tmp_path / 'w'} --to wandb" in shown
-    assert list((tmp_path / "w" / "tensorboard").glob("events*"))  # the other one is not harmed
+    assert f"greenprune sync {tmp_path / NAME} --to wandb" in shown
+    assert list((tmp_path / NAME / "tensorboard").glob("events*"))  # the other one is not harmed
 
 
 def test_a_tracker_that_fails_on_the_way_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -391,4 +394,4 @@ def test_a_tracker_that_hangs_holds_nothing_up(tmp_path: Path, capsys: pytest.Ca
 def test_a_tracker_whose_package_is_missing_is_named_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"tracking.trackers: 'clearml' is not valid here.*pip install clearml"):
         train_shortly(tmp_path, ["clearml"])
-    assert not (tmp_path / "w").exists()
+    assert not (tmp_path / NAME).exists()

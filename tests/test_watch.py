@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -68,6 +69,25 @@ def test_a_killed_run_is_not_waited_for(tmp_path: Path) -> None:
     assert watch_run(tmp_path / "it", seen.append) == "The run has stopped without a word."
     assert seen[-1]["step"] == 20
     timer.join()
+
+
+@pytest.mark.parametrize("owner", ["", "process 4194305 on {host}"])
+def test_a_run_that_was_killed_before_is_not_waited_for(tmp_path: Path, owner: str) -> None:
+    stop_before(tmp_path / "it", record_run(tmp_path / "it"), 20)
+    (tmp_path / "it" / ".lock").write_text(owner.format(host=socket.gethostname()))
+    assert watch_run(tmp_path / "it", lambda _: None) == "The run has stopped without a word."
+
+
+def test_a_run_of_another_machine_is_waited_for(tmp_path: Path) -> None:
+    events = record_run(tmp_path / "it")
+    write_events(tmp_path / "it", events[:-1])
+    (tmp_path / "it" / ".lock").write_text("process 1 on another-machine")
+    seen: list[Event] = []
+    timer = threading.Timer(1.0, write_events, [tmp_path / "it", events])
+    timer.start()
+    assert watch_run(tmp_path / "it", seen.append) == "The run is finished."
+    timer.join()
+    assert seen == events
 
 
 def test_once_does_not_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -288,6 +289,14 @@ def _outlive_signals(worker: int) -> None:
     outlive_signals()
 
 
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """More processes than cores are the user's choice: they help where reading, not decoding, is slow."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        yield
+
+
 class FolderData(ImageData):
     """A set of image files; loader processes decode and augment, the device normalises."""
 
@@ -331,7 +340,9 @@ class FolderData(ImageData):
         feed, loader = self._idle.pop() if self._idle else self._new_loader()
         feed.batches = batches
         try:
-            for batch in loader:
+            with _without_advice():  # the loader checks its number of processes once more
+                read = iter(loader)
+            for batch in read:
                 if isinstance(batch, str):
                     raise UserError(batch)
                 images, labels = (part.to(self._device, non_blocking=True) for part in batch)
@@ -342,9 +353,7 @@ class FolderData(ImageData):
 
     def _new_loader(self) -> tuple[_Feed, DataLoader[Any]]:
         feed = _Feed()
-        with warnings.catch_warnings():
-            # More processes than cores are the user's choice: they help where reading, not decoding, is slow.
-            warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        with _without_advice():
             loader: DataLoader[Any] = DataLoader(
                 self._decoder,
                 batch_sampler=feed,

@@ -8,6 +8,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -135,6 +136,7 @@ def export_run(
     fold_batch_norm: bool = False,
     opset: int | None = None,
     data_root: str | None = None,
+    default_root: str | None = None,
 ) -> Exported:
     """Export the network of a finished run, and check it against the trained one on images of the run's data.
 
@@ -145,6 +147,7 @@ def export_run(
         fold_batch_norm: Fold batch normalisation into the convolutions before it.
         opset: ONNX operator set; None: the exporter's own choice.
         data_root: Folder of the data set; None: the one that the run's config names.
+        default_root: Folder of the data set if the config names none, or none that is here.
 
     Raises:
         UserError: The run is not finished or still has gates, the format cannot hold its network, or the output is
@@ -155,7 +158,7 @@ def export_run(
     check_format(kind, opset)
     target = Path(output) if output is not None else Path(run) / "export" / kind
     _refuse_existing(target)
-    trained = open_run(Path(run), data_root)
+    trained = open_run(Path(run), data_root, default_root)
     mean, std = trained.data.normalisation
     record = {
         "name": trained.folder.path.resolve().name,
@@ -316,15 +319,16 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def open_run(path: Path, data_root: str | None) -> TrainedRun:
+def open_run(path: Path, data_root: str | None, default_root: str | None = None) -> TrainedRun:
     """The network of a finished run as it was trained, and the run's data.
 
     Args:
         path: The run's folder.
         data_root: Folder of the data set; None: the one that the run's config names.
+        default_root: Folder of the data set if the config names none, or none that is here.
 
     Raises:
-        UserError: It is no run, or not a finished one without gates, or its data is not there.
+        UserError: It is no run, or not a finished one without gates, or its data is not there, or another set is.
         CheckpointCorrupt: The run's files are damaged, or do not belong together.
     """
     folder = RunFolder(path)
@@ -334,9 +338,10 @@ def open_run(path: Path, data_root: str | None) -> TrainedRun:
     checkpoints = list_checkpoints(folder.checkpoints)
     if not folder.summary.is_file():
         done = f"{checkpoints[-1].name} is its newest checkpoint" if checkpoints else "it has no checkpoint yet"
+        flags = ("--config", folder.config, "--output_dir", path.parent, "--run_name", path.name, "--resume", "auto")
         raise UserError(
             f"RUN: {str(path)!r} is not finished ({done}); expected a finished run: go on with greenprune train "
-            f"--config {folder.config} --resume auto"
+            f"{shlex.join(map(str, flags))}"
         )
     summary = _read_json(folder.summary)
     if not summary.keys() >= _SUMMARISED:
@@ -349,7 +354,15 @@ def open_run(path: Path, data_root: str | None) -> TrainedRun:
     if _read_json(folder.structure) != checkpoint.state["structure"]:
         raise CheckpointCorrupt(f"{folder.structure}: not the structure of {checkpoints[-1].name}")
     wanted = dataclasses.replace(config.data, eval_batch_size=CHECKED_IMAGES)  # more need not be read from files
-    data = open_data(wanted, data_root or config.data.root, config.seed)
+    own_root = config.data.root
+    if own_root is None or (default_root is not None and not Path(own_root).is_dir()):
+        own_root = default_root
+    data = open_data(wanted, data_root or own_root, config.seed)
+    if summary.get("data_digest", data.digest) != data.digest:
+        raise UserError(
+            f"--root: {data_root or own_root!r} holds another {data.name} than the one that the run was trained on; "
+            "expected the same files"
+        )
     model = build_model(config.model, classes=data.classes, channels=data.channels, image_size=data.image_size)
     try:
         replay(Structure.from_dict(checkpoint.state["structure"]), model)

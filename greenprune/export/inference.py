@@ -60,8 +60,8 @@ class FileAccuracy:
         of_run = "" if self.of_run is None else f"; the run's summary says {format_percent(self.of_run, 2)}"
         of_run += "" if self.precision_of_run is None else f", in {self.precision_of_run}"
         return (
-            f"accuracy {format_percent(self.accuracy, 2)} on the {self.samples:,} images of {self.data}'s test set "
-            f"({self.engine}){of_run}"
+            f"accuracy {format_percent(self.accuracy, 2)} on the {self.samples:,} images of the test set of "
+            f"{self.data} ({self.engine}){of_run}"
         )
 
 
@@ -82,7 +82,8 @@ def evaluate_file(
     folder, record = read_record(Path(path))
     channels, height, _ = record["input"]["shape"]
     size = height if data_name in LAYOUTS else None  # the others have images of one size
-    data = open_data(DataConfig(name=data_name, image_size=size), data_root, seed=0)
+    # Nothing is trained on: the training set may be as small as it likes.
+    data = open_data(DataConfig(name=data_name, image_size=size, batch_size=1), data_root, seed=0)
     has, takes = (data.channels, data.image_size, data.classes), (channels, height, record["classes"])
     if has != takes:
         form = "{0} channels and {1} x {1} pixels in {2} classes".format
@@ -185,7 +186,7 @@ class InferenceReport:
             for device, source in comparison.energy_sources.items()
         }
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        notes = [f"{self.turns} turns, {threads}", *sorted(sources), *self.notes]
+        notes = [f"{self.turns} turn{'' if self.turns == 1 else 's'}, {threads}", *sorted(sources), *self.notes]
         return Group(table, *(Text(note, style="dim") for note in notes))
 
 

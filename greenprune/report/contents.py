@@ -375,7 +375,7 @@ def _label(run: ReportedRun, with_model: bool) -> str:
     if not summary:
         return run.name
     gated, dense = _is_gated(run), _is_dense(run)
-    units = config.get("gate.units") or ["gated"]
+    units = config.get("gate.units") or ["unknown"]
     target = summary.get("budget_target")
     budget = "" if target is None else f", keep {format_percent(target)}"
     name = f"{' + '.join(units)} gates{budget}" if gated else "dense" if dense else "structure given"

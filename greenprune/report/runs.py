@@ -116,8 +116,8 @@ def find_runs(paths: Sequence[Path]) -> dict[Path, str]:
     Raises:
         UserError: There is no run at a path.
     """
-    folders = dict.fromkeys(folder for path in paths for folder in _runs_at(path))
-    return {path: _name_among(path, list(folders)) for path in folders}
+    folders = {folder.resolve(): folder for path in paths for folder in _runs_at(path)}
+    return {path: _name_among(place, list(folders)) for place, path in folders.items()}
 
 
 def _name_among(path: Path, paths: Sequence[Path]) -> str:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from greenprune.config import UserError
-from greenprune.formatting import format_joules, format_percent, format_seconds, open_console
+from greenprune.formatting import format_joules, format_percent, format_seconds, leave_closed_pipe, open_console
 from greenprune.sweep.collect import collect_report
 from greenprune.sweep.folder import (
     PlannedRun,
@@ -80,9 +80,11 @@ def main(args: Sequence[str], prog: str = "greenprune sweep") -> int:
     """
     commands = {"status": _status, "collect": _collect, "jobs": _jobs}
     try:
-        if args and args[0] in commands:
-            return commands[args[0]](args[1:], prog)
-        return _sweep(args, prog)
+        code = commands[args[0]](args[1:], prog) if args and args[0] in commands else _sweep(args, prog)
+        sys.stdout.flush()  # here, where a reader that has left can still be told from a failure
+        return code
+    except BrokenPipeError:
+        return leave_closed_pipe()
     except UserError as error:
         print(f"greenprune: error: {error}", file=sys.stderr)
         return 2

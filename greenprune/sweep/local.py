@@ -52,7 +52,8 @@ def run_here(
         runs: What to do, in this order.
         at_once: How many at the same time.
         processes: Processes of each run.
-        tell: Called with a run when it starts (exit code None) and when it has ended, and the seconds that it took.
+        tell: Called with a run when it starts (exit code None) and when it has ended, and the seconds that it took. If
+            it fails, the runs that go on are stopped in good order.
 
     Returns:
         The signal that stopped it, or 0.
@@ -63,20 +64,46 @@ def run_here(
         for started in going:
             started.kill()
 
-    request, told = InterruptRequest(at_second=kill_all), False
+    request = InterruptRequest(at_second=kill_all)
     with request:
-        while going or (waiting and not request.signal):
-            while waiting and len(going) < at_once and not request.signal:
-                run = waiting.pop(0)
-                going.append(_start(folder, run, processes))
-                tell(run, None, 0.0)
-            if request.signal and not told:
-                told = True
-                for started in going:
-                    started.stop()
-            going[:] = [started for started in going if not _has_ended(folder, started, tell)]
-            time.sleep(_POLL_S)
+        try:
+            while going or waiting:
+                while waiting and len(going) < at_once and not request.signal:
+                    run = waiting.pop(0)
+                    going.append(_start(folder, run, processes))
+                    tell(run, None, 0.0)
+                if request.signal:
+                    break
+                _take_ended(folder, going, tell)
+                time.sleep(_POLL_S)
+        finally:
+            for started in going:
+                started.stop()
+            failed: OSError | None = None
+            while going:
+                try:
+                    _take_ended(folder, going, tell if failed is None else _tell_nobody)
+                except OSError as error:  # whoever listened is gone; the runs still have to be awaited
+                    failed = error
+                time.sleep(_POLL_S)
     return request.signal
+
+
+def _tell_nobody(*_: object) -> None: ...
+
+
+def _take_ended(
+    folder: SweepFolder, going: list[_Started], tell: Callable[[PlannedRun, int | None, float], None]
+) -> None:
+    """Take the runs that have ended off the list, and tell of each."""
+    for started in list(going):
+        code = started.process.poll()
+        if code is None:
+            continue
+        going.remove(started)
+        code = code if code >= 0 else 128 - code
+        folder.exit_of(started.run).write_text(f"{code}\n")
+        tell(started.run, code, time.monotonic() - started.since)
 
 
 def command_of(config: str, processes: int) -> list[str]:
@@ -103,13 +130,3 @@ def _start(folder: SweepFolder, run: PlannedRun, processes: int) -> _Started:
             start_new_session=True,  # Ctrl-C reaches them through this process alone, once
         )
     return _Started(run, process, time.monotonic(), processes > 1)
-
-
-def _has_ended(folder: SweepFolder, started: _Started, tell: Callable[[PlannedRun, int | None, float], None]) -> bool:
-    code = started.process.poll()
-    if code is None:
-        return False
-    code = code if code >= 0 else 128 - code
-    folder.exit_of(started.run).write_text(f"{code}\n")
-    tell(started.run, code, time.monotonic() - started.since)
-    return True

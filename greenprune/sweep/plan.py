@@ -62,11 +62,27 @@ class SweepConfig:
                 raise ConfigError(f"{key}: {values!r} has a value twice; expected each once")
             if key.startswith("grid.") and not values:
                 raise ConfigError(f"{key}: [] has no value; expected at least one")
-        for short, key in (("targets", "budget.target"), ("seeds", "seed")):
-            if getattr(self, short) and key in self.grid:
-                raise ConfigError(f"{short}: is also given as grid.{key}; expected one of the two")
+        self._check_once()
         if not (self.runs or self.grid or self.targets or self.seeds):
             raise ConfigError("runs: there are none; expected runs, grid, targets or seeds")
+
+    def _check_once(self) -> None:
+        """Refuse a field that is given in two places, one of which would be without effect; a run may leave settings.
+
+        Raises:
+            ConfigError: There is one.
+        """
+        places = [
+            (short, key) for short, key in (("targets", "budget.target"), ("seeds", "seed")) if getattr(self, short)
+        ]
+        places += [(f"grid.{key}", key) for key in self.grid]
+        places += [(f"settings {key}", key) for key in self.settings]
+        by_run = dict.fromkeys(key for run in self.runs for key in run)
+        places += [(f"runs {key}", key) for key in by_run if key not in self.settings]
+        first: dict[str, str] = {}
+        for place, key in places:
+            if first.setdefault(key, place) != place:
+                raise ConfigError(f"{first[key]}: is also given as {place}; expected one of the two")
 
 
 def check_name(name: str) -> None:
@@ -132,6 +148,10 @@ def read_sweep(path: Path) -> Sweep:
     if name is None:
         name = path.stem
         check_name(name)
+    if not (path.parent / config.base).is_file():
+        raise ConfigError(
+            f"sweep {str(path)!r}: base: {config.base!r} is not there; expected a config's path, relative to this file"
+        )
     base = load_config(path.parent / config.base)
     folder = Path(config.output_dir) / name
     try:

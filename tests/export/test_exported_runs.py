@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -15,15 +16,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from greenprune.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from greenprune.cli import main
+from greenprune.config import Config, DataConfig, GateConfig, ModelConfig, OptimConfig
 from greenprune.export import ExportError, benchmark_inference, evaluate_file, export_network
 from greenprune.export.exporting import open_run
 from greenprune.export.inference import _LiveBytes
 from greenprune.models import ResidualBlock
+from greenprune.progress import Display
+from greenprune.run import train
 
 FORMATS = ("torch", "torch.export", "onnx", "safetensors", "hf")
 
@@ -450,6 +455,43 @@ def test_data_that_does_not_fit_is_named(tmp_path: Path) -> None:
         "--data: 'digits' has images of 1 channels and 8 x 8 pixels in 10 classes; "
         "expected 3 channels and 8 x 8 pixels in 2 classes"
     )
+
+
+def of_images(root: Path, names: str, seed: int) -> Path:
+    """Two classes of few small images."""
+    random = np.random.RandomState(seed)
+    for part, count in (("train", 6), ("val", 3)):
+        for label in names:
+            (root / part / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.randint(0, 256, (32, 32, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(root / part / label / f"{number}.png")
+    return root
+
+
+def test_an_export_looks_at_the_images_of_its_run_and_at_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, others = of_images(tmp_path / "mine", "ab", 0), of_images(tmp_path / "others", "xy", 1)
+    config = Config(
+        data=DataConfig(name="image_folder", root=str(mine), image_size=32, batch_size=4, workers=0),
+        model=ModelConfig(name="resnet20"),
+        gate=GateConfig(enabled=False),
+        optim=OptimConfig(epochs=1),
+        output_dir=str(tmp_path),
+        run_name="it",
+    )
+    train(config, {}, lambda: Display(io.StringIO()))
+    capsys.readouterr()
+    monkeypatch.setenv("GREENPRUNE_DATA", str(others))
+    export = ["export", str(tmp_path / "it"), "--format", "torch"]
+    assert main(export) == 0
+    monkeypatch.setenv("GREENPRUNE_DATA", str(mine))
+    assert main([*export, "-o", str(tmp_path / "o"), "--root", str(others)]) == 2
+    assert "holds another image_folder than the one that the run was trained on" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    evaluated = evaluate_file(tmp_path / "it" / "export" / "torch", "image_folder", str(mine))
+    assert (evaluated.samples, evaluated.accuracy) == (6, evaluated.of_run)
 
 
 def test_a_truncated_file_is_named(exports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -359,6 +359,14 @@ def test_a_run_named_twice_is_shown_once_and_equal_names_with_their_parents(tmp_
     assert [run.name for run in runs] == ["a/run", "b/run"]
 
 
+def test_a_run_by_other_spellings_of_its_path_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "run", DENSE)
+    (tmp_path / "link").symlink_to("run")
+    monkeypatch.chdir(tmp_path / "run")
+    runs = compare_runs([Path("."), Path("../run"), tmp_path / "run", tmp_path / "link"]).runs
+    assert [run.name for run in runs] == ["run"]
+
+
 def test_json_holds_everything(tmp_path: Path) -> None:
     write_run(tmp_path / "dense", DENSE)
     write_run(tmp_path / "gated", GATED)

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
@@ -195,6 +196,23 @@ def here(place: Path, *args: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, cwd=place, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
+
+
+def test_here_a_reader_that_leaves_leaves_no_run_behind(place: Path) -> None:
+    command = [sys.executable, "-m", "greenprune.cli", "sweep", "two.yaml", "--local", "2"]
+    env = environment() | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline().startswith(b"started")
+    process.stdout.close()
+    assert process.wait(timeout=120) == 128 + signal.SIGPIPE
+    assert b"error" not in process.stderr.read()
+    process.stderr.close()
+    left = [other.info["cmdline"] for other in psutil.process_iter(["cmdline"])]
+    assert not [
+        words for words in left if words and "greenprune.train" in words and "runs/sweeps/two" in " ".join(words)
+    ]
 
 
 def test_here_it_is_stopped_in_good_order_and_goes_on(place: Path) -> None:

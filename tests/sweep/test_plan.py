@@ -128,6 +128,12 @@ BAD = {
     "value twice": ("seeds: [1, 2, 1]", "seeds: [1, 2, 1] has a value twice"),
     "run twice": ("runs: [{seed: 1}, {seed: 1}]", "runs: number 2 (seed 1) is the same as number 1"),
     "given twice": ("targets: [0.5]\ngrid: {budget.target: [0.3]}", "targets: is also given as grid.budget.target"),
+    "settings and targets": (
+        "settings: {budget.target: 0.3}\ntargets: [0.5]",
+        "targets: is also given as settings budget.target; expected one of the two",
+    ),
+    "runs and seeds": ("seeds: [0]\nruns: [{seed: 3}]", "seeds: is also given as runs seed"),
+    "grid and runs": ("grid: {optim.lr: [1]}\nruns: [{optim.lr: 2}]", "grid.optim.lr: is also given as runs optim.lr"),
     "nothing": ("at_once: 2", "runs: there are none"),
     "nothing at once": ("seeds: [1]\nat_once: 0", "at_once: 0 is not valid"),
     "name": ("seeds: [1]\nname: a b", "name: 'a b' is not valid"),
@@ -152,7 +158,7 @@ def test_a_base_that_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"optim.epoch: unknown key; did you mean optim.epochs\?"):
         read_sweep(path)
     (tmp_path / "base.yaml").unlink()
-    with pytest.raises(ConfigError, match=r"cannot read .*base\.yaml"):
+    with pytest.raises(ConfigError, match=r"some\.yaml': base: 'base\.yaml' is not there; expected a config's path"):
         read_sweep(path)
 
 
