@@ -191,7 +191,8 @@ def interrupt_after_removal(arguments: list[str], folder: Path) -> None:
     deadline = time.monotonic() + 200
     try:
         while time.monotonic() < deadline and process.poll() is None:
-            seen = [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
+            text = events.read_text() if events.exists() else ""
+            seen = [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]  # the last may be half written
             removals = [event["step"] for event in seen if event["kind"] == "removal"]
             steps = [event["step"] for event in seen if event["kind"] == "train"]
             if removals and steps[-1] > removals[0] and 2 <= steps[-1] % 22 <= 12:
