@@ -31,6 +31,7 @@ from process import ProcessFailed
 from greenprune.config import UserError
 from greenprune.provenance import collect_provenance
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 TINY: dict[str, Any] = {
     "turns": 2,
@@ -115,10 +116,10 @@ def to_json(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def write(file: Path, rows: list[Row], provenance: dict[str, Any], seconds: dict[str, float]) -> None:
-    """Write the table and, beside it, all that is behind it."""
+    """Write the table and, beside it, all that is behind it; paths are told from the root of the project."""
     content = {"provenance": provenance, "arguments": sys.argv[1:], "seconds": seconds, "rows": to_json(rows)}
     file.with_suffix(".md").write_text(table(rows, provenance, seconds))
-    file.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    file.with_suffix(".json").write_text(json.dumps(content, indent=1).replace(f"{ROOT}{os.sep}", "") + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
