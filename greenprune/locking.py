@@ -125,12 +125,17 @@ def is_left(folder: Path) -> bool:
     if is_held(folder) is not False:
         return False
     try:
-        owner = _OWNER.fullmatch((folder / _NAME).read_text(errors="replace")[:1000].strip())
+        owner = _owner_of(folder)
     except FileNotFoundError:
         return True
     except OSError:
         return False
     return owner is None or owner["host"] == socket.gethostname()
+
+
+def _owner_of(folder: Path) -> re.Match[str] | None:
+    """The process that a folder's lock names, if it names one."""
+    return _OWNER.fullmatch((folder / _NAME).read_text(errors="replace")[:1000].strip())
 
 
 def is_held(folder: Path) -> bool | None:
@@ -144,7 +149,7 @@ def is_held(folder: Path) -> bool | None:
     """
     try:
         locks, status = Path("/proc/locks").read_text(), (folder / _NAME).stat()
-        owner = _OWNER.fullmatch((folder / _NAME).read_text()[:1000].strip())
+        owner = _owner_of(folder)
     except FileNotFoundError:
         return False if Path("/proc/locks").exists() else None
     except OSError:

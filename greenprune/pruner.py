@@ -88,6 +88,7 @@ class Pruner:
         self._accumulate = 1
         self._loss_scale: Tensor | None = None  # one tensor for good: a backward pass reads what it holds then
         self._policy = self._new_policy()
+        self._batch: tuple[int, Tensor] | None = None  # samples of the last one, also on the device
         self._batches = 0  # for which a penalty was given
         self._looked = 0  # of these, how many had been when a boundary was last looked for
 
@@ -152,9 +153,30 @@ class Pruner:
         decision = next(iter(find_gates(self.model).values())).decision
         local = 0 if decision is None else len(decision)
         step, self._batches = self._batches, self._batches + 1
-        samples, mean_over_ranks = _over_ranks(local, self._device)
+        samples, mean_over_ranks = self._over_ranks(local)
         penalty = self._policy.penalty(step, samples, mean_over_ranks)
         return nothing if penalty is None else penalty
+
+    def _over_ranks(self, local: int) -> tuple[int | Tensor, Callable[[Tensor], Tensor]]:
+        """Samples of all processes, on the device if there are several, and what averages a tensor over them all.
+
+        Args:
+            local: Samples of this process; others may have had more or fewer in their last batch.
+        """
+        if _world_size() == 1:
+            return local, lambda values: values
+        if self._batch is None or self._batch[0] != local:  # nothing goes to the device while batches stay alike
+            self._batch = local, torch.tensor(local, device=self._device)
+        samples = self._batch[1].clone()
+        dist.all_reduce(samples)
+        share = self._batch[1] / samples
+
+        def mean_over_ranks(values: Tensor) -> Tensor:
+            weighted = values * share
+            dist.all_reduce(weighted)
+            return weighted
+
+        return samples, mean_over_ranks
 
     def _scale_losses_by(self, loss_scale: Tensor) -> None:
         if self._loss_scale is None:
@@ -169,6 +191,7 @@ class Pruner:
         if device != self._device:
             state = self._policy.state_dict()
             self._device = device
+            self._batch = None
             self._loss_scale = None if self._loss_scale is None else self._loss_scale.to(device)
             self._rounding = self._table.rounding(self._surgery, device)
             self._costs = unit_costs(self._table, self.budget, self._measured, rounding=self._rounding)
@@ -363,27 +386,6 @@ def _measured_for_all(unit: MeasuredUnit, model: nn.Module, example: Tensor) -> 
     if isinstance(found[0], str):
         raise ConfigError(found[0])
     return UnitCost(**found[0])
-
-
-def _over_ranks(local: int, device: torch.device) -> tuple[int | Tensor, Callable[[Tensor], Tensor]]:
-    """Samples of all processes, on the device if there are several, and what averages a tensor over them all.
-
-    Args:
-        local: Samples of this process; others may have had more or fewer in their last batch.
-        device: Where the processes talk.
-    """
-    if _world_size() == 1:
-        return local, lambda values: values
-    samples = torch.tensor(local, device=device)
-    dist.all_reduce(samples)
-    share = local / samples
-
-    def mean_over_ranks(values: Tensor) -> Tensor:
-        weighted = values * share
-        dist.all_reduce(weighted)
-        return weighted
-
-    return samples, mean_over_ranks
 
 
 def _check_agreement(structure: Structure) -> None:

@@ -22,8 +22,6 @@ from greenprune.timing import StepTimes
 from greenprune.tracking import Event, EventLog, salvage_events, write_json
 from greenprune.unit_cost import MEASURED
 
-_G_PER_KWH = "energy/co2_g_per_kwh"
-
 
 class Told(NamedTuple):
     """What all ranks have told.
@@ -115,7 +113,8 @@ class Recorder:
     def _on_resuming(self, step: int, previous: list[Event], damaged: list[str]) -> list[str]:
         """What going on costs: steps that are done again, lines of the log that tell nothing any more."""
         notes = [f"{self._folder.events}: {line}; what was spent is a lower bound now" for line in damaged]
-        known = [event[_G_PER_KWH] for event in previous if event.get(_G_PER_KWH) is not None]
+        told = (event.get("energy/co2_g_per_kwh") for event in previous)
+        known = [g_per_kwh for g_per_kwh in told if g_per_kwh is not None]
         now = self._g_per_kwh
         if known and now is not None and known[-1] != now:
             notes.append(
@@ -172,7 +171,7 @@ class Recorder:
             channels=self._costs.channels,
             unit_cost=None if self._measured is None else self._measured.to_dict(),
             energy_sources=self.accounts.sources(),
-            **{_G_PER_KWH: self._g_per_kwh},
+            energy__co2_g_per_kwh=self._g_per_kwh,
             notes=self._notes,
             **self._numbers,
             **self.accounts.begin(),

@@ -5,21 +5,20 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+from in_process import stopped_at
 from launching import TRAIN, run
 from safetensors.torch import load_file
-from torch import Tensor, equal
+from torch import equal
 
 from greenprune.cli import main
 from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, ModelConfig, UserError, parse_config
 from greenprune.flops import count_costs
-from greenprune.interrupt import Interrupted
 from greenprune.models import find_channels
 from greenprune.network import kept_cost, prepare_network
 from greenprune.progress import Display
@@ -29,7 +28,6 @@ from greenprune.run import train
 from greenprune.surgery import Operation, Structure, replay, resolve_structure, structure_text
 from greenprune.sweep.plan import read_sweep
 from greenprune.tracking import course_of, read_events
-from greenprune.trainer import Trainer
 from greenprune.verify import verify_run
 
 FLAGS = ["--model.name", "resnet20", "--optim.epochs", "2", "--optim.lr", "0.05", "--removal.window", "5"]
@@ -226,21 +224,10 @@ def test_it_is_compared_with_the_dense_twin_and_is_none_itself(gated: Path, scra
     assert without["scratch"].standing == "structure given, no dense twin here"
 
 
-def test_interrupted_and_resumed_is_the_uninterrupted_run(
-    gated: Path, scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = Trainer._train_step
-
-    def asked_to_stop(trainer: Trainer, images: Tensor, labels: Tensor) -> None:
-        step(trainer, images, labels)
-        if trainer.step == 25:
-            signal.raise_signal(signal.SIGTERM)
-
+def test_interrupted_and_resumed_is_the_uninterrupted_run(gated: Path, scratch: Path, tmp_path: Path) -> None:
     folder = tmp_path / "it"
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_train_step", asked_to_stop)
-        with pytest.raises(Interrupted):
-            trained(folder, *DENSE, "--model.structure", str(gated))
+    with stopped_at(25):
+        trained(folder, *DENSE, "--model.structure", str(gated))
     with pytest.raises(UserError, match=r"it differs in model\.structure"):
         trained(folder, *DENSE, "--resume", "auto", "--model.structure", "remove stages.0.1")
     trained(folder, *DENSE, "--resume", "auto", "--model.structure", str(gated))

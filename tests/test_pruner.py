@@ -232,14 +232,14 @@ def test_the_penalty_beside_the_output_is_the_penalty_in_the_loss(shape: str) ->
     assert all(torch.equal(one, other) for one, other in zip(gradients(True), gradients(False), strict=True))
 
 
-@pytest.mark.parametrize("unit", ["flops", "time"])
-def test_processes_of_a_data_parallel_loop_agree(unit: str) -> None:
-    """Each on its own part of the data; what is measured is measured by one of them."""
-    done = run(Path(__file__).parent / "distributed" / "pruner_worker.py", [unit, "0.6"], processes=2)
+@pytest.mark.parametrize(("unit", "target"), [("flops", 0.4), ("time", 0.6)])
+def test_processes_of_a_data_parallel_loop_agree(unit: str, target: float) -> None:
+    """Each on its own part of the data, with other last batches; what is measured is measured by one of them."""
+    done = run(Path(__file__).parent / "distributed" / "pruner_worker.py", [unit, str(target)], processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = json.loads(done.stdout.strip().splitlines()[-1])
     assert first == second
-    assert first["kept_cost"] <= 0.6
+    assert first["kept_cost"] <= target
     assert first["gates_left"] == 0
     assert first["removed_blocks"]
 

@@ -6,7 +6,6 @@ import copy
 import io
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -23,16 +22,15 @@ from torchvision.ops import StochasticDepth
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 sys.path.insert(0, str(Path(__file__).parent / "energy"))
 from fake_powercap import Powercap
+from in_process import stopped_at
 from launching import TRAIN, run
 
 import greenprune.run
 from greenprune import BudgetConfig, GateConfig, Pruner
 from greenprune.config import Config, ConfigError, ModelConfig, OptimConfig, RemovalConfig
-from greenprune.interrupt import Interrupted
 from greenprune.models import CifarResNet, residual_blocks
 from greenprune.progress import Display
 from greenprune.run import train
-from greenprune.trainer import Trainer
 from greenprune.unit_cost import UnitCost, measure_unit_cost
 from greenprune.verify import verify_run
 
@@ -238,17 +236,8 @@ def test_a_run_that_goes_on_counts_with_what_was_measured_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trained(tmp_path / "whole")
-    step = Trainer._train_step
-
-    def asked_to_stop(trainer: Trainer, images: Tensor, labels: Tensor) -> None:
-        step(trainer, images, labels)
-        if trainer.step == 24:
-            signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_train_step", asked_to_stop)
-        with pytest.raises(Interrupted):
-            trained(tmp_path / "cut")
+    with stopped_at(24):
+        trained(tmp_path / "cut")
     monkeypatch.setattr(greenprune.run, "measure_unit_cost", _not_again)
     folder = trained(tmp_path / "cut", resume="auto")
     for figure in ("removals", "kept_cost", "accuracy", "loss"):

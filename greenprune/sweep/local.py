@@ -79,12 +79,11 @@ def run_here(
         finally:
             for started in going:
                 started.stop()
-            failed: OSError | None = None
             while going:
                 try:
-                    _take_ended(folder, going, tell if failed is None else _tell_nobody)
-                except OSError as error:  # whoever listened is gone; the runs still have to be awaited
-                    failed = error
+                    _take_ended(folder, going, tell)
+                except OSError:  # whoever listened is gone; the runs still have to be awaited
+                    tell = _tell_nobody
                 time.sleep(_POLL_S)
     return request.signal
 

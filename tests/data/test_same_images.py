@@ -2,57 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
-from torch import Tensor
+from in_process import stopped_at, train_on_images
 
-from greenprune.config import Config, DataConfig, GateConfig, ModelConfig, OptimConfig, UserError
-from greenprune.interrupt import Interrupted
-from greenprune.progress import Display
-from greenprune.run import train
-from greenprune.trainer import Trainer
+from greenprune.config import UserError
 
 
-def go(root: Path, folder: Path) -> float:
-    config = Config(
-        data=DataConfig(name="image_folder", root=str(root), image_size=32, batch_size=4, workers=0),
-        model=ModelConfig(name="resnet20"),
-        gate=GateConfig(enabled=False),
-        optim=OptimConfig(epochs=2),
-        output_dir=str(folder),
-        run_name="it",
-        resume="auto",
-    )
-    loss = train(config, {}, lambda: Display(io.StringIO())).summary["loss"]
-    assert isinstance(loss, float)
-    return loss
-
-
-def test_a_run_goes_on_with_its_own_images_only(
-    folder_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = Trainer._train_step
-
-    def asked_to_stop(trainer: Trainer, images: Tensor, labels: Tensor) -> None:
-        step(trainer, images, labels)
-        if trainer.step == 3:
-            signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_train_step", asked_to_stop)
-        with pytest.raises(Interrupted):
-            go(folder_root, tmp_path)
+def test_a_run_goes_on_with_its_own_images_only(folder_root: Path, tmp_path: Path) -> None:
+    with stopped_at(3):
+        train_on_images(folder_root, tmp_path, epochs=2)
     shutil.copytree(folder_root, tmp_path / "moved")
     shutil.copytree(folder_root, tmp_path / "other")
     (tmp_path / "other" / "val" / "n02" / "n02_0.JPEG").rename(tmp_path / "other" / "val" / "n01" / "n02_0.JPEG")
     before = {path: path.read_bytes() for path in (tmp_path / "it").rglob("*") if path.is_file()}
-    with pytest.raises(
-        UserError, match=r"data\.root: it holds another image_folder than the one that the run in .*it'"
-    ):
-        go(tmp_path / "other", tmp_path)
+    refusal = r"data\.root: it holds another image_folder than the one that the run in .*it'"
+    with pytest.raises(UserError, match=refusal):
+        train_on_images(tmp_path / "other", tmp_path, epochs=2)
     assert {path: path.read_bytes() for path in (tmp_path / "it").rglob("*") if path.is_file()} == before
-    assert go(tmp_path / "moved", tmp_path) == go(folder_root, tmp_path / "whole")
+    resumed = train_on_images(tmp_path / "moved", tmp_path, epochs=2)
+    whole = train_on_images(folder_root, tmp_path / "whole", epochs=2)
+    assert resumed.summary["loss"] == whole.summary["loss"]
+    assert (resumed.summary["attempts"], whole.summary["attempts"]) == (2, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -16,19 +15,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from in_process import train_on_images
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from greenprune.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from greenprune.cli import main
-from greenprune.config import Config, DataConfig, GateConfig, ModelConfig, OptimConfig
 from greenprune.export import ExportError, benchmark_inference, evaluate_file, export_network
 from greenprune.export.exporting import open_run
 from greenprune.export.inference import _LiveBytes
 from greenprune.models import ResidualBlock
-from greenprune.progress import Display
-from greenprune.run import train
 
 FORMATS = ("torch", "torch.export", "onnx", "safetensors", "hf")
 
@@ -473,15 +470,7 @@ def test_an_export_looks_at_the_images_of_its_run_and_at_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine, others = of_images(tmp_path / "mine", "ab", 0), of_images(tmp_path / "others", "xy", 1)
-    config = Config(
-        data=DataConfig(name="image_folder", root=str(mine), image_size=32, batch_size=4, workers=0),
-        model=ModelConfig(name="resnet20"),
-        gate=GateConfig(enabled=False),
-        optim=OptimConfig(epochs=1),
-        output_dir=str(tmp_path),
-        run_name="it",
-    )
-    train(config, {}, lambda: Display(io.StringIO()))
+    train_on_images(mine, tmp_path, epochs=1)
     capsys.readouterr()
     monkeypatch.setenv("GREENPRUNE_DATA", str(others))
     export = ["export", str(tmp_path / "it"), "--format", "torch"]
