@@ -1,4 +1,4 @@
-"""The curves of an accuracy study: accuracy against FLOPs and against joules, both over the dense twin's."""
+"""The curves of an accuracy study: accuracy against what inference and what training takes, over the dense twin's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-_AXES = {"flops": "FLOPs of inference / dense", "joules": "joules of training / dense twin"}
+_AXES = {
+    "flops": "FLOPs of inference / dense",
+    "training": "FLOPs of training / dense twin",
+    "joules": "joules of training / dense twin",
+}
 # Apart in hue and lightness, also for those who see colours differently.
 _COLOURS = (
     "#85837c",
@@ -27,21 +31,22 @@ _COLOURS = (
 _SYMBOLS = ("x", "circle", "square", "diamond", "triangle-up", "pentagon", "hexagon", "star", "cross", "hourglass")
 
 
-def write_curves(points: Sequence[dict[str, Any]], title: str, stem: Path) -> Path:
+def write_curves(points: Sequence[dict[str, Any]], title: str, stem: Path, axes: Sequence[str]) -> Path:
     """Draw a study's points, one line for each way to train.
 
     Args:
-        points: Each with ``series``, ``seeds``, ``accuracy`` in percent and its ``deviation``, ``flops`` and ``joules``
-            as shares of the dense twin's; None where unknown.
+        points: Each with ``series``, ``seeds``, ``accuracy`` in percent and its ``deviation``, and for each axis its
+            share of the dense twin's; None where unknown.
         title: Of the figure.
         stem: Path of the file without its ending.
+        axes: What accuracy is drawn against: flops (of inference), training (its FLOPs) or joules.
 
     Returns:
         The file: a PNG, or an HTML page where there is no browser to draw one with.
     """
-    figure = make_subplots(cols=len(_AXES), shared_yaxes=True, horizontal_spacing=0.04)
+    figure = make_subplots(cols=len(axes), shared_yaxes=True, horizontal_spacing=0.04)
     for number, series in enumerate(dict.fromkeys(point["series"] for point in points)):
-        for column, (key, axis) in enumerate(_AXES.items(), start=1):
+        for column, key in enumerate(axes, start=1):
             shown = [point for point in points if point["series"] == series and point[key] is not None]
             shown.sort(key=lambda point: point[key])
             figure.add_trace(
@@ -59,7 +64,7 @@ def write_curves(points: Sequence[dict[str, Any]], title: str, stem: Path) -> Pa
                 row=1,
                 col=column,
             )
-            figure.update_xaxes(title=axis, rangemode="tozero", row=1, col=column)
+            figure.update_xaxes(title=_AXES[key], rangemode="tozero", row=1, col=column)
     figure.update_yaxes(title="accuracy %", row=1, col=1)
     seeds = sorted({point["seeds"] for point in points})
     about = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seeds" if seeds else "no results"

@@ -50,7 +50,7 @@ PEERS = {
 }
 
 
-_OPTIONAL = "peer_targets, variants, choices, chosen_in, ablations, note and flags"
+_OPTIONAL = "peer_targets, variants, choices, chosen_in, ablations, shared, note and flags"
 FINETUNE_LRS = (1.0, 0.3)
 """Shares of the config's learning rate that the peers' fine-tuning chooses from."""
 
@@ -73,6 +73,7 @@ class Study:
         choices: By peer, the strengths of its sparsity term to choose from, on held-out training samples.
         chosen_in: Another study whose choices are taken over; None: this one makes its own.
         ablations: Target at which the parts of the method are exchanged one by one; None: they are not.
+        shared: Whether runs had other work beside them: then seconds and joules tell nothing, and are not shown.
         note: What a reader of the table has to know besides, such as what else ran on the machine.
         flags: Further fields of all runs.
     """
@@ -86,6 +87,7 @@ class Study:
     choices: dict[str, list[float]] = field(default_factory=dict)
     chosen_in: str | None = None
     ablations: float | None = None
+    shared: bool = False
     note: str = ""
     flags: list[str] = field(default_factory=list)
 
@@ -457,21 +459,21 @@ HEADER = (
     "FLOPs kept",
     "parameters kept",
     "training FLOPs / dense",
-    "joules / dense twin",
-    "time / dense twin",
 )
+METERED = ("joules / dense twin", "time / dense twin")
 SETTLED = "removals settled"
 
 
-def table(cells: list[Cell], found: Found, *, settled: bool = False) -> list[str]:
+def table(cells: list[Cell], found: Found, *, settled: bool = False, metered: bool = True) -> list[str]:
     """The rows of the table, in Markdown; ratios and differences seed by seed.
 
     Args:
         cells: What was trained.
         found: What came of it.
         settled: Also tell how many of the removals were settled and not a gate's own.
+        metered: Also tell joules and seconds.
     """
-    header = [*HEADER, *([SETTLED] if settled else [])]
+    header = [*HEADER, *(METERED if metered else ()), *([SETTLED] if settled else [])]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for cell in cells:
         runs = found[cell.name]
@@ -491,9 +493,12 @@ def table(cells: list[Cell], found: Found, *, settled: bool = False) -> list[str
             ratio(lambda seed: (runs[seed]["flops_forward"], runs[seed]["flops_forward_dense"]), sorted(runs), 3),  # noqa: B023
             ratio(lambda seed: (runs[seed]["params"], runs[seed]["params_dense"]), sorted(runs), 3),  # noqa: B023
             ratio(lambda seed: (runs[seed]["flops_train"], _dense_training(cell, runs, twins, seed)), sorted(runs), 3),  # noqa: B023
-            ratio(lambda seed: (runs[seed]["energy_j"], twins[seed]["energy_j"]), both, 2),  # noqa: B023
-            ratio(lambda seed: (runs[seed]["time_s"], twins[seed]["time_s"]), both, 2),  # noqa: B023
         ]
+        if metered:
+            cells_of_row += [
+                ratio(lambda seed: (runs[seed]["energy_j"], twins[seed]["energy_j"]), both, 2),  # noqa: B023
+                ratio(lambda seed: (runs[seed]["time_s"], twins[seed]["time_s"]), both, 2),  # noqa: B023
+            ]
         if settled:
             cells_of_row.append(_settled(list(runs.values())))
         lines.append("| " + " | ".join(cells_of_row) + " |")
@@ -529,6 +534,8 @@ def points(cells: list[Cell], found: Found) -> list[dict[str, Any]]:
             for seed, run in runs.items()
             if run["energy_j"] and seed in twins and twins[seed]["energy_j"]
         ]
+        training = [(run["flops_train"], _dense_training(cell, runs, twins, seed)) for seed, run in runs.items()]
+        shares = [spent / dense for spent, dense in training if dense]
         accuracies = [100 * run["accuracy"] for run in runs.values()]
         shown.append(
             {
@@ -537,6 +544,7 @@ def points(cells: list[Cell], found: Found) -> list[dict[str, Any]]:
                 "accuracy": statistics.mean(accuracies),
                 "deviation": statistics.stdev(accuracies) if len(runs) > 1 else None,
                 "flops": statistics.mean(run["flops_forward"] / run["flops_forward_dense"] for run in runs.values()),
+                "training": statistics.mean(shares) if shares else None,
                 "joules": statistics.mean(joules) if joules else None,
             }
         )
@@ -545,7 +553,7 @@ def points(cells: list[Cell], found: Found) -> list[dict[str, Any]]:
 
 def report(study: Study, cells: list[Cell], found: Found, file: Path) -> str:
     """Write the table and the curves of what is there; the table."""
-    text = "\n".join(table(cells, found, settled=study.ablations is not None))
+    text = "\n".join(table(cells, found, settled=study.ablations is not None, metered=not study.shared))
     some = next((run for cell in cells if not cell.varied for run in found[cell.name].values()), None)
     if some is None:
         return text
@@ -557,12 +565,15 @@ def report(study: Study, cells: list[Cell], found: Found, file: Path) -> str:
         chosen = " The peers' settings are those of `benchmarks/peers/pruning.py`."
         if home is not None:
             chosen = f" The peers' settings were chosen on held-out training samples (`{home}/chosen-*.json`)."
+    joules = f"Joules: {some['energy_quality']}."
+    if study.shared:
+        joules = "These runs had other work beside them: their seconds and joules tell nothing and are not shown."
     text += (
         f"\n\n`{shlex.join(['python', 'benchmarks/accuracy/study.py', str(file)])}`: mean ± sample standard "
         f"deviation over seeds; differences and ratios seed by seed. {some['config']['optim']['epochs']} epochs in all "
         f"for every cell that does not say otherwise, evaluated on the {some['accuracy_kind']} set after the last "
         f"one.{chosen} {where}, torch "
-        f"{provenance['versions']['torch']}; joules: {some['energy_quality']}. {study.note} "
+        f"{provenance['versions']['torch']}. {joules}{f' {study.note}' if study.note else ''} "
         "Each cell's command is in its file."
     )
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -571,7 +582,9 @@ def report(study: Study, cells: list[Cell], found: Found, file: Path) -> str:
         sys.path.insert(0, str(Path(__file__).parent))
         from curves import write_curves  # it lies beside this file
 
-        drawn = f"\n![curves]({write_curves(points(cells, found), study.name, RESULTS / study.name).name})\n"
+        axes = ("flops", "training" if study.shared else "joules")
+        picture = write_curves(points(cells, found), study.name, RESULTS / study.name, axes)
+        drawn = f"\n![curves]({picture.name})\n"
     (RESULTS / f"{study.name}.md").write_text(f"{text}\n{drawn}")
     return text
 

@@ -99,6 +99,11 @@ def test_the_table_compares_seed_by_seed_and_leaves_out_what_is_not_there() -> N
     assert "| ours, block, 0.5 | 3 | 77.33 ± 23.76 | 0.00 ± 1.41 | 0.467 ± 0.058 |" in rows[1]
     assert "| 0.80 |" in rows[1]  # joules of the one seed that has them
     assert rows[2] == "| other, 0.5 | 0 | - | - | - | - | - | - | - |"
+    shared = study.table(cells, found, metered=False)  # with other work beside
+    assert "joules" not in shared[0]
+    assert shared[2:] == [" | ".join(row.split(" | ")[:-2]) + " |" for row in rows]
+    drawn = {point["series"]: point["training"] for point in study.points(cells, found)}
+    assert drawn == {"dense twin": 0.75, "ours, block": 0.75}
 
 
 def test_a_variant_that_is_trained_longer_is_set_against_the_dense_twin_of_the_study() -> None:
