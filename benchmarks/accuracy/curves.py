@@ -59,7 +59,7 @@ def write_curves(points: Sequence[dict[str, Any]], title: str, stem: Path, axes:
                     showlegend=column == 1,
                     mode="lines+markers",
                     line={"color": _COLOURS[number % len(_COLOURS)], "width": 1.5},
-                    marker={"symbol": _SYMBOLS[number % len(_SYMBOLS)], "size": 9},
+                    marker={"symbol": _SYMBOLS[(number + number // len(_COLOURS)) % len(_SYMBOLS)], "size": 9},
                 ),
                 row=1,
                 col=column,
