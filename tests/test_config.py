@@ -432,7 +432,7 @@ def test_arguments_that_are_no_flags_are_refused(args: list[str]) -> None:
         {"optim.lr": 0.2},
         {"optim.epochs": 3},
         {"budget.target": 0.3},
-        {"gate.warmup": 0.2},
+        {"gate.warmup": 0.15},
         {"gate.enabled": "false"},
         {"removal.decide_by": 0.6},
         {"model.name": "resnet20"},

@@ -31,7 +31,11 @@ def make_pruner(units: list[str] | None = None, target: float = 0.5, **settings:
     torch.manual_seed(0)
     model = CifarResNet(20, 10, channels=1)
     gate = GateConfig(units=units or ["block", "channel"])  # type: ignore[arg-type]
-    options = {"removal": RemovalConfig(window=WINDOW), "budget": BudgetConfig(target=target), **settings}
+    options = {
+        "removal": RemovalConfig(window=WINDOW, decide_by=0.3),
+        "budget": BudgetConfig(target=target),
+        **settings,
+    }
     return model, Pruner(model, torch.randn(2, 1, 8, 8), total_steps=STEPS, gate=gate, **options)  # type: ignore[arg-type]
 
 

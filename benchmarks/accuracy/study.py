@@ -160,10 +160,10 @@ def ablations(target: float) -> list[Cell]:
         ),
         *(
             cell(f"decide-{share:g}", f"decided by {share:g}", "--removal.decide_by", f"{share:g}")
-            for share in (0.2, 0.5, 0.8)
+            for share in (0.3, 0.5, 0.8)
         ),
         cell("no-warmup", "no warm-up", "--gate.warmup", "0"),
-        cell("warmup-0.2", "warm-up 0.2", "--gate.warmup", "0.2"),
+        cell("warmup-0.15", "warm-up 0.15", "--gate.warmup", "0.15"),
         cell("time", "budget in measured time", "--budget.unit", "time"),
         cell("masked", "masked, not removed", ablated=("--mask",)),
         cell("channel", "channels", "--gate.units", "[channel]"),

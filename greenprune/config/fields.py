@@ -226,7 +226,7 @@ class RemovalConfig:
     freeze_after: int = 3
     """Windows over which a unit must be on for every sample to lose its gate. Before the budget is met a unit whose
     gate is gone could no longer be chosen, so units freeze only then."""
-    decide_by: float = 0.3
+    decide_by: float = 0.2
     """Share of the run after which no unit is undecided: what is left is settled against the budget."""
 
     def __post_init__(self) -> None:
