@@ -1,10 +1,13 @@
-"""Random block removal at the schedule of a run: the same number of blocks, of the same cost, at the same steps.
+"""Random removal at the schedule of a run of blocks or of channels: as much of the cost, at the same steps.
 
     python benchmarks/accuracy/random_removal.py runs/NAME --config configs/digits.yaml --run_name random
 
-Everything else is the run's: the gates are there and stay open, so that what differs is which blocks go. Units that
-cost the same are exchanged for one another (in a CIFAR ResNet the blocks that keep the shape, of all stages), so the
-FLOPs are those of the run at every step, but for the gates' own.
+Everything else is the run's: the gates are there and stay open, so that what differs is which units go.
+
+- **Blocks** that cost the same are exchanged for one another (in a CIFAR ResNet those that keep the shape, of all
+  stages), so the FLOPs are those of the run at every step, but for the gates' own.
+- **Channels** go at random within their layer, and from all layers alike: what is left is the network of a smaller
+  width, which is what one would take without looking. Its FLOPs are the run's at every step, to within one channel.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any
 import greenprune.run
 from greenprune.command import run_command
 from greenprune.config import load_config
-from greenprune.gating import GatePolicy, UnitWindow, Verdict
+from greenprune.gating import GatePolicy, UnitWindow, Verdict, channel_unit, split_unit
 from greenprune.surgery import Structure
 from greenprune.trainer import Trainer
 
@@ -27,7 +30,7 @@ STILL = "1e-12"
 
 
 class RandomPolicy(GatePolicy):
-    """Removes random blocks where another run has removed its own.
+    """Removes random units when another run has removed its own.
 
     Attributes:
         schedule: The other run's structure.
@@ -42,7 +45,14 @@ class RandomPolicy(GatePolicy):
         super().penalty_of_pass(*args, **kwargs)
 
     def _decide(self, window: dict[str, UnitWindow], steps_done: int, *, final: bool) -> list[Verdict]:
-        left = sorted(window)
+        verdicts = self._channels(steps_done) if self.costs.channels else self._blocks(sorted(window), steps_done)
+        if final:
+            gone = {verdict.unit for verdict in verdicts if verdict.channels is None}
+            owners = dict.fromkeys(split_unit(unit)[0] for unit in window)
+            verdicts += [Verdict(owner, "freeze", "settled") for owner in owners if owner not in gone]
+        return verdicts
+
+    def _blocks(self, left: list[str], steps_done: int) -> list[Verdict]:
         chance = random.Random(f"{self.seed} {steps_done}")
         verdicts: list[Verdict] = []
         for removal in self.schedule.removed():
@@ -53,15 +63,43 @@ class RandomPolicy(GatePolicy):
             unit = chance.choice(alike)
             left.remove(unit)
             verdicts.append(Verdict(unit, "remove", "settled"))
-        if final:
-            verdicts += [Verdict(unit, "freeze", "settled") for unit in left]
         return verdicts
+
+    def _channels(self, steps_done: int) -> list[Verdict]:
+        """The next channels in an order in which all sets come to their end together, down to the other run's cost."""
+        gone: set[str] = set()
+        for removal in self.schedule.removed():
+            if removal.step <= steps_done:
+                blocks = [name for name in self.costs.everything() if name.startswith(f"{removal.unit}:")]
+                of_set = [channel_unit(removal.unit, index) for index in removal.channels or ()]
+                gone.update(of_set or [removal.unit, *blocks])
+        goal = self.costs.kept(self.costs.everything() - gone)
+        present, going = set(self.present), dict[str, list[int]]()
+        for name, index in self._order():
+            if self.costs.kept(present) <= goal + 1e-9:
+                break
+            if channel_unit(name, index) in present:
+                present.remove(channel_unit(name, index))
+                going.setdefault(name, []).append(index)
+        return [Verdict(name, "remove", "settled", tuple(sorted(indices))) for name, indices in going.items()]
+
+    def _order(self) -> list[tuple[str, int]]:
+        """All channels: at random within a set, the n-th part of each set before the next of any."""
+        chance = random.Random(self.seed)
+        places: list[tuple[float, str, int]] = []
+        for name, count in sorted(self.costs.channels.items()):
+            indices = chance.sample(range(count), count)
+            places += [((place + 1) / count, name, index) for place, index in enumerate(indices)]
+        return [(name, index) for _, name, index in sorted(places)]
 
 
 def main() -> int:
     like = greenprune.run.RunFolder(Path(sys.argv[1]))
     structure = Structure.from_dict(greenprune.run.json.loads(like.structure.read_text()))
-    seed = load_config(like.config).seed
+    config = load_config(like.config)
+    seed, units = config.seed, config.gate.units
+    if len(units) != 1:
+        sys.exit(f"{sys.argv[1]}: gate.units {list(units)} cannot be exchanged at random; expected a run of one kind")
 
     class RandomTrainer(Trainer):
         """A trainer whose policy is random."""
@@ -74,7 +112,8 @@ def main() -> int:
             return policy
 
     greenprune.run.Trainer = RandomTrainer  # type: ignore[misc]
-    flags = [*sys.argv[2:], "--seed", str(seed), "--gate.units", "[block]", "--gate.kind", "static", "--gate.lr", STILL]
+    flags = [*sys.argv[2:], "--seed", str(seed), "--gate.units", f"[{units[0]}]", "--gate.kind", "static"]
+    flags += ["--gate.lr", STILL]
     return run_command(flags, os.environ, prog="random_removal.py")
 
 

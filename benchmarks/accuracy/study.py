@@ -116,7 +116,7 @@ class Cell:
         flags: Fields of the run that differ.
         after: Cell whose run has to be there first.
         peer: Method of ``benchmarks/peers/pruning.py``; None for our own runs.
-        random: Whether blocks go at random, when those of ``after`` went.
+        random: Whether units go at random, when those of ``after`` went.
         ablated: Flags of ``benchmarks/accuracy/ablated.py``, if it trains the cell.
         varied: Whether it may be trained for other epochs than the rest.
     """
@@ -194,16 +194,18 @@ def cells_of(study: Study) -> list[Cell]:
             Cell(f"scratch-{name}-{at}", f"{name}'s structure from scratch", target, dense, after=f"{name}-{at}")
             for name in UNITS
         ]
-        cells.append(
+        at_random = ("--budget.target", at)
+        cells += [
+            Cell(f"random-{at}", "random blocks, same schedule", target, at_random, f"block-{at}", random=True),
             Cell(
-                f"random-{at}",
-                "random blocks, same schedule",
+                f"random-channel-{at}",
+                "random channels, all layers alike, same schedule",
                 target,
-                ("--budget.target", at),
-                f"block-{at}",
+                at_random,
+                f"channel-{at}",
                 random=True,
-            )
-        )
+            ),
+        ]
         cells += [_variant(name, target, flags) for name, flags in study.variants.items()]
     for target in study.peer_targets:
         cells += [Cell(f"{peer}-{target:g}", label, target, peer=peer) for peer, label in PEERS.items()]

@@ -182,6 +182,27 @@ def test_masking_ends_with_the_accuracy_of_removing(tmp_path: Path) -> None:
     assert found["removed"]["flops_forward"] < found["removed"]["flops_forward_dense"]
 
 
+def test_random_channels_go_from_all_layers_alike_when_those_of_a_run_went(tmp_path: Path) -> None:
+    flags = ["--config", "configs/digits.yaml", "--model.name", "resnet20", "--optim.epochs", "2"]
+    flags += ["--output_dir", str(tmp_path), "--run_name"]
+    ours = [sys.executable, "-m", "greenprune.train", *flags, "ours", "--gate.units", "[channel]"]
+    for_random = [sys.executable, "benchmarks/accuracy/random_removal.py", str(tmp_path / "ours"), *flags, "random"]
+    found = {}
+    for name, command in {"ours": ours, "random": for_random}.items():
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads((tmp_path / name / "summary.json").read_text())
+    steps = {name: [removal["step"] for removal in summary["removals"]] for name, summary in found.items()}
+    assert set(steps["random"]) == set(steps["ours"])
+    assert 0.49 < found["random"]["kept_cost"] <= found["ours"]["kept_cost"]
+    gone: dict[str, int] = {}
+    for removal in found["random"]["removals"]:
+        gone[removal["unit"]] = gone.get(removal["unit"], 0) + removal["channels"]
+    widths = {f"stages.{stage}.{block}:hidden": 16 * 2**stage for stage in range(3) for block in range(3)}
+    shares = [gone[name] / width for name, width in widths.items()]
+    assert max(shares) - min(shares) <= 1 / 16
+
+
 @pytest.mark.slow
 def test_a_small_study_is_trained_kept_and_not_trained_again(tmp_path: Path) -> None:
     folder = ROOT / "benchmarks" / "results" / "accuracy"
@@ -189,7 +210,7 @@ def test_a_small_study_is_trained_kept_and_not_trained_again(tmp_path: Path) -> 
         "config: configs/digits.yaml\nseeds: [0]\ntargets: [0.5]\nflags: ['--optim.epochs', '2']\n"
     )
     command = [sys.executable, "benchmarks/accuracy/study.py", str(tmp_path / "small-test.yaml")]
-    command += ["--runs", str(tmp_path / "runs"), "--cells", "dense", "block", "scratch-block", "random"]
+    command += ["--runs", str(tmp_path / "runs"), "--cells", "dense", "block", "scratch-block", "random-0.5"]
     try:
         cut = subprocess.run(
             [*command, "--minutes", "0.08"], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
