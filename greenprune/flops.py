@@ -7,11 +7,11 @@ activations and pooling are not (torch.utils.flop_counter).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 _BATCH = 2  # batch normalisation in training needs more than one value a channel
@@ -66,7 +66,36 @@ def _convolution_backward(
 _CORRECTIONS = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
-def count_costs(model: nn.Module, image_shape: tuple[int, ...], names: Iterable[str] = ("",)) -> dict[str, Cost]:
+def go_back_from(output: object) -> None:
+    """The backward pass of a sum over a network's output: a tensor, or tuples, lists and dicts of tensors.
+
+    Raises:
+        TypeError: There is nothing in it that training goes back through.
+    """
+    tensors = list(_tensors(output))
+    if not tensors:
+        raise TypeError(
+            f"the network gives a {type(output).__name__} without a tensor that training goes back through; expected a "
+            "tensor, or a tuple or dict of tensors"
+        )
+    torch.autograd.backward(tensors, [torch.ones_like(tensor) for tensor in tensors])
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.requires_grad:
+            yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for item in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(item)
+
+
+def count_costs(
+    model: nn.Module,
+    image_shape: tuple[int, ...],
+    names: Iterable[str] = ("",),
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Cost]:
     """Count what a network and its parts cost, gates included.
 
     Nothing is computed: the passes run on the meta device, in tenths of a second.
@@ -75,17 +104,18 @@ def count_costs(model: nn.Module, image_shape: tuple[int, ...], names: Iterable[
         model: The unwrapped network.
         image_shape: Shape of one input without the batch: [C, H, W] of an image.
         names: Module paths as in ``named_modules``; the empty one is the whole network.
+        dtype: Of the input.
 
     Returns:
         The cost of each named module.
     """
     shadow = copy.deepcopy(model).to("meta").train()
-    images = torch.empty(_BATCH, *image_shape, device="meta")
+    images = torch.empty(_BATCH, *image_shape, dtype=dtype, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         shadow(images)
     # One counter over both passes: it knows whose backward it sees only if it saw the forward.
     with FlopCounterMode(display=False, custom_mapping=_CORRECTIONS) as training:
-        shadow(images).sum().backward()
+        go_back_from(shadow(images))
     in_forward, in_training = forward.get_flop_counts(), training.get_flop_counts()
     root = type(model).__name__
     costs = {}

@@ -53,13 +53,20 @@ class UnitTable:
     widths: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, image_shape: tuple[int, ...], also: Collection[str] = ()) -> UnitTable:
+    def of(
+        cls,
+        model: nn.Module,
+        image_shape: tuple[int, ...],
+        also: Collection[str] = (),
+        dtype: torch.dtype = torch.float32,
+    ) -> UnitTable:
         """Count the costs of a network from which nothing has been removed.
 
         Args:
             model: The network, with the gates it starts with.
             image_shape: Shape of one image [C, H, W].
             also: Sets of channels without gates of which something may be gone too.
+            dtype: Of the images.
         """
         blocks = residual_blocks(model)
         gated = find_gates(model)
@@ -69,7 +76,7 @@ class UnitTable:
         holders = {path for found in sets.values() for path, _ in found.sizes}
         inside = [f"{path}.{child}" for path in holders for child, _ in model.get_submodule(path).named_children()]
         names = ["", *(f"{name}.branch" for name in blocks), *gate_paths.values(), *holders, *inside]
-        counts = count_costs(model, image_shape, names)
+        counts = count_costs(model, image_shape, names, dtype)
         gates = {name: counts[path] for name, path in gate_paths.items()}
         branches = {
             name: subtract(
@@ -185,14 +192,16 @@ def with_unit_cost(network: Network, measured: UnitCost, budget: BudgetConfig) -
     """The network with costs as they were measured.
 
     Raises:
-        ConfigError: The budget's target cannot be met, or a structure that was given lacks channels, whose cost is
-            not measured.
+        ConfigError: The budget's target cannot be met, or is met already by a structure that was given, or that lacks
+            channels, whose cost is not measured.
     """
     if network.table.channels:
         raise ConfigError(
             f"budget.unit: {budget.unit!r} is not valid with channels gated or given; expected flops or params"
         )
-    return replace(network, costs=unit_costs(network.table, budget, measured), measured=measured)
+    costs = unit_costs(network.table, budget, measured)
+    _check_more_may_go(costs, network.table, network.given, budget)
+    return replace(network, costs=costs, measured=measured)
 
 
 def _shares(table: UnitTable, measure: Callable[[Cost], int]) -> UnitCosts:
@@ -283,7 +292,7 @@ def prepare_network(config: Config, data: ImageShape, device: torch.device = CPU
     try:
         shape = (data.channels, data.image_size, data.image_size)
         table = UnitTable.of(model, shape, also=given.removed_channels().keys())
-    except RuntimeError as error:
+    except (AssertionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"model.name: {config.model.name!r} cannot take images of {data.image_size} x {data.image_size} pixels: "
@@ -291,8 +300,8 @@ def prepare_network(config: Config, data: ImageShape, device: torch.device = CPU
         ) from None
     _check_fits(given, model, config)
     costs = unit_costs(table, config.budget, rounding=table.rounding(config.surgery, device))
-    if config.gate.enabled and given.operations:
-        _check_more_may_go(kept_cost(costs, given), config)
+    if config.budget.unit not in MEASURED:
+        _check_more_may_go(costs, table, given, config.budget)
     return Network(model, table, costs, given, notes=notes)
 
 
@@ -308,10 +317,13 @@ def _check_fits(given: Structure, model: nn.Module, config: Config) -> None:
         ) from None
 
 
-def _check_more_may_go(kept: float, config: Config) -> None:
-    if kept <= config.budget.target:
+def _check_more_may_go(costs: UnitCosts, table: UnitTable, given: Structure, budget: BudgetConfig) -> None:
+    if not (table.gates and given.operations):
+        return
+    kept = kept_cost(costs, given)
+    if kept <= budget.target:
         raise ConfigError(
-            f"budget.target: {config.budget.target} is not valid with this model.structure, which keeps {kept:.3f}; "
+            f"budget.target: {budget.target} is not valid with this model.structure, which keeps {kept:.3f}; "
             "expected less, or gate.enabled false"
         )
 

@@ -78,7 +78,7 @@ class Pruner:
         convert_blocks(model, example)
         attach_gates(model, self.gate)
         self.notes = gating_notes(model, self.gate)
-        self._table = UnitTable.of(model, tuple(example.shape[1:]))
+        self._table = UnitTable.of(model, tuple(example.shape[1:]), dtype=example.dtype)
         unit = self.budget.unit
         self._measured = _measured_for_all(unit, model, example) if unit in MEASURED else None
         self._device = example.device

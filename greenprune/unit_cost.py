@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from greenprune.config import ConfigError
 from greenprune.energy import POWERCAP, MeterUnavailable, Source, open_counters
+from greenprune.flops import go_back_from
 from greenprune.models import ResidualBlock, residual_blocks
 from greenprune.provenance import gpu_uuid
 
@@ -84,8 +85,9 @@ def measure_unit_cost(
     that changes the shape) is taken off. Turns go round over all that is measured, so that each has a chance of a quiet
     moment. The network and the random state stay as they are.
 
-    Of seconds the least of the turns counts, for what disturbs only adds. On a CPU it is processor time, which other
-    work on the same cores changes little where seconds on the clock change by threefold (docs/log.md). Energy is that
+    Of seconds the least of the turns counts, for what disturbs only adds. On a CPU it is the processor time of one
+    thread, which other work on the same cores changes little where seconds on the clock change by threefold
+    (docs/log.md). Energy is that
     of the GPU, or of all CPUs of the machine and their memory, by the hardware's counter from one of its updates to
     another, which takes seconds for each kind of block; the median of the turns counts. What the device draws when
     idle is in it: a block that goes saves that too, for as long as it ran.
@@ -188,7 +190,7 @@ def _pass_of(module: nn.Module, x: Tensor, autocast: Autocast) -> Callable[[], N
         x.grad = None
         with autocast():
             out = module(x.clone() if x.requires_grad else x)  # layers in place would change a leaf
-        out.backward(torch.ones_like(out))
+        go_back_from(out)
 
     return once
 
@@ -196,16 +198,31 @@ def _pass_of(module: nn.Module, x: Tensor, autocast: Autocast) -> Callable[[], N
 def _least_seconds(passes: Passes, device: torch.device, turns: int = _TURNS) -> dict[str, float]:
     """Seconds of each pass."""
     least = dict.fromkeys(passes, math.inf)
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    for turn in range(_WARM_UP + turns):
-        for name, once in passes.items():
-            _wait_for(device)
-            started = clock()
-            once()
-            _wait_for(device)
-            if turn >= _WARM_UP:
-                least[name] = min(least[name], clock() - started)
+    on_cpu = device.type == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    with _one_thread() if on_cpu else nullcontext():
+        for turn in range(_WARM_UP + turns):
+            for name, once in passes.items():
+                _wait_for(device)
+                started = clock()
+                once()
+                _wait_for(device)
+                if turn >= _WARM_UP:
+                    least[name] = min(least[name], clock() - started)
     return least
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within, operators take one thread: several that wait for each other take processor time too, while one lacks a
+    core, and then a whole network looks dearer than all of its blocks.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _usual_joules(passes: Passes, counters: Sequence[Source], device: torch.device) -> dict[str, float]:

@@ -20,7 +20,7 @@ from greenprune.cli import main
 from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, ModelConfig, UserError, parse_config
 from greenprune.flops import count_costs
 from greenprune.models import find_channels
-from greenprune.network import kept_cost, prepare_network
+from greenprune.network import kept_cost, prepare_network, with_unit_cost
 from greenprune.progress import Display
 from greenprune.report.comparison import compare_runs
 from greenprune.report.history import read_history
@@ -28,6 +28,7 @@ from greenprune.run import train
 from greenprune.surgery import Operation, Structure, replay, resolve_structure, structure_text
 from greenprune.sweep.plan import read_sweep
 from greenprune.tracking import course_of, read_events
+from greenprune.unit_cost import UnitCost
 from greenprune.verify import verify_run
 
 FLAGS = ["--model.name", "resnet20", "--optim.epochs", "2", "--optim.lr", "0.05", "--removal.window", "5"]
@@ -148,6 +149,19 @@ def test_gates_on_top_of_what_meets_the_budget_already_are_refused() -> None:
     gated = Config(model=ModelConfig(name="resnet20", structure=TEXT), budget=BudgetConfig(target=0.9))
     with pytest.raises(ConfigError, match=r"^budget\.target: 0\.9 .*which keeps 0\.8\d+; expected less"):
         prepare_network(gated, Images())
+
+
+def test_gates_on_top_are_judged_by_what_the_budget_counts() -> None:
+    """By what was measured, once it is: its share of the FLOPs says nothing of its share of the seconds."""
+    budget = BudgetConfig(target=0.9, unit="time")
+    text = "remove stages.1.1"
+    network = prepare_network(Config(model=ModelConfig(name="resnet20", structure=text), budget=budget), Images())
+    assert kept_cost(network.costs, network.given) <= 0.9
+    seconds = dict.fromkeys(network.table.branches, 0.1)
+    dear, cheap = UnitCost(1.05, seconds), UnitCost(1.05, seconds | {"stages.1.1": 0.2})
+    assert with_unit_cost(network, dear, budget).measured == dear
+    with pytest.raises(ConfigError, match=r"^budget\.target: 0\.9 .*which keeps 0\.810; expected less"):
+        with_unit_cost(network, cheap, budget)
 
 
 # What it costs.

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DataParallel
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+from torchvision.models import VisionTransformer
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launching import run
@@ -220,9 +222,7 @@ def test_the_penalty_beside_the_output_is_the_penalty_in_the_loss(shape: str) ->
         torch.manual_seed(0)
         model = Shaped(CifarResNet(20, 10, channels=1))
         settings = GateConfig(units=["block", "channel"], warmup=0.0)
-        # The example only serves to count: the tensor form of the network's own output.
-        pruner = Pruner(model.network, torch.randn(2, 1, 8, 8), total_steps=STEPS, gate=settings)
-        pruner.model = model
+        pruner = Pruner(model, torch.randn(2, 1, 8, 8), total_steps=STEPS, gate=settings)
         images, labels = batch_of(0)
         if hidden:
             pruner.penalize_output()
@@ -268,6 +268,83 @@ def test_the_pruner_is_where_the_network_is(moved: str) -> None:
     loss.backward()
     assert loss.device.type == "meta"
     assert all(parameter.grad is not None for parameter in gate_parameters(model))
+
+
+def test_a_network_of_words_is_pruned() -> None:
+    """Its input is whole numbers, of which no gradient is asked."""
+    torch.manual_seed(0)
+    blocks = [ResidualBlock(mlp(8), nn.Identity(), nn.ReLU(), input_activated=False) for _ in range(4)]
+    model = nn.Sequential(nn.Embedding(50, 8), *blocks, nn.Flatten(), nn.Linear(24, 10))
+    words = torch.randint(0, 50, (16, 3))
+    pruner = Pruner(model, words, total_steps=STEPS, budget=BudgetConfig(0.6))
+    optimizer = make_optimizer(pruner)
+    for _ in range(STEPS):
+        loss = functional.cross_entropy(model(words), words[:, 0] % 10) + pruner.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        pruner.step(optimizer)
+    assert pruner.report()["gates_left"] == 0
+    assert 0.3 < pruner.report()["kept_cost"] <= 0.6
+
+
+def mlp(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+
+
+@pytest.mark.parametrize("units", [["block"], ["channel"], ["block", "channel"]], ids="-".join)
+def test_a_penalty_asked_for_under_autocast_is_the_same(units: list[str]) -> None:
+    def penalty(enabled: bool) -> tuple[Tensor, list[Tensor]]:
+        torch.manual_seed(0)
+        model = CifarResNet(20, 10, channels=1)
+        gate = GateConfig(units=units, warmup=0.0)  # type: ignore[arg-type]
+        pruner = Pruner(model, torch.randn(2, 1, 8, 8), total_steps=STEPS, gate=gate)
+        model(batch_of(0)[0])
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = pruner.penalty()
+        found.backward()
+        return found, [parameter.grad for parameter in gate_parameters(model) if parameter.grad is not None]
+
+    (with_it, gradients), (without, expected) = penalty(True), penalty(False)
+    assert with_it.dtype == torch.float32
+    assert torch.equal(with_it, without)
+    assert expected
+    assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("cast", ["before", "after"])
+def test_a_network_in_half_the_precision_has_gates_in_full(cast: str) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = VisionTransformer(
+        image_size=16, patch_size=8, num_layers=4, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=4
+    )
+    images = torch.randn(4, 3, 16, 16)
+    if cast == "before":
+        model.bfloat16()
+    gate = GateConfig(units=["block", "channel"], warmup=0.0)
+    pruner = Pruner(model, images.to(next(model.parameters()).dtype), total_steps=STEPS, gate=gate)
+    model.bfloat16()
+    assert {parameter.dtype for parameter in gate_parameters(model)} == {torch.float32}
+    loss = model(images.bfloat16()).float().logsumexp(1).sum() + pruner.penalty()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in gate_parameters(model))
+
+
+def test_what_is_left_can_be_pruned_again() -> None:
+    """A second budget is of what the first has left, and counted from there."""
+    model, pruner = make_pruner(["channel"], 0.7)
+    train(model, pruner, make_optimizer(pruner), range(STEPS))
+    first = pruner.report()
+    settings = {"removal": RemovalConfig(window=WINDOW, decide_by=0.3), "budget": BudgetConfig(0.7)}
+    gate = GateConfig(units=["channel"])
+    again = Pruner(model, torch.randn(2, 1, 8, 8), total_steps=STEPS, gate=gate, **settings)  # type: ignore[arg-type]
+    optimizer = make_optimizer(again)
+    train(model, again, optimizer, range(STEPS))
+    report = again.report()
+    assert report["flops_forward_dense"] == first["flops_forward"]
+    assert 0.68 < report["kept_cost"] <= 0.7
+    assert report["flops_forward"] / report["flops_forward_dense"] == pytest.approx(report["kept_cost"])
+    assert report["params"] == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_frozen_parameters_cost_what_others_do() -> None:
@@ -326,6 +403,38 @@ def test_a_penalty_without_a_forward_pass_is_refused() -> None:
     _, pruner = make_pruner()
     with pytest.raises(RuntimeError, match="run the network in training"):
         pruner.penalty()
+
+
+def test_a_network_with_gates_is_refused() -> None:
+    model, _ = make_pruner()
+    with pytest.raises(UserError, match="has gates already; expected a fresh one"):
+        Pruner(model, torch.randn(2, 1, 8, 8), total_steps=STEPS)
+
+
+def test_gates_of_a_part_in_evaluation_mode_are_told() -> None:
+    model, pruner = make_pruner()
+    model.train()
+    model.stages[0].eval()  # type: ignore[index, union-attr]
+    model(batch_of(0)[0])
+    with pytest.raises(RuntimeError, match=r"6 of 18 gates are in evaluation mode.*batch norms alone"):
+        pruner.penalty()
+
+
+def test_checkpoints_of_activations_that_keep_no_gradient_are_refused() -> None:
+    """Those run the blocks without gradients first, and their decisions would teach the gates nothing."""
+
+    def forward(reentrant: bool) -> Pruner:
+        model, pruner = make_pruner()
+        stages = model.stages
+        assert isinstance(stages, nn.Module)
+        run_stages = stages.forward
+        stages.forward = lambda x: checkpoint(run_stages, x, use_reentrant=reentrant)
+        model(batch_of(0)[0])
+        return pruner
+
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        forward(True).penalty()
+    forward(False).penalty()
 
 
 def test_a_wrapped_network_is_refused() -> None:

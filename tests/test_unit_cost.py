@@ -86,6 +86,21 @@ def test_how_often_a_block_is_skipped_makes_no_kind_of_its_own() -> None:
     assert found.blocks["stages.0.1"] == found.blocks["stages.0.2"]
 
 
+def test_on_a_cpu_one_thread_is_measured() -> None:
+    """Threads that wait for each other take processor time too, the more the busier the cores are."""
+    seen = set()
+    model = CifarResNet(20, 10)
+    model.register_forward_hook(lambda *_: seen.add(torch.get_num_threads()) if torch.is_grad_enabled() else None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        measure_unit_cost("time", model, torch.randn(2, 3, 8, 8))
+        assert seen == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_slower_block_is_dearer() -> None:
     found = measure_unit_cost("time", CifarResNet(20, 10, 3), torch.zeros(16, 3, 32, 32))
     wide = CifarResNet(20, 10, 3)

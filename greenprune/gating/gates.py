@@ -6,6 +6,7 @@ Everything in here stays in fp32, whatever the precision of the network around i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -135,7 +136,7 @@ def _curvature(samples: int, parts: int) -> float:
     return CURVATURE * samples * parts / 2
 
 
-def _full_precision(device_type: str) -> AbstractContextManager[object]:
+def full_precision(device_type: str) -> AbstractContextManager[object]:
     """No autocast inside, on devices that have it (the meta device, on which costs are counted, has none)."""
     if torch.compiler.is_compiling():
         return torch.autocast(device_type, enabled=False)  # the rest cannot be traced
@@ -216,6 +217,16 @@ class Gate(nn.Module):
             self._pulls = (case, _pull(*case))
         return self._pulls[1]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        """Go where the network goes, but stay in fp32: a gate's small steps would be lost in half the precision."""
+
+        def in_full(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved.float() if moved.is_floating_point() else moved
+
+        super()._apply(in_full, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def decide(self, logit: Tensor) -> Tensor:
         """Decisions [B, U] of logits [B, U] for the network, remembered in training."""
         if torch.is_grad_enabled():
@@ -269,7 +280,7 @@ class BlockGate(Gate):
             decision, counted, logit = _FusedDecision.apply(kernels, x.detach(), self.weight, self.bias, self)
             self._remember(counted, logit)
             return decision.squeeze(1)  # type: ignore[no-any-return]
-        with _full_precision(x.device.type):
+        with full_precision(x.device.type):
             if self.weight is None:
                 logit = self.bias.expand(x.shape[0], 1)
             else:
@@ -304,7 +315,7 @@ class ChannelGate(Gate):
 
     def forward(self, activations: Tensor) -> Tensor:
         """Decisions [B, U] for the activations [B, ...] of U units of equally many channels."""
-        with _full_precision(activations.device.type):
+        with full_precision(activations.device.type):
             if self.weight is None:
                 logit = self.bias.expand(activations.shape[0], -1)
             else:
@@ -324,8 +335,13 @@ def attach_gates(model: nn.Module, config: GateConfig) -> list[str]:
         The names of the gates.
 
     Raises:
-        BlockError: There is nothing of the kind that is to be gated.
+        BlockError: There is nothing of the kind that is to be gated, or the network has gates already.
     """
+    if find_gates(model):
+        raise BlockError("the network has gates already; expected a fresh one, or one whose pruning has been finalized")
+    for block in model.modules():
+        if isinstance(block, ResidualBlock | PlainBlock):
+            block.channels_left.clear()  # what an earlier pruning has left is all there is now
     conditional = config.kind == "conditional"
     if "block" in config.units:
         for name, block in residual_blocks(model).items():
@@ -352,7 +368,7 @@ def _gate_channels(model: nn.Module, channel_set: ChannelSet, config: GateConfig
     gate.to(_device_of(block))
     slot = ChannelSlot(inner, gate, dim, channel_set.label)
     slot.every = gate.every = config.every
-    slot.train(inner.training)
+    slot.training = gate.training = block.training  # what is inside, a frozen norm for instance, keeps its mode
     parent, _, child = channel_set.slot.rpartition(".")
     setattr(model.get_submodule(parent), child, slot)
     assert isinstance(block, ResidualBlock | PlainBlock)
@@ -413,19 +429,33 @@ def take_decisions(gates: list[Gate]) -> tuple[Tensor, Tensor]:
         gates one after the other.
 
     Raises:
-        RuntimeError: A gate has decided nothing since its decisions were last taken.
+        RuntimeError: A gate has decided nothing since its decisions were last taken, or nothing that could teach it.
     """
     decisions = [gate.decision for gate in gates if gate.decision is not None]
     logits = [gate.logit for gate in gates if gate.logit is not None]
     if len(decisions) < len(gates):
+        raise RuntimeError(_why_undecided(gates))
+    if torch.is_grad_enabled() and not all(decision.requires_grad for decision in decisions):
         raise RuntimeError(
-            "the gates have not decided anything since they were last asked; run the network in training"
+            "gates decided where no gradient is kept, and would learn nothing; expected activation checkpoints with "
+            "use_reentrant=False, and gates that require gradients"
         )
     rates = torch.cat(decisions, dim=1).mean(0)
     openness = torch.cat(logits, dim=1).sigmoid_().mean(0)
     for gate in gates:
         gate.decision = gate.logit = None
     return rates, openness
+
+
+def _why_undecided(gates: list[Gate]) -> str:
+    still = sum(not gate.training for gate in gates)
+    if 0 < still < len(gates):
+        return (
+            f"{still} of {len(gates)} gates are in evaluation mode, as the part of the network that they are in, and "
+            "decide nothing; expected all blocks with gates in training mode (statistics are frozen by putting the "
+            "batch norms alone into evaluation mode)"
+        )
+    return "the gates have not decided anything since they were last asked; run the network in training"
 
 
 def hold_open(gates: list[Gate]) -> None:

@@ -19,7 +19,14 @@ from greenprune.gating.budget import (
     polarization,
 )
 from greenprune.gating.consensus import Consensus, UnitWindow
-from greenprune.gating.gates import find_gates, gated_units, hold_open, hold_within_bounds, take_decisions
+from greenprune.gating.gates import (
+    find_gates,
+    full_precision,
+    gated_units,
+    hold_open,
+    hold_within_bounds,
+    take_decisions,
+)
 from greenprune.gating.settling import Verdict, decide
 
 # Share of the time from the warm-up to the deadline in which the target is ramped down (our choice): gates then have
@@ -173,15 +180,16 @@ class GatePolicy:
         Returns:
             ``lambda_pol * polarization + price * (rho - tau(t))`` (scalar, fp32), or None in the warm-up.
         """
-        local, openness = take_decisions(self._gates)
-        shared = mean_over_ranks(torch.stack([local.detach(), openness]))
-        self.consensus.observe(shared[0], shared[1], samples)
-        if self.in_warmup:
-            return None
-        rates = global_rates(local, shared[0])
-        kept, kept_by_all = self._expected_cost(rates), self._expected_cost(shared[0])
-        scattered = polarization(rates, self._weights)
-        return self.polarization * scattered + self.controller.penalty(kept, kept_by_all)
+        with full_precision(self._device.type):  # loops may ask for it where autocast is on
+            local, openness = take_decisions(self._gates)
+            shared = mean_over_ranks(torch.stack([local.detach(), openness]))
+            self.consensus.observe(shared[0], shared[1], samples)
+            if self.in_warmup:
+                return None
+            rates = global_rates(local, shared[0])
+            kept, kept_by_all = self._expected_cost(rates), self._expected_cost(shared[0])
+            scattered = polarization(rates, self._weights)
+            return self.polarization * scattered + self.controller.penalty(kept, kept_by_all)
 
     def penalty(self, step: int, samples: int | Tensor, mean_over_ranks: Callable[[Tensor], Tensor]) -> Tensor | None:
         """:meth:`begin_step` and :meth:`penalty_of_pass` for a step of one pass.

@@ -146,8 +146,15 @@ def _from_timm(name: str, config: ModelConfig, classes: int, channels: int, imag
         close = difflib.get_close_matches(short, timm.list_models(), n=1)
         hint = f"; did you mean {_TIMM}{close[0]}?" if close else ""
         raise ConfigError(f"model.name: timm has no network {short!r}{hint}")
-    options = {"img_size": image_size} if short.startswith("vit") else {}
-    return _build(name, timm.create_model, short, pretrained=False, num_classes=classes, in_chans=channels, **options)
+    options: dict[str, object] = {"pretrained": False, "num_classes": classes, "in_chans": channels}
+    about = timm.get_pretrained_cfg(short)
+    if short.startswith("vit") or (about is not None and about.fixed_input_size):
+        try:
+            return _build(name, timm.create_model, short, **options, img_size=image_size)
+        except ConfigError as error:
+            if "'img_size'" not in str(error):  # made for one size, and cannot be told another
+                raise
+    return _build(name, timm.create_model, short, **options)
 
 
 def _build(name: str, build: Callable[..., nn.Module], *args: object, **options: object) -> nn.Module:

@@ -165,8 +165,10 @@ def _check_same(name: str, block: nn.Module, split: nn.Module, x: Tensor) -> Non
     Raises:
         BlockError: It does not.
     """
-    # One copy of both: they go on sharing their tensors.
+    # One copy of both, in fp32: they go on sharing their tensors.
     block, split = copy.deepcopy((block, split))
+    block.float(), split.float()
+    x = x.float() if x.is_floating_point() else x
     _move_constants(block)
     failure = ""
     with torch.no_grad():

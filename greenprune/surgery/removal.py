@@ -77,7 +77,10 @@ class Surgeon:
         """
         block = self._block(name)
         rest = block.without_branch()
-        rest.train(block.training)
+        own = set(block.modules())
+        for module in rest.modules():
+            if module not in own:  # the block's own modules, a frozen norm among them, keep their mode
+                module.training = block.training
         parent, _, child = name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, rest)
         self._sets = {key: found for key, found in self._channel_sets().items() if found.block != name}

@@ -152,6 +152,14 @@ def test_a_network_that_cannot_be_had_is_refused(name: str, size: int, message: 
         build_model(ModelConfig(name=name), classes=10, channels=3, image_size=size)
 
 
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_tiny_patch16_224"])
+def test_a_network_of_a_fixed_size_is_built_for_the_size_of_the_images(name: str) -> None:
+    pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = build_model(ModelConfig(name=f"timm/{name}"), classes=7, channels=1, image_size=64)
+        assert model(torch.empty(2, 1, 64, 64)).shape == (2, 7)
+
+
 def test_stems_are_for_resnets() -> None:
     with pytest.raises(ConfigError, match=r"^model\.stem: 'small' is not valid for mobilenet_v2; expected auto or"):
         build_model(ModelConfig(name="mobilenet_v2", stem="small"), classes=10, channels=3, image_size=32)

@@ -133,6 +133,20 @@ def test_what_is_left_of_a_unit_is_in_the_networks_mode(make_network: MakeNetwor
     assert {module.training for module in model.modules()} == {training}
 
 
+def test_a_frozen_norm_of_a_shortcut_stays_frozen(make_network: MakeNetwork) -> None:
+    model = make_network(shortcut="B").train()
+    frozen = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    for name in frozen:
+        model.get_submodule(name).eval()
+    block = next(name for name, found in residual_blocks(model).items() if not isinstance(found.shortcut, nn.Identity))
+    Surgeon(model).remove_block(block)
+    rest = model.get_submodule(block)
+    assert rest.training
+    norms = [module for module in rest.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+
+
 def test_a_unit_with_an_identity_shortcut_leaves_nothing(make_network: MakeNetwork) -> None:
     model = make_network()
     remove_block(model, "stages.0.1")
