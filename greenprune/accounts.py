@@ -197,7 +197,7 @@ class Accounts:
         slurm = self._slurm()
         return {
             "energy_complete": ledger.energy_complete,
-            "energy_bound_j": self._bound_j(),
+            "energy_bound_j": self._bound_j(ledger),
             "energy_by_phase_j": ledger.energy_by_phase_j,
             "energy_by_phase_bound_j": ledger.energy_by_phase_bound_j,
             "energy_by_device_j": ledger.energy_by_device_j,
@@ -221,14 +221,14 @@ class Accounts:
             begun_j = begun_j if ended_j is None else ended_j
         return attempts
 
-    def _bound_j(self) -> float | None:
+    def _bound_j(self, ledger: Ledger) -> float | None:
         """Most joules that the run's total is off because its sources move in steps; None if not known.
 
-        Every attempt is one span, and is taken to have been metered as this one is.
+        Every attempt is one span, and is taken to have been metered as this one is, unless one of them was estimated.
         """
         shares = self._engine.gather_objects(self.meter.total().readings)
         bounds = [reading.bound_j for share in shares for reading in share if reading.joules is not None]
-        if not bounds or None in bounds:
+        if not bounds or None in [*bounds, *ledger.energy_by_phase_bound_j.values()]:
             return None
         return self.ledger.attempts * float(sum(bounds))
 

@@ -314,6 +314,11 @@ class Pruner:
             "looked": self._looked,
         }
 
+    @property
+    def batches(self) -> int:
+        """For how many batches it has given a penalty; those before a state that it took up count."""
+        return self._batches
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state: call on a fresh pruner, before the optimizer is made and the network's state is loaded.
 

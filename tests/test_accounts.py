@@ -186,6 +186,15 @@ def test_epochs_add_up_from_the_start_and_include_what_was_done_twice(engine: En
     second_meter.close()
 
 
+def test_a_bound_is_unknown_where_an_earlier_attempt_was_estimated(engine: Engine, meter: Meter, dial: Dial) -> None:
+    """As on a machine whose counters could not be read then."""
+    accounts = Accounts(engine, meter, None)
+    accounts.ledger = Ledger(energy_by_phase_j={"train": 60.0}, energy_by_phase_bound_j={"train": None}, samples=5)
+    accounts.add_earlier_attempts(attempt([5.0, 60.0]), 0)
+    dial.joules += 20
+    assert figures(accounts)["energy_bound_j"] is None
+
+
 def test_a_bound_is_unknown_where_a_part_is_an_estimate(engine: Engine, dial: Dial) -> None:
     counter = CounterSource("GPU-1", "test counter", dial.read, period_s=0.001, limit_w=500)
     estimate = PowerSource("cpu", "guess", "estimate", lambda: 5.0, mean=True, min_span_s=0)

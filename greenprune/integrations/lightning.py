@@ -15,9 +15,8 @@ class PrunerCallback(pl.Callback):  # type: ignore[misc]
     """Adds the gates' penalty to the loss, removes units as the training goes on, and settles the rest at its end.
 
     The module keeps its training step as it is. It makes its one optimizer of ``pruner.parameter_groups()``. The state
-    of the pruner is saved with Lightning's checkpoints; to go on from one, give it to a fresh pruner before the fit::
-
-        pruner.load_state_dict(torch.load(path, weights_only=True)["callbacks"]["PrunerCallback"])
+    of the pruner is saved with Lightning's checkpoints, and ``fit(..., ckpt_path=...)`` with a fresh pruner goes on
+    from it.
 
     Args:
         pruner: The pruner of the network inside the module; its ``total_steps`` are the batches of the whole fit.
@@ -34,8 +33,25 @@ class PrunerCallback(pl.Callback):  # type: ignore[misc]
         return "PrunerCallback"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Tell the gates of accumulated gradients before the optimizer is made: their learning rate follows from it."""
+        """Bring the network into the structure of a checkpoint before its weights are loaded and the optimizer is made.
+
+        The gates are told of accumulated gradients, as their learning rate follows from it.
+        """
+        if stage == "fit" and self.pruner.batches == 0:
+            self._take_up_before_weights(pl_module)
         self.pruner.losses_are_divided_by(trainer.accumulate_grad_batches)
+
+    def _take_up_before_weights(self, module: pl.LightningModule) -> None:
+        """Lightning gives callbacks their state after it has loaded the weights, which fit the structure alone."""
+        asked = module.on_load_checkpoint
+
+        def take_up(checkpoint: dict[str, Any]) -> None:
+            state = checkpoint.get("callbacks", {}).get(self.state_key)
+            if state is not None:  # a network that was trained without a pruner has none, and is pruned from here on
+                self.pruner.load_state_dict(state)
+            asked(checkpoint)
+
+        module.on_load_checkpoint = take_up  # until the fit starts
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work before anything is trained.
@@ -43,6 +59,7 @@ class PrunerCallback(pl.Callback):  # type: ignore[misc]
         Raises:
             UserError: Several processes, or a precision other than 32-true and bf16-mixed.
         """
+        pl_module.__dict__.pop("on_load_checkpoint", None)
         if trainer.world_size > 1:
             raise UserError(
                 f"devices: {trainer.world_size} processes are not valid with PrunerCallback, which cannot wrap the "

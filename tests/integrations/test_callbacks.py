@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from greenprune import BudgetConfig, GateConfig, Pruner, UserError
+from greenprune import BudgetConfig, GateConfig, Pruner, RemovalConfig, UserError
 from greenprune.gating import gate_parameters
 from greenprune.models import CifarResNet
 
@@ -28,7 +28,8 @@ def digits() -> tuple[Tensor, Tensor]:
 
 def prune(model: nn.Module, images: Tensor, units: list[str]) -> Pruner:
     gate, budget = GateConfig(units=units), BudgetConfig(target=0.6)  # type: ignore[arg-type]
-    return Pruner(model, images[:2], total_steps=EPOCHS * BATCHES, gate=gate, budget=budget)
+    removal = RemovalConfig(decide_by=0.6)
+    return Pruner(model, images[:2], total_steps=EPOCHS * BATCHES, gate=gate, budget=budget, removal=removal)
 
 
 def check_outcome(pruner: Pruner, optimizer: torch.optim.Optimizer, model: nn.Module, images: Tensor) -> None:
@@ -94,6 +95,52 @@ def test_lightning_trains_a_smaller_network(digits: tuple[Tensor, Tensor], tmp_p
     fresh = prune(CifarResNet(20, 10, channels=1), images, ["block", "channel"])
     fresh.load_state_dict(state)
     assert fresh.report() == pruner.report()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("epoch", [0, 1], ids=["before a removal", "after one"])
+def test_lightning_goes_on_from_a_checkpoint(digits: tuple[Tensor, Tensor], tmp_path: Path, epoch: int) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+    from greenprune.integrations.lightning import PrunerCallback
+
+    images, labels = digits
+
+    class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self, pruner: Pruner) -> None:
+            super().__init__()
+            self.pruner = pruner
+            self.model = pruner.model
+            self.losses: list[float] = []
+
+        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+            loss = functional.cross_entropy(self.model(batch[0]), batch[1])
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.pruner.parameter_groups(), lr=0.05, momentum=0.9)
+
+    def fit(ckpt_path: Path | None) -> Module:
+        torch.manual_seed(0)
+        pruner = prune(CifarResNet(20, 10, channels=1), images, ["block", "channel"])
+        module = Module(pruner)
+        trainer = pl.Trainer(
+            max_epochs=EPOCHS,
+            accelerator="cpu",
+            callbacks=[PrunerCallback(pruner), pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, DataLoader(TensorDataset(images, labels), batch_size=BATCH), ckpt_path=ckpt_path)
+        return module
+
+    whole = fit(None)
+    assert any(operation.step > BATCHES for operation in whole.pruner.structure.operations)
+    resumed = fit(tmp_path / f"epoch={epoch}.ckpt")
+    assert resumed.losses == whole.losses[(epoch + 1) * BATCHES :]
+    assert resumed.pruner.structure == whole.pruner.structure
+    assert resumed.pruner.report() == whole.pruner.report()
 
 
 @pytest.mark.filterwarnings("ignore")
