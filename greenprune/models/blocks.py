@@ -167,7 +167,8 @@ def _check_same(name: str, block: nn.Module, split: nn.Module, x: Tensor) -> Non
     """
     # One copy of both, in fp32: they go on sharing their tensors.
     block, split = copy.deepcopy((block, split))
-    block.float(), split.float()
+    block.float()
+    split.float()  # has an activation of its own, perhaps
     x = x.float() if x.is_floating_point() else x
     _move_constants(block)
     failure = ""
