@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import typing
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,11 +38,15 @@ def read_settings(path: Path, cls: type[Settings], what: str) -> Settings:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: holds no keys; expected one YAML mapping")
     known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in values:
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise ConfigError(f"{where}: {key}: unknown key; {hint}valid here: {', '.join(known)}")
+        if value is None and type(None) not in typing.get_args(hints[key]):  # a key with nothing after it
+            advice = "expected a value, or no such line to have the default"
+            raise ConfigError(f"{where}: {key}: null is not valid; {advice}")
     parser = jsonargparse.ArgumentParser(exit_on_error=False, parser_mode="greenprune")
     parser.add_class_arguments(cls, nested_key=None)
     try:

@@ -109,6 +109,7 @@ BAD_SITES = {
     "secret as databases name it": ("environment: {PGPASSWORD: abc}", "environment: PGPASSWORD looks like a secret"),
     "secret in a line": ("setup: ['export HF_TOKEN=abc']", "setup: HF_TOKEN looks like a secret"),
     "list": ("modules: cuda", "modules: "),
+    "null": ("modules:", "modules: null is not valid; expected a value, or no such line"),
     "no mapping": ("- a", "holds no keys"),
 }
 
