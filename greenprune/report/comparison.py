@@ -17,6 +17,7 @@ from greenprune.report.runs import ComparedRun, find_runs, read_run, read_run_ev
 from greenprune.tracking import Event
 
 _TWIN_KEYS = ("model", "data", "seed", "epochs", "batch_size", "precision")
+_OF_ENERGY = ("energy_j", "energy_to_accuracy_j", "co2_g")
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,7 @@ def _set_against_twin(run: ComparedRun, runs: list[ComparedRun], notes: list[str
     if not run.is_finished or run.is_dense:
         return run
     twins = [other for other in runs if _is_twin(other, run)]
-    # Of several, one that was measured on the same hardware and executed alike tells more.
-    twin = max(twins, key=lambda other: (_same_machine(run, other), not _executed_otherwise(run, other)), default=None)
+    twin = max(twins, key=lambda other: _likeness(run, other), default=None)
     if twin is None:
         dense = "--gate.enabled false" if run.summary.get("gated") else "--model.structure null"
         notes.append(f"{run.name} has no dense twin here: the same config with {dense}")
@@ -137,6 +137,18 @@ def _is_twin(other: ComparedRun, run: ComparedRun) -> bool:
         mine, theirs = run.dense_config, other.dense_config  # of an older version one may lack fields
         same = same and all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys())
     return other.is_finished and other.is_dense and same and _same_data(run, other)
+
+
+def _likeness(run: ComparedRun, other: ComparedRun) -> tuple[bool, ...]:
+    """How much a dense run tells as a twin: what its ratios need, first what most of them need."""
+    return (
+        _same_machine(run, other),
+        not _executed_otherwise(run, other),
+        not other.has_lost_work,
+        other.energy_is_complete,
+        _metered_alike(run, other),
+        _same_carbon(run, other),
+    )
 
 
 def _same_data(run: ComparedRun, other: ComparedRun) -> bool:
@@ -159,10 +171,19 @@ def _executed_otherwise(run: ComparedRun, other: ComparedRun) -> list[str]:
     return [key for key in mine if key in theirs and mine[key] != theirs[key]]
 
 
+def _metered_alike(run: ComparedRun, other: ComparedRun) -> bool:
+    return (run.summary.get("energy_quality"), run.meters) == (other.summary.get("energy_quality"), other.meters)
+
+
+def _same_carbon(run: ComparedRun, other: ComparedRun) -> bool:
+    """Whether a joule is told as the same CO2e in two runs, as far as it is told at all."""
+    return None in (run.carbon, other.carbon) or run.carbon == other.carbon
+
+
 def _ratios(run: ComparedRun, twin: ComparedRun, notes: list[str]) -> dict[str, float | None]:
     """Accuracy in points above the twin's, everything else as a multiple of it."""
     mine, theirs = run.summary, twin.summary
-    energies = [key for key in ("energy_j", "energy_to_accuracy_j", "co2_g") if key in mine]
+    energies = [key for key in _OF_ENERGY if key in mine]
     ratios: dict[str, float | None] = {
         key: _ratio(mine.get(key), theirs.get(key))
         for key in ("params", "flops_forward", "flops_train", *energies, "time_s")
@@ -175,20 +196,31 @@ def _ratios(run: ComparedRun, twin: ComparedRun, notes: list[str]) -> dict[str, 
         notes.append(
             f"{run.name} and {twin.name} were not evaluated on the same set: no difference in accuracy is given"
         )
+    told, withheld = _unlike(run, twin)
+    notes += [told] if told else []
+    return ratios | {key: None for key in withheld if key in ratios}
+
+
+def _unlike(run: ComparedRun, twin: ComparedRun) -> tuple[str, tuple[str, ...]]:
+    """What would make ratios tell of more than the networks, as a note, and these ratios; empty if nothing does."""
+    both = f"{run.name} and {twin.name}"
     if not _same_machine(run, twin):
-        notes.append(f"{run.name} and {twin.name} ran on different hardware: no ratios of joules, CO2e and seconds")
-        ratios |= dict.fromkeys((*energies, "time_s", "step_time_s"))
-    elif keys := _executed_otherwise(run, twin):
-        what = f"{run.name} and {twin.name} differ in {' and '.join(keys)}"
-        notes.append(f"{what}: no ratios of joules, CO2e and seconds")
-        ratios |= dict.fromkeys((*energies, "time_s", "step_time_s"))
-    elif incomplete := [one.name for one in (run, twin) if not one.energy_is_complete]:
-        notes.append(f"some joules of {' and '.join(incomplete)} could not be read: no ratios of joules and CO2e")
-        ratios |= dict.fromkeys(energies)
-    elif (mine.get("energy_quality"), run.meters) != (theirs.get("energy_quality"), twin.meters):
-        notes.append(f"{run.name} and {twin.name} were not metered alike: no ratios of joules and CO2e")
-        ratios |= dict.fromkeys(energies)
-    return ratios
+        what = f"{both} ran on different hardware: no ratios of joules, CO2e and seconds"
+        return what, (*_OF_ENERGY, "time_s", "step_time_s")
+    if keys := _executed_otherwise(run, twin):
+        what = f"{both} differ in {' and '.join(keys)}: no ratios of joules, CO2e and seconds"
+        return what, (*_OF_ENERGY, "time_s", "step_time_s")
+    if twice := [one.name for one in (run, twin) if one.has_lost_work]:
+        what = f"{' and '.join(twice)} did work twice, or may have: no ratios of joules, CO2e and time"
+        return what, (*_OF_ENERGY, "time_s")
+    if incomplete := [one.name for one in (run, twin) if not one.energy_is_complete]:
+        what = f"some joules of {' and '.join(incomplete)} could not be read: no ratios of joules and CO2e"
+        return what, _OF_ENERGY
+    if not _metered_alike(run, twin):
+        return f"{both} were not metered alike: no ratios of joules and CO2e", _OF_ENERGY
+    if not _same_carbon(run, twin):
+        return f"CO2e of {both} is told at different carbon intensities or PUEs: no ratio of CO2e", ("co2_g",)
+    return "", ()
 
 
 def _ratio(mine: float | None, theirs: float | None) -> float | None:

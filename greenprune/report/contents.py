@@ -103,6 +103,11 @@ class ReportedRun:
         value = self.compared.step_time_s if key == "step_time_s" else self.compared.summary.get(key)
         return float(value) if isinstance(value, int | float) else None
 
+    def counts(self, key: str) -> bool:
+        """Whether a figure tells of the network alone: no lower bound, no work that was done twice."""
+        complete, once = self.compared.energy_is_complete, not self.compared.has_lost_work
+        return once and complete if key in ("energy_j", "co2_g") else once or key != "time_s"
+
     @property
     def task(self) -> tuple[str, str]:
         """Data set, with the folder of images of one's own, and kind of accuracy; runs of a task are drawn together."""
@@ -127,8 +132,8 @@ class Group:
         gated: Whether its runs are gated; None if not known.
         dense: Whether they are neither gated nor given a structure; None if not known.
         runs: Its runs.
-        spreads: By figure, over its finished runs, of joules and CO2e where they are complete; None where nothing is
-            known.
+        spreads: By figure, over its finished runs, of joules, CO2e and seconds where they tell of the network alone;
+            None where nothing is known, or where CO2e is not told alike.
         against_twins: By ratio, over its finished runs that have a dense twin.
     """
 
@@ -255,7 +260,8 @@ def build_report(paths: Sequence[Path], notes: Sequence[str] = ()) -> Report:
     groups = {
         f"{task.data}: {group.label}" if several else group.label: group for task in tasks for group in task.groups
     }
-    return Report(tasks, _differences(groups), (*notes, *comparison.notes, *_notes(runs)))
+    told = (*notes, *comparison.notes, *_carbon_notes(groups), *_notes(runs))
+    return Report(tasks, _differences(groups), told)
 
 
 def _read(path: Path, name: str) -> ReportedRun:
@@ -334,14 +340,25 @@ def _group(label: str, runs: Sequence[ReportedRun]) -> Group:
         gated=_is_gated(runs[0]),
         dense=_is_dense(runs[0]),
         runs=tuple(sorted(runs, key=lambda run: (str(run.compared.summary.get("seed")), run.name))),
-        spreads={key: spread_of(run.figure(key) for run in finished if _counts(run, key)) for key in FIGURES},
+        spreads={key: _spread(runs, key) for key in FIGURES},
         against_twins={key: spread_of(ratio.get(key) for ratio in ratios) for key in keys},
     )
 
 
-def _counts(run: ReportedRun, key: str) -> bool:
-    """Whether a figure is what it says: joules and CO2e that are a lower bound are in no mean."""
-    return run.compared.energy_is_complete or key not in ("energy_j", "co2_g")
+def _spread(runs: Sequence[ReportedRun], key: str) -> Spread | None:
+    counted = _in_mean(runs, key)
+    if key == "co2_g" and len(_carbons(counted)) > 1:
+        return None  # of joules that are not told alike there is no mean
+    return spread_of(run.figure(key) for run in counted)
+
+
+def _in_mean(runs: Iterable[ReportedRun], key: str) -> list[ReportedRun]:
+    return [run for run in runs if run.is_finished and run.counts(key)]
+
+
+def _carbons(runs: Iterable[ReportedRun]) -> dict[tuple[float | None, float], None]:
+    """The carbon intensities with their PUEs that the CO2e of runs is told at, each once."""
+    return dict.fromkeys(carbon for run in runs if (carbon := run.compared.carbon) is not None)
 
 
 def _is_gated(run: ReportedRun) -> bool | None:
@@ -459,6 +476,14 @@ def _lost(run: ReportedRun) -> str:
     return f" ({format_joules(lost_j)} for work that was lost or done again)" if lost_j else ""
 
 
+def _carbon_notes(groups: dict[str, Group]) -> list[str]:
+    return [
+        f"CO2e is told at different carbon intensities or PUEs, so there is no mean of it: {name}."
+        for name, group in groups.items()
+        if len(_carbons(_in_mean(group.runs, "co2_g"))) > 1
+    ]
+
+
 def _notes(runs: Sequence[ReportedRun]) -> list[str]:
     """What the runs themselves say about their figures, each once, and what follows from their states."""
     notes: list[str] = []
@@ -480,9 +505,12 @@ def _notes(runs: Sequence[ReportedRun]) -> list[str]:
     if several:
         told_each = (f"{run.name} in {run.history.attempts}{_lost(run)}" for run in several)
         notes.append(f"Done in several attempts, whose joules all count: {', '.join(told_each)}.")
-    lost = [run.name for run in runs if run.compared.summary.get("energy_lost_j")]
-    if lost:
-        notes.append(f"Joules include work that was lost and done again; FLOPs do not: {', '.join(lost)}.")
+    twice = [run.name for run in runs if run.compared.has_lost_work]
+    if twice:
+        notes.append(
+            "Joules and seconds include work that was lost and done again, or may, while FLOPs do not, so in no mean "
+            f"and no ratio of joules, CO2e and time: {', '.join(twice)}."
+        )
     revisions = {(run.provenance.get("git") or {}).get("revision") for run in runs if run.provenance}
     if len(revisions) > 1:
         notes.append("The runs were made by different revisions of greenprune; see the differences.")

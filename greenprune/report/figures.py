@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from greenprune.formatting import format_joules, format_percent, format_si
 from greenprune.report.contents import Group, Report, ReportedRun, Task, spread_of
-from greenprune.report.history import REMOVED, EpochFigures, GateMap
+from greenprune.report.history import REMOVED, GateMap
 
 _DENSE_COLOUR = "#85837c"
 # Apart in hue and lightness, also for those who see colours differently, on light and on dark paper.
@@ -174,7 +174,7 @@ def _front_line(task: Task) -> go.Scatter:
 def joules_over_epochs(task: Task, styles: dict[int, Style]) -> go.Figure | None:
     """Joules so far at the end of each epoch, of every run and on average; None if nothing is known."""
     figure = _figure("epoch", "joules so far", 380)
-    _add_curves(figure, task, styles, lambda epoch: epoch.energy_j, format_joules)
+    _add_curves(figure, task, styles, "energy_j", format_joules)
     figure.update_yaxes(tickformat="~s", ticksuffix="J", rangemode="tozero")
     return figure if figure.data else None
 
@@ -185,7 +185,7 @@ def flops_over_epochs(task: Task, styles: dict[int, Style]) -> go.Figure | None:
     for group in task.groups:
         if group.gated is not False:
             figure.add_traces(_dense_projection(group))
-    _add_curves(figure, task, styles, lambda epoch: epoch.flops_train, lambda value: format_si(value, "FLOPs"))
+    _add_curves(figure, task, styles, "flops_train", lambda value: format_si(value, "FLOPs"))
     figure.update_yaxes(tickformat="~s", rangemode="tozero")
     return figure if figure.data else None
 
@@ -194,18 +194,18 @@ def _add_curves(
     figure: go.Figure,
     task: Task,
     styles: dict[int, Style],
-    value: Callable[[EpochFigures], float | None],
+    key: str,
     told: Callable[[float | None], str],
 ) -> None:
     for group in task.groups:
         style = styles[id(group)]
         for run in group.runs:
-            known = [epoch for epoch in run.history.epochs if value(epoch) is not None]
+            known = [epoch for epoch in run.history.epochs if getattr(epoch, key) is not None]
             if known:
                 figure.add_trace(
                     go.Scatter(
                         x=np.array([epoch.epoch for epoch in known]),
-                        y=np.array([value(epoch) for epoch in known], dtype=float),
+                        y=np.array([getattr(epoch, key) for epoch in known], dtype=float),
                         mode="lines" if len(known) > 1 else "markers",
                         line={"color": style.colour, "width": 1, "dash": style.dash if run.is_finished else "dot"},
                         opacity=0.45,
@@ -214,7 +214,7 @@ def _add_curves(
                         showlegend=False,
                     )
                 )
-        means = mean_over_epochs(group, value)
+        means = mean_over_epochs(group, key)
         if means:
             figure.add_trace(
                 go.Scatter(
@@ -230,14 +230,17 @@ def _add_curves(
             )
 
 
-def mean_over_epochs(group: Group, value: Callable[[EpochFigures], float | None]) -> dict[int, float]:
-    """A figure's mean over a group's finished runs, at the epochs that all of them have.
+def mean_over_epochs(group: Group, key: str) -> dict[int, float]:
+    """A figure's mean over a group's finished runs in which it counts, at the epochs that all of them have.
 
     Args:
         group: The group.
-        value: Reads the figure.
+        key: Name of the figure, of :class:`EpochFigures`.
     """
-    curves = [{epoch.epoch: value(epoch) for epoch in run.history.epochs} for run in group.runs if run.is_finished]
+    counted = [run for run in group.runs if run.is_finished and run.counts(key)]
+    curves: list[dict[int, float | None]] = [
+        {epoch.epoch: getattr(epoch, key) for epoch in run.history.epochs} for run in counted
+    ]
     if not curves:
         return {}
     means = {}

@@ -220,19 +220,19 @@ def _figures_of(prefix: str, task: Task, styles: dict[int, Style]) -> Iterable[t
 def _last_means(task: Task, key: str) -> str:
     told = []
     for group in task.groups:
-        means = mean_over_epochs(group, lambda epoch: epoch.energy_j if key == "energy_j" else epoch.flops_train)
+        means = mean_over_epochs(group, key)
         if means:
             epoch, value = list(means.items())[-1]
             amount = format_joules(value) if key == "energy_j" else format_si(value, "FLOPs")
             told.append(f"{group.label}: {amount} after epoch {epoch}")
-    return f"{'; '.join(told) or 'No finished run'}."
+    return f"{'; '.join(told) or 'There is no mean'}."
 
 
 def _epoch_table(task: Task) -> dict[str, Any]:
     """Means by epoch as a table, for those who cannot see the figures."""
-    joules = [mean_over_epochs(group, lambda epoch: epoch.energy_j) for group in task.groups]
-    flops = [mean_over_epochs(group, lambda epoch: epoch.flops_train) for group in task.groups]
-    accuracy = [mean_over_epochs(group, lambda epoch: epoch.accuracy) for group in task.groups]
+    joules = [mean_over_epochs(group, "energy_j") for group in task.groups]
+    flops = [mean_over_epochs(group, "flops_train") for group in task.groups]
+    accuracy = [mean_over_epochs(group, "accuracy") for group in task.groups]
     epochs = sorted({epoch for means in (*joules, *flops, *accuracy) for epoch in means})
     rows = [
         (

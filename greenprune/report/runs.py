@@ -38,7 +38,8 @@ class ComparedRun:
             without what its config.yaml does not tell.
         images: Where its own folder of images is; None if it was trained on a known data set, or no config.yaml tells.
         twin: Name of its dense twin among the compared runs, if there is one.
-        against_twin: Differences and ratios to the twin by name; None where one is unknown or would compare machines.
+        against_twin: Differences and ratios to the twin by name; None where one is unknown or would compare anything
+            but the networks, such as machines.
     """
 
     path: Path
@@ -84,6 +85,20 @@ class ComparedRun:
     def energy_is_complete(self) -> bool:
         """Whether its joules are more than a lower bound, as far as is known."""
         return self.summary.get("energy_complete") is not False
+
+    @property
+    def has_lost_work(self) -> bool:
+        """Whether it did work twice, or may have, so that its joules and seconds tell of more than its network."""
+        # What an attempt that was killed did after its last event is on no record.
+        was_killed = not self.energy_is_complete and (self.summary.get("attempts") or 1) > 1
+        return was_killed or bool(self.summary.get("energy_lost_j"))
+
+    @property
+    def carbon(self) -> tuple[float | None, float] | None:
+        """Grams for each kilowatt-hour, and the PUE, that its CO2e is told at; None if its CO2e is not known."""
+        if self.summary.get("co2_g") is None:
+            return None
+        return self.summary.get("carbon_intensity_g_per_kwh"), self.summary.get("pue") or 1.0
 
     @property
     def meters(self) -> frozenset[tuple[str, str | None]]:

@@ -295,6 +295,83 @@ def test_joules_of_other_parts_or_by_other_meters_are_not_compared(
     assert [("not metered alike" in note) for note in comparison.notes] == ([] if alike else [True])
 
 
+@pytest.mark.parametrize(
+    ("mine", "theirs", "alike"),
+    [
+        ((369.0, 1.0), (369.0, 1.0), True),
+        ((369.0, None), (369.0, 1.0), True),  # as a version told it that knew no PUE
+        ((56.0, 1.0), (369.0, 1.0), False),
+        ((369.0, 1.5), (369.0, 1.0), False),
+    ],
+)
+def test_co2_of_another_grid_or_site_is_not_compared(
+    tmp_path: Path, mine: tuple[float, float | None], theirs: tuple[float, float | None], alike: bool
+) -> None:
+    """Joules are, and seconds."""
+    for name, summary, (g_per_kwh, pue), co2_g in (("dense", DENSE, theirs, 2.0), ("gated", GATED, mine, 1.0)):
+        about = {"co2_g": co2_g, "carbon_intensity_g_per_kwh": g_per_kwh, "pue": pue}
+        write_run(tmp_path / name, summary | about)
+    comparison = compare_runs([tmp_path])
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert against["co2_g"] == (0.5 if alike else None)
+    assert [against["energy_j"], against["time_s"]] == pytest.approx([0.65, 0.8])
+    told = ("CO2e of gated and dense is told at different carbon intensities or PUEs: no ratio of CO2e",)
+    assert comparison.notes == (() if alike else told)
+
+
+@pytest.mark.parametrize("again", ["dense", "gated"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        {"energy_lost_j": 90.0, "energy_complete": False},  # killed
+        {"energy_lost_j": 90.0, "energy_complete": True},  # stopped, and the newest checkpoint was damaged
+        {"energy_lost_j": 0.0, "energy_complete": False, "energy_j": None},  # killed, and nothing was metered
+    ],
+)
+def test_joules_and_seconds_of_work_that_was_done_twice_are_not_compared(
+    tmp_path: Path, again: str, lost: dict[str, Any]
+) -> None:
+    for name, summary in (("dense", DENSE), ("gated", GATED)):
+        write_run(tmp_path / name, summary | (lost | {"attempts": 2} if name == again else {}))
+    comparison = compare_runs([tmp_path])
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert [against[key] for key in ("energy_j", "co2_g", "time_s")] == [None] * 3
+    assert against["step_time_s"] == 0.5
+    assert comparison.notes == (f"{again} did work twice, or may have: no ratios of joules, CO2e and time",)
+
+
+def test_joules_and_seconds_of_a_run_that_was_stopped_in_good_order_are_compared(tmp_path: Path) -> None:
+    write_run(tmp_path / "dense", DENSE | {"attempts": 2, "energy_lost_j": 0.0, "energy_complete": True})
+    write_run(tmp_path / "gated", GATED)
+    comparison = compare_runs([tmp_path])
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert [against["energy_j"], against["time_s"]] == pytest.approx([0.65, 0.8])
+    assert not comparison.notes
+
+
+@pytest.mark.parametrize(
+    "worse",
+    [
+        {"energy_complete": False},
+        {"energy_lost_j": 50.0, "attempts": 2},
+        {"energy_quality": "estimate"},
+        {"energy_by_device_j": {"GPU-1a NVIDIA H100 (counter: NVML energy counter)": 9.0}},
+        {"co2_g": 1.0, "carbon_intensity_g_per_kwh": 10.0},
+    ],
+)
+def test_of_several_twins_the_one_whose_joules_can_be_compared_counts(tmp_path: Path, worse: dict[str, Any]) -> None:
+    carbon = {"co2_g": 1.0, "carbon_intensity_g_per_kwh": 369.0}
+    write_run(tmp_path / "dense-1", DENSE | carbon | worse)
+    write_run(tmp_path / "dense-2", DENSE | carbon)
+    write_run(tmp_path / "gated", GATED | carbon)
+    comparison = compare_runs([tmp_path])
+    assert comparison.runs[2].twin == "dense-2"
+    assert not comparison.notes
+
+
 def test_validation_and_test_accuracy_are_not_compared(tmp_path: Path) -> None:
     write_run(tmp_path / "dense", DENSE | {"accuracy_kind": "validation"})
     write_run(tmp_path / "gated", GATED)

@@ -379,6 +379,33 @@ def test_joules_that_are_a_lower_bound_are_in_no_mean_and_no_ratio(tmp_path: Pat
         assert "so in no mean and no ratio: gated-1." in text
 
 
+def test_work_that_was_done_twice_is_in_no_mean_of_joules_and_seconds(tmp_path: Path) -> None:
+    record_four(tmp_path)
+    change_summary(tmp_path / "gated-1", attempts=2, energy_lost_j=9.0, time_s=100.0)
+    report = build_report([tmp_path])
+    gated = report.groups[1]
+    spreads = [gated.spreads[key] for key in ("accuracy", "step_time_s", "energy_j", "time_s")]
+    spreads += [gated.against_twins["time_s"], gated.against_twins["step_time_s"]]
+    assert [spread.n if spread else 0 for spread in spreads] == [2, 2, 1, 1, 1, 2]
+    for text in forms(report):
+        assert "so in no mean and no ratio of joules, CO2e and time: gated-1." in text
+
+
+@pytest.mark.parametrize(("g_per_kwh", "mean"), [(369.0, 1.5), (56.0, None)])
+def test_co2_of_other_grids_is_not_averaged(tmp_path: Path, g_per_kwh: float, mean: float | None) -> None:
+    record_four(tmp_path)
+    change_summary(tmp_path / "gated-0", co2_g=1.0, carbon_intensity_g_per_kwh=369.0, pue=1.0)
+    change_summary(tmp_path / "gated-1", co2_g=2.0, carbon_intensity_g_per_kwh=g_per_kwh, pue=1.0)
+    report = build_report([tmp_path])
+    gated = report.groups[1]
+    assert len(gated.runs) == 2
+    assert gated.spreads["energy_j"] is not None
+    assert gated.spreads["energy_j"].n == 2
+    assert (gated.spreads["co2_g"] and gated.spreads["co2_g"].mean) == mean
+    for text in forms(report):
+        assert ("so there is no mean of it:" in text) == (mean is None)
+
+
 @pytest.mark.parametrize("damage", ["events.jsonl", "summary.json", "config.yaml", "provenance.jsonl"])
 def test_a_file_that_cannot_be_read_spoils_no_other_run(tmp_path: Path, damage: str) -> None:
     record_run(tmp_path / "good", gated=False)
