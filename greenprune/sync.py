@@ -10,7 +10,7 @@ from typing import Any
 from greenprune.config import Config, UserError, load_config
 from greenprune.locking import is_held
 from greenprune.report.writing import write_run_report
-from greenprune.tracking import Event, RunFolder, read_events
+from greenprune.tracking import Event, RunFolder, describe_damage, salvage_events
 
 SYNCED = ("wandb", "tensorboard")
 """Trackers that a run can be brought to."""
@@ -26,7 +26,8 @@ def sync_run(path: Path, tracker: str, environment: Mapping[str, str], *, offlin
         offline: Whether W&B is only to write the file that ``wandb sync`` uploads.
 
     Returns:
-        One line that says what was done and where the run is to be seen.
+        One line that says what was done, which lines of the log were left out because they are no events, and where
+        the run is to be seen.
 
     Raises:
         UserError: There is no run with events at the path, it still goes on, or the tracker cannot be reached.
@@ -39,15 +40,16 @@ def sync_run(path: Path, tracker: str, environment: Mapping[str, str], *, offlin
             f"RUN: {str(path)!r} still goes on and tells its trackers itself; expected one that has stopped"
         )
     config = load_config(folder.config)
-    try:
-        events = read_events(folder.events)
-    except ValueError as error:
-        raise UserError(f"RUN: {str(folder.events)!r} cannot be read ({error})") from None
+    events, damaged = salvage_events(folder.events)
+    left_out = describe_damage(damaged)
+    if damaged and not events:
+        raise UserError(f"RUN: {str(folder.events)!r} cannot be read ({left_out}); expected a log as the run wrote it")
     if tracker == "wandb":
         where = _sync_wandb(config, folder, events, environment, offline=offline)
     else:
         where = _sync_tensorboard(config, folder, events)
-    return f"{len(events):,} events of {path.name} are told. {where}"
+    told = f"{len(events):,} events of {path.name} are told."
+    return f"{told} Left out: {left_out}. {where}" if damaged else f"{told} {where}"
 
 
 def _sync_wandb(

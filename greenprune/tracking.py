@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from greenprune.config import Config, UserError, dump_config
 Event = dict[str, Any]
 
 _BLOCK_BYTES = 1 << 16
+_DAMAGES_TOLD = 3
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,12 @@ def salvage_events(path: Path) -> tuple[list[Event], list[str]]:
         else:
             events.append(value)
     return events, damaged
+
+
+def describe_damage(damaged: Sequence[str]) -> str:
+    """What :func:`salvage_events` says of a log, in one line: of its first lines that are none, and how many more."""
+    more = len(damaged) - _DAMAGES_TOLD
+    return "; ".join([*damaged[:_DAMAGES_TOLD], *([f"and {more:,} more"] if more > 0 else [])])
 
 
 def parse_event(line: bytes) -> Event:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from greenprune.config import UserError
 from greenprune.locking import is_left
-from greenprune.tracking import Event, EventsCorrupt, RunFolder, parse_event
+from greenprune.tracking import Event, EventsCorrupt, RunFolder, describe_damage, parse_event
 
 _POLL_S = 0.5
-_LAST = ("end", "interrupt")
+_ENDINGS = {"end": "The run is finished.", "interrupt": "The run was stopped; it goes on with --resume auto."}
 
 
 def watch_run(path: Path, show: Callable[[Event], None], *, follow: bool = True) -> str:
@@ -26,7 +26,8 @@ def watch_run(path: Path, show: Callable[[Event], None], *, follow: bool = True)
         follow: Whether to wait for more events.
 
     Returns:
-        One line that says why there is nothing more to show.
+        One line that says why there is nothing more to show, and which lines of the log were left out because they are
+        no events.
 
     Raises:
         UserError: There is no run with events at the path, or its events cannot be read.
@@ -35,21 +36,23 @@ def watch_run(path: Path, show: Callable[[Event], None], *, follow: bool = True)
     if not folder.events.is_file():
         raise UserError(f"RUN: {str(path)!r} is not a run with events; expected the folder of one")
     last = "nothing"
-    for event in _events(folder, follow):
+    damaged: list[str] = []
+    for event in _events(folder, follow, damaged):
         last = event["kind"]
         try:
             show(event)
         except KeyError as error:
             raise _unreadable(folder, f"its {last} event of step {event['step']} lacks {error}") from None
-    if last == "end":
-        return "The run is finished."
-    if last == "interrupt":
-        return "The run was stopped; it goes on with --resume auto."
-    return "The run has stopped without a word." if follow else "These are its events so far."
+    ending = "The run has stopped without a word." if follow else "These are its events so far."
+    ending = _ENDINGS.get(last, ending)
+    return f"{ending} Left out: {describe_damage(damaged)}." if damaged else ending
 
 
-def _events(folder: RunFolder, follow: bool) -> Iterator[Event]:
-    """Whole lines of the log; at its end more are waited for as long as the run may go on."""
+def _events(folder: RunFolder, follow: bool, damaged: list[str]) -> Iterator[Event]:
+    """Events of the log, and in a list what is wrong with each line that is none.
+
+    At its end more are waited for as long as the run may go on.
+    """
     last, rest, number = "", b"", 0
     with folder.events.open("rb") as file:
         while True:
@@ -58,22 +61,26 @@ def _events(folder: RunFolder, follow: bool) -> Iterator[Event]:
             *lines, rest = (rest + text).split(b"\n")
             for line in lines:
                 number += 1
-                if line:
-                    event = _parsed(line, number, folder)
+                event = _parsed(line, number, folder, damaged) if line else None
+                if event is not None:
                     last = event["kind"]
                     yield event
-            stopped = last in _LAST or left
+            stopped = last in _ENDINGS or left
             if not text and (not follow or stopped):
                 return
             if not text:
                 time.sleep(_POLL_S)
 
 
-def _parsed(line: bytes, number: int, folder: RunFolder) -> Event:
+def _parsed(line: bytes, number: int, folder: RunFolder, damaged: list[str]) -> Event | None:
+    """The event of a line; None if it is none, and then one more damage. Without a first one nothing can be shown."""
     try:
         event = parse_event(line)
     except EventsCorrupt as error:
-        raise _unreadable(folder, f"line {number} is no event: {error}") from None
+        damaged.append(f"line {number} is no event: {error}")
+        if number == 1:
+            raise _unreadable(folder, damaged[0]) from None
+        return None
     if number == 1 and event["kind"] != "start":
         raise _unreadable(folder, f"line 1 is not a start but tells of {event['kind']}")
     return event

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "report"))
-from recording import record_run, stop_before, write_events
+from recording import damage_line, record_run, stop_before, write_events
 
 from greenprune.cli import main
 from greenprune.config import UserError
@@ -102,29 +102,49 @@ def test_what_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "is not a run with events" in capsys.readouterr().err
 
 
-def test_events_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    (tmp_path / "events.jsonl").write_text("nonsense\n")
-    with pytest.raises(UserError, match="cannot be read"):
-        watch_run(tmp_path, lambda _: None)
+def test_events_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record_run(tmp_path / "it")
+    (tmp_path / "it" / "events.jsonl").write_text("nonsense\n")
+    with pytest.raises(UserError, match=r"cannot be read \(line 1 is no event"):
+        watch_run(tmp_path / "it", lambda _: None)
+    assert main(["sync", str(tmp_path / "it"), "--to", "tensorboard"]) == 2
+    assert "cannot be read (line 1 is no event" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (b"{}", "line 2 is no event: it has no kind"),
-        (b"[]", "line 2 is no event: expected a JSON object"),
-        (b"\xff", "line 2 is no event: "),
-        (b'{"kind": "epoch", "step": 5, "time": 1.0}', "its epoch event of step 5 lacks 'epoch'"),
+        (b"{}", "line 3 is no event: it has no kind"),
+        (b"[]", "line 3 is no event: expected a JSON object"),
+        (b"\xff", "line 3 is no event: "),
     ],
 )
-def test_a_line_that_is_no_event_is_named(
+def test_a_line_that_is_no_event_is_left_out_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], line: bytes, said: str
 ) -> None:
+    events = record_run(tmp_path / "it")
+    damage_line(tmp_path / "it", 3, line)
+    damage_line(tmp_path / "it", 5)
+    seen: list[Event] = []
+    watch_run(tmp_path / "it", seen.append, follow=False)
+    assert seen == events[:2] + events[3:4] + events[5:]
+    assert main(["watch", str(tmp_path / "it"), "--once"]) == 0
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert shown.startswith(f"The run is finished. Left out: {said}")
+    assert "line 5 is no event: " in shown
+    assert main(["sync", str(tmp_path / "it"), "--to", "tensorboard"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"{len(events) - 2} events of it are told. Left out: {said}")
+    assert "line 5 is no event: " in told
+
+
+def test_an_event_that_lacks_what_is_shown_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "it" / "events.jsonl"
     record_run(path.parent)
-    path.write_bytes(path.read_bytes().splitlines()[0] + b"\n" + line + b"\n")
+    damage_line(path.parent, 2, b'{"kind": "epoch", "step": 5, "time": 1.0}')
     assert main(["watch", str(path.parent), "--once"]) == 2
     error = capsys.readouterr().err
+    said = "its epoch event of step 5 lacks 'epoch'"
     assert error.startswith(f"greenprune: error: RUN: {str(path)!r} cannot be read ({said}")
     assert error.count("\n") == 1
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from greenprune.config import UserError
 from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_seconds, format_si
 from greenprune.report.runs import ComparedRun, find_runs, read_run, read_run_events
-from greenprune.tracking import Event
+from greenprune.tracking import Event, describe_damage
 
 _TWIN_KEYS = ("model", "data", "seed", "epochs", "batch_size", "precision")
 _OF_ENERGY = ("energy_j", "energy_to_accuracy_j", "co2_g")
@@ -84,8 +84,7 @@ def compare_runs(paths: Sequence[Path], to_accuracy: float | None = None) -> Com
         raise UserError(f"--to-accuracy: {to_accuracy!r} is not valid; expected a share in (0, 1]")
     runs = [read_run(path, name) for path, name in find_runs(paths).items()]
     if to_accuracy is not None:
-        for run in runs:
-            run.summary["energy_to_accuracy_j"] = energy_to_accuracy_j(read_run_events(run.path), to_accuracy)
+        runs = [_with_joules_to(run, to_accuracy) for run in runs]
     return set_against_twins(runs, to_accuracy)
 
 
@@ -96,9 +95,19 @@ def set_against_twins(runs: list[ComparedRun], to_accuracy: float | None = None)
         runs: What :func:`read_run` gave.
         to_accuracy: As for :func:`compare_runs`.
     """
-    notes: list[str] = []
+    notes = [
+        f"events.jsonl of {run.name} cannot be read in whole ({describe_damage(run.damage)}): that is left out"
+        for run in runs
+        if run.damage
+    ]
     compared = tuple(_set_against_twin(run, runs, notes) for run in runs)
     return Comparison(compared, tuple(notes), to_accuracy)
+
+
+def _with_joules_to(run: ComparedRun, accuracy: float) -> ComparedRun:
+    events, damage = read_run_events(run.path)
+    joules = energy_to_accuracy_j(events, accuracy)
+    return replace(run, summary=run.summary | {"energy_to_accuracy_j": joules}, damage=damage)
 
 
 def energy_to_accuracy_j(events: Sequence[Event], accuracy: float) -> float | None:

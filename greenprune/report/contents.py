@@ -269,12 +269,13 @@ def _read(path: Path, name: str) -> ReportedRun:
     attempts = read_provenance(path)
     provenance = attempts[-1] if attempts else {}
     try:
-        compared, history = read_run(path, name), read_history(read_run_events(path))
+        compared = read_run(path, name)
     except UserError as error:
         state = f"cannot be read: {str(error).removeprefix('RUN: ')}"
         unread = ComparedRun(path, name, {}, state, hardware_of(attempts))
         return ReportedRun(unread, read_history([]), config, provenance, None)
-    return ReportedRun(compared, history, config, provenance, is_held(path))
+    events, damage = read_run_events(path)
+    return ReportedRun(replace(compared, damage=damage), read_history(events), config, provenance, is_held(path))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import yaml
 from greenprune.config import UserError, load_yaml, shaping_values
 from greenprune.formatting import worst_quality
 from greenprune.timing import StepTimes
-from greenprune.tracking import Event, RunFolder, read_attempts, read_events
+from greenprune.tracking import Event, RunFolder, describe_damage, read_attempts, salvage_events
 
 _EXECUTION_KEYS = ("compile", "cuda_graph")
 _RUN_FILES = ("summary.json", "events.jsonl", "config.yaml")
@@ -37,6 +37,7 @@ class ComparedRun:
         execution: How its steps were executed, which shapes joules and seconds but no result, by key of the config;
             without what its config.yaml does not tell.
         images: Where its own folder of images is; None if it was trained on a known data set, or no config.yaml tells.
+        damage: What is wrong with each line of its events that is none, where they were needed and so were read.
         twin: Name of its dense twin among the compared runs, if there is one.
         against_twin: Differences and ratios to the twin by name; None where one is unknown or would compare anything
             but the networks, such as machines.
@@ -50,6 +51,7 @@ class ComparedRun:
     dense_config: dict[str, Any] | None = None
     execution: dict[str, Any] = field(default_factory=dict)
     images: Path | None = None
+    damage: tuple[str, ...] = ()
     twin: str | None = None
     against_twin: dict[str, float | None] | None = None
 
@@ -176,14 +178,19 @@ def read_run(path: Path, name: str) -> ComparedRun:
         UserError: A file of it cannot be read.
     """
     folder = RunFolder(path)
+    damage: tuple[str, ...] = ()
     if folder.summary.is_file():
         summary, state = _read_object(folder.summary), "finished"
     else:
-        summary, state = _unfinished(read_run_events(path))
+        events, damage = read_run_events(path)
+        if damage and not events:
+            wrong = f"{str(folder.events)!r} cannot be read ({describe_damage(damage)})"
+            raise UserError(f"RUN: {wrong}; expected one JSON object a line")
+        summary, state = _unfinished(events)
     config = _read_config(folder.config)
     hardware = hardware_of(read_provenance(path))
     shaping, execution, images = _dense_config(config), _execution(config), _images(config)
-    return ComparedRun(path, name, summary, state, hardware, shaping, execution, images)
+    return ComparedRun(path, name, summary, state, hardware, shaping, execution, images, damage)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -217,17 +224,16 @@ def _images(config: dict[str, Any]) -> Path | None:
     return Path(data["root"]).resolve()
 
 
-def read_run_events(path: Path) -> list[Event]:
-    """The events of the run in a folder; a last line that is not whole is left out.
+def read_run_events(path: Path) -> tuple[list[Event], tuple[str, ...]]:
+    """The events of the run in a folder, and what is wrong with each line that is none, or with the file.
 
-    Raises:
-        UserError: The file cannot be read.
+    A last line that is not whole is left out, and nothing is wrong with it.
     """
-    events = RunFolder(path).events
     try:
-        return read_events(events)
-    except (OSError, ValueError) as error:
-        raise UserError(f"RUN: {str(events)!r} cannot be read ({error}); expected one JSON object a line") from None
+        events, damaged = salvage_events(RunFolder(path).events)
+    except OSError as error:
+        return [], (str(error),)
+    return events, tuple(damaged)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

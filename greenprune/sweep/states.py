@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Group, RenderableType
@@ -16,6 +17,7 @@ from greenprune.locking import is_held
 from greenprune.report.runs import read_run, read_run_events
 from greenprune.sweep.folder import PlannedRun, SweepFolder
 from greenprune.sweep.slurm import QueuedTask
+from greenprune.tracking import Event, describe_damage
 
 State = Literal["finished", "running", "waiting", "stopped", "failed", "missing"]
 _STYLES: dict[State, str] = {"finished": "green", "running": "cyan", "failed": "red", "stopped": "yellow"}
@@ -84,23 +86,26 @@ def read_states(
 
 def _read_state(folder: SweepFolder, run: PlannedRun, queued: QueuedTask | None) -> RunState:
     place = folder.run_folder(run)
-    figures, attempts, steps, last = _read_figures(folder, run)
-    state, why = _judge(folder, run, queued, last)
+    figures = _read_figures(place.path, run)
+    events, damage = read_run_events(place.path)
+    state, why = _judge(folder, run, queued, events[-1]["kind"] if events else "")
     if place.summary.is_file() and figures.get("accuracy") is not None:
-        state, why = "finished", ""
-    return RunState(run, state, why, figures, attempts, steps)
-
-
-def _read_figures(folder: SweepFolder, run: PlannedRun) -> tuple[dict[str, Any], int, int | None, str]:
-    """A run's figures, its attempts, the steps of the whole run, and the kind of its last event."""
-    path = folder.run_folder(run).path
-    try:
-        figures, events = read_run(path, run.name).summary, read_run_events(path)
-    except UserError:  # half a file, which another machine is writing
-        return {}, 0, None, ""
+        # Its result is whole in any case; the events tell the rest as far as they can be read.
+        state, why = "finished", f"events.jsonl: {describe_damage(damage)}" if damage else ""
     starts = [event for event in events if event["kind"] == "start"]
-    steps = starts[-1]["epochs"] * starts[-1]["steps_per_epoch"] if starts else None
-    return figures, len(starts), steps, events[-1]["kind"] if events else ""
+    return RunState(run, state, why, figures, len(starts), _steps(starts))
+
+
+def _read_figures(path: Path, run: PlannedRun) -> dict[str, Any]:
+    try:
+        return read_run(path, run.name).summary
+    except UserError:  # half a file, which another machine is writing
+        return {}
+
+
+def _steps(starts: Sequence[Event]) -> int | None:
+    """Steps of the whole run, as the last attempt told; None if none did."""
+    return starts[-1]["epochs"] * starts[-1]["steps_per_epoch"] if starts else None
 
 
 def _judge(folder: SweepFolder, run: PlannedRun, queued: QueuedTask | None, last_event: str) -> tuple[State, str]:

@@ -206,6 +206,14 @@ def write_events(folder: Path, events: list[dict[str, Any]], rest: str = "") -> 
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + rest)
 
 
+def damage_line(folder: Path, number: int, line: bytes = b'{"time": 17') -> None:
+    """Put what is no event in place of a line of the log, counted from 1, as a bad disk may."""
+    path = folder / "events.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[number - 1] = line + b"\n"
+    path.write_bytes(b"".join(lines))
+
+
 def stop_before(folder: Path, events: list[dict[str, Any]], step: int, rest: str = "") -> None:
     """Make a finished run one that was killed, or still goes on, after a step."""
     (folder / "summary.json").unlink()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parent))
+from recording import damage_line
 
 from greenprune.config import Config, DataConfig, GateConfig, ModelConfig, OptimConfig, UserError, dump_config
 from greenprune.report import Comparison, compare_runs
@@ -503,6 +507,32 @@ def test_joules_to_an_accuracy_are_those_when_an_evaluation_first_reached_it(tmp
     assert "0.60x" in text
     never = compare_runs([tmp_path], to_accuracy=0.99)
     assert [run.summary["energy_to_accuracy_j"] for run in never.runs] == [None, None]
+
+
+def test_a_damaged_line_is_named_and_the_other_lines_count(tmp_path: Path) -> None:
+    write_events(write_run(tmp_path / "dense", DENSE), [(0.7, 50.0), (0.9, 100.0)])
+    write_events(write_run(tmp_path / "gated", GATED), [(0.6, 30.0), (0.7, 40.0), (0.91, 60.0)])
+    write_events(tmp_path, [(0.6, 30.0), (0.7, 40.0)])
+    (tmp_path / "half").mkdir()
+    start = {"time": 0.0, "step": 0, "kind": "start", "model": "resnet38"}
+    (tmp_path / "half" / "events.jsonl").write_text(json.dumps(start) + "\n")
+    with (tmp_path / "half" / "events.jsonl").open("a") as file:
+        file.write((tmp_path / "events.jsonl").read_text())
+    (tmp_path / "events.jsonl").unlink()
+    for name in ("gated", "half"):
+        damage_line(tmp_path / name, 2)
+    told = "events.jsonl of {} cannot be read in whole (line 2 is no event: "
+    notes = compare_runs([tmp_path]).notes
+    assert [note.startswith(told.format("half")) for note in notes] == [True]  # of the other the summary is enough
+    comparison = compare_runs([tmp_path], to_accuracy=0.9)
+    assert [run.summary["energy_to_accuracy_j"] for run in comparison.runs] == [100.0, 60.0, None]
+    assert [run.is_finished for run in comparison.runs] == [True, True, False]
+    assert [
+        note.startswith(told.format(name)) for name, note in zip(("gated", "half"), comparison.notes, strict=True)
+    ] == [
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("accuracy", [0.0, 90.0, -1.0])

@@ -29,7 +29,7 @@ from greenprune.report.page import render_page
 from greenprune.report.words import render_csv, render_json, render_markdown
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recording import STEPS, config, record_run, stop_before, write_events
+from recording import STEPS, config, damage_line, record_run, stop_before, write_events
 
 
 def record_four(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -417,6 +417,20 @@ def test_a_file_that_cannot_be_read_spoils_no_other_run(tmp_path: Path, damage: 
     assert ("cannot be read" in page) == (damage in ("events.jsonl", "summary.json"))
     good = next(run for run in report.runs if run.name == "good")
     assert good.is_finished
+
+
+def test_a_damaged_line_of_a_finished_run_leaves_its_summary_in_the_means(tmp_path: Path) -> None:
+    recorded = record_four(tmp_path)
+    epoch_1 = next(n for n, event in enumerate(recorded["gated-1"], start=1) if event["kind"] == "epoch")
+    damage_line(tmp_path / "gated-1", epoch_1)
+    report = build_report([tmp_path])
+    gated = report.groups[1]
+    spreads = (gated.spreads["energy_j"], gated.against_twins["energy_j"])
+    assert [spread.n if spread else 0 for spread in spreads] == [2, 2]
+    run = next(run for run in report.runs if run.name == "gated-1")
+    assert [epoch.epoch for epoch in run.history.epochs] == [2, 3, 4]
+    for text in forms(report):
+        assert f"events.jsonl of gated-1 cannot be read in whole (line {epoch_1} is no event: " in text
 
 
 def test_a_run_that_only_has_a_config_is_shown(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 from launching import ROOT, environment
-from recording import record_run
+from recording import damage_line, record_run
 
 from greenprune.config import load_config
 from greenprune.sweep.command import main
@@ -188,6 +188,25 @@ def test_the_report_waits_for_runs_that_have_just_ended_elsewhere(
     report = (folder / "report.md").read_text()
     assert all(name in report for name in names.values())
     assert "has no result" not in report
+
+
+def test_a_finished_run_with_a_damaged_line_is_finished(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(capsys, "two.yaml")[0] == 0
+    folder = place / "runs" / "sweeps" / "two"
+    runs = ["0000-digits-resnet20-dense-seed0", "0001-digits-resnet20-block-0.5-seed0"]
+    for name in runs:
+        record_run(folder / "runs" / name, gated=name == runs[1])
+        damage_line(folder / "runs" / name, 3)
+    code, out, _ = sweep(capsys, "status", str(folder), "--json")
+    assert code == 0
+    for state in json.loads(out):
+        assert (state["state"], state["attempts"]) == ("finished", 1)
+        assert state["energy_j"] > 0
+        assert state["why"].startswith("events.jsonl: line 3 is no event: ")
+    code, out, _ = sweep(capsys, "two.yaml", "--local")
+    assert code == 0
+    assert "2 of 2 runs are finished" in out
+    assert "started" not in out
 
 
 def here(place: Path, *args: str) -> subprocess.Popen[str]:
