@@ -322,6 +322,7 @@ def numbers_of(event: Event) -> dict[str, float]:
     """The figures of an event as trackers take them: flat, by names with slashes, those that are known.
 
     Joules by phase and by device become one figure each; a device's is named after it, its quality and its source.
+    Those of devices with one such name, as a run that went on on another machine has them, are added up.
 
     Args:
         event: One event.
@@ -329,10 +330,19 @@ def numbers_of(event: Event) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for key, value in event.items():
         if "/" in key and isinstance(value, dict):
-            numbers |= {f"{key}/{_short(name)}": part for name, part in value.items() if part is not None}
+            numbers |= _added_by_short_name(key, value)
         elif "/" in key and isinstance(value, int | float):
             numbers[key] = value
     return numbers
+
+
+def _added_by_short_name(key: str, parts: dict[str, float | None]) -> dict[str, float]:
+    added: dict[str, float] = {}
+    for name, part in parts.items():
+        if part is not None:
+            short = f"{key}/{_short(name)}"
+            added[short] = added.get(short, 0) + part
+    return added
 
 
 def _short(name: str) -> str:

@@ -22,6 +22,7 @@ from greenprune.tracking import (
     Ledger,
     RunFolder,
     default_run_name,
+    numbers_of,
     read_events,
     write_atomically,
     write_json,
@@ -141,6 +142,24 @@ def test_other_ranks_write_and_mirror_nothing() -> None:
     log.record("train", 1)
     log.close()
     assert seen == []
+
+
+def test_joules_of_devices_that_trackers_call_alike_are_added_up() -> None:
+    """Such as those of one processor each on two machines, on which a run was in turn."""
+    devices = {
+        "cpu (estimate: CodeCarbon: 42 W)": 2.0,
+        "cpu (estimate: CodeCarbon: 64 W)": 3.0,
+        "cpu (unreadable: no counter)": None,
+        "dram (counter: RAPL)": 1.0,
+    }
+    numbers = numbers_of(
+        {"time": 0.0, "step": 1, "kind": "epoch", "energy/by_device_j": devices, "energy/total_j": 6.0}
+    )
+    assert numbers == {
+        "energy/by_device_j/cpu_estimate_CodeCarbon": 5.0,
+        "energy/by_device_j/dram_counter_RAPL": 1.0,
+        "energy/total_j": 6.0,
+    }
 
 
 # The ledger.
