@@ -410,6 +410,32 @@ def test_a_file_that_is_no_run_is_refused_by_its_name(
     assert complaint in message
 
 
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("optim: {lr: 0.5}\nseed: 1\noptim: {epochs: 3}\n", "'optim' is given twice, in lines 1 and 3"),
+        ("seed: 1\noptim:\n  lr: 0.5\n  epochs: 3\n  lr: 0.1\n", "'lr' is given twice, in lines 3 and 5"),
+        ("seed: 1\n'seed': 1\n", "'seed' is given twice, in lines 1 and 2"),
+    ],
+    ids=["section", "field", "quoted"],
+)
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path, content: str, complaint: str) -> None:
+    """Else all that the first one says would be dropped without a word."""
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    message = refusal(["--config", str(path)])
+    assert message.startswith(f"--config: {str(path)!r}")
+    assert message.endswith(f"{complaint}; expected each key once")
+
+
+def test_what_a_mapping_takes_over_from_another_may_be_given_again(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("optim: &base {lr: 0.5, epochs: 3}\n")
+    assert load_config(path).optim.lr == 0.5
+    path.write_text("energy: {country: null}\noptim: {<<: {lr: 0.5, epochs: 3}, lr: 0.1}\n")
+    assert (load_config(path).optim.lr, load_config(path).optim.epochs) == (0.1, 3)
+
+
 def test_a_missing_file_is_refused_by_its_name(tmp_path: Path) -> None:
     path = tmp_path / "nothing.yaml"
     assert re.match(rf"--config: cannot read '{path}' \(No such file", refusal(["--config", str(path)]))

@@ -17,7 +17,23 @@ from greenprune.config.fields import Config, ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the booleans and floats of version 1.2: ``precision: no`` is a word, ``lr: 5e-4`` a number."""
+    """YAML with the booleans and floats of version 1.2: ``precision: no`` is a word, ``lr: 5e-4`` a number.
+
+    As version 1.2 has it, a key that is given twice is an error, too; PyYAML would drop all that the first one holds.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise yaml.YAMLError(
+                        f"{key.value!r} is given twice, in lines {lines[key.value]} and {line}; expected each key once"
+                    )
+                lines[key.value] = line
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -131,6 +131,7 @@ BAD = {
     "empty axis": ("grid: {optim.lr: []}", "grid.optim.lr: [] has no value"),
     "value twice": ("seeds: [1, 2, 1]", "seeds: [1, 2, 1] has a value twice"),
     "run twice": ("runs: [{seed: 1}, {seed: 1}]", "runs: number 2 (seed 1) is the same as number 1"),
+    "key twice": ("seeds: [1]\nseeds: [2]", "'seeds' is given twice, in lines 2 and 3"),
     "given twice": ("targets: [0.5]\ngrid: {budget.target: [0.3]}", "targets: is also given as grid.budget.target"),
     "settings and targets": (
         "settings: {budget.target: 0.3}\ntargets: [0.5]",
