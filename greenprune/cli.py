@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from greenprune.redaction import print_error, without_secrets
+
 _DESCRIPTION = """\
 Train a network and remove the blocks it does not need while it trains, with every joule accounted for.
 
@@ -42,7 +44,8 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"greenprune: error: {message}; see {self.prog} --help\n")
+        told = without_secrets(message, os.environ)
+        self.exit(2, f"greenprune: error: {told}; see {self.prog} --help\n")
 
 
 class _Version(argparse.Action):
@@ -209,14 +212,14 @@ def _carry_out(command: Callable[[argparse.Namespace], int], arguments: argparse
     except BrokenPipeError:
         return leave_closed_pipe()
     except (UserError, OSError) as error:
-        print(f"greenprune: error: {error}", file=sys.stderr)
+        print_error(error, os.environ)
         return 2 if isinstance(error, UserError) else 1
     except RuntimeError as error:
         from greenprune.checkpoint import CheckpointCorrupt  # loads torch, as commands that raise it have done
 
         if not isinstance(error, CheckpointCorrupt):
             raise
-        print(f"greenprune: error: {error}", file=sys.stderr)
+        print_error(error, os.environ)
         return 1
     return code
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 
 # Databases and shells run some of these words together with what stands before: PGPASSWORD, OPENAI_APIKEY. PWD is a
@@ -27,7 +28,18 @@ def without_secrets(text: str, environment: Mapping[str, str]) -> str:
         text: For a log, a file or the terminal.
         environment: The process's environment.
     """
-    for name, value in environment.items():
-        if names_secret(name) and len(value) >= _LEAST_SECRET:
-            text = text.replace(value, "***")
+    secrets = {value for name, value in environment.items() if names_secret(name) and len(value) >= _LEAST_SECRET}
+    for secret in sorted(secrets, key=len, reverse=True):  # of one that begins with another the end would be left
+        text = text.replace(secret, "***")
     return _LOGIN.sub(r"\1***@", text)
+
+
+def print_error(error: object, environment: Mapping[str, str], prog: str = "greenprune") -> None:
+    """Say on standard error, without secrets, why a command could not be carried out.
+
+    Args:
+        error: What is wrong, in one line.
+        environment: The process's environment.
+        prog: The program's name.
+    """
+    print(f"{prog}: error: {without_secrets(str(error), environment)}", file=sys.stderr)

@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launching import ROOT, TRAIN, command, environment
 
+from greenprune.cli import main
 from greenprune.mirrors import GuardedMirror
 from greenprune.redaction import without_secrets
 from greenprune.tracking import RunFolder
@@ -66,6 +67,42 @@ def test_an_error_that_quotes_a_secret_is_told_without_it(tmp_path: Path, capsys
     assert "wandb has failed" in told
     assert SECRET not in told
     assert "hunter22" not in told
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [SECRET],
+        ["compare", SECRET],
+        ["report", SECRET],
+        ["compare", "x" * 300 + SECRET],  # which no system takes
+        ["export", "it", "--format", SECRET],
+        ["sweep", SECRET],
+        ["sweep", "status", SECRET],
+        ["sweep", "it", f"--local={SECRET}"],
+        ["train", "--optim.lr", SECRET],
+        ["measure", "--country", SECRET, "--", "true"],
+        ["measure", "--interval", SECRET, "--", "true"],
+    ],
+)
+def test_no_command_quotes_a_secret_in_an_error(
+    args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOME_TOKEN", SECRET)
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(args)
+    except SystemExit as stop:
+        code = stop.code
+    assert code in (1, 2)
+    told = capsys.readouterr().err
+    assert ": error: " in told
+    assert SECRET not in told
+
+
+def test_of_a_secret_that_begins_with_another_nothing_is_left() -> None:
+    environment = {"TOKEN": "abcdef12", "OTHER_TOKEN": "abcdef1234567"}
+    assert without_secrets("abcdef1234567 and abcdef12", environment) == "*** and ***"
 
 
 def test_what_is_no_secret_stays() -> None:

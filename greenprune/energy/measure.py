@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from greenprune.config import EnergyConfig, UserError
 from greenprune.energy import CarbonIntensity, Measurement, carbon_intensity, co2_g, open_local_meter
-from greenprune.redaction import without_secrets
+from greenprune.redaction import print_error, without_secrets
 
 _DESCRIPTION = """\
 Run a command and say what energy the GPUs that it can see, the CPU and the memory of this machine took meanwhile.
@@ -47,7 +47,8 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        told = without_secrets(message, os.environ)
+        self.exit(2, f"{self.prog}: error: {told}; see {self.prog} --help\n")
 
 
 def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "greenprune measure") -> int:
@@ -67,7 +68,7 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
     """
     options, command = _parse(args, prog)
     if not hasattr(signal, "sigwaitinfo"):
-        print(f"{prog}: error: this system cannot tell who sent a signal; measure works on Linux", file=sys.stderr)
+        print_error("this system cannot tell who sent a signal; measure works on Linux", environment, prog)
         return 2
     try:
         carbon = _carbon(options)
@@ -75,7 +76,7 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
         message = str(error)
         for key, flag in _FLAGS.items():
             message = message.replace(key, flag)
-        print(f"{prog}: error: {message}", file=sys.stderr)
+        print_error(message, environment, prog)
         return 2
     told = [without_secrets(word, environment) for word in command]
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # one that was inherited as ignored would never be told
@@ -91,22 +92,22 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
                     command[0], command, dict(environment), setsigmask=mask, setsigdef=_IGNORED_BY_PYTHON
                 )
             except OSError as error:
-                print(f"{prog}: error: {told[0]}: {error.strerror}", file=sys.stderr)
+                print_error(f"{command[0]}: {error.strerror}", environment, prog)
                 return 127 if isinstance(error, FileNotFoundError) else 126
             code = _wait(process)
         notes = meter.notes
     report = _report(window.measurement, told, code, carbon, notes)
-    _tell(report, options, prog)
+    _tell(report, options, environment, prog)
     return code
 
 
-def _tell(report: dict[str, Any], options: argparse.Namespace, prog: str) -> None:
+def _tell(report: dict[str, Any], options: argparse.Namespace, environment: Mapping[str, str], prog: str) -> None:
     """Write the report where it was asked for; a place that cannot be written does not change the exit code."""
     if options.output is not None:
         try:
             options.output.write_text(json.dumps(report, indent=2) + "\n")
         except OSError as error:
-            print(f"{prog}: error: --output: {str(options.output)!r}: {error.strerror}", file=sys.stderr)
+            print_error(f"--output: {str(options.output)!r}: {error.strerror}", environment, prog)
     with contextlib.suppress(OSError):  # the terminal or pipe may be gone, and with it the reader
         if options.json:
             print(json.dumps(report), flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from greenprune.config import UserError
 from greenprune.formatting import format_joules, format_percent, format_seconds, leave_closed_pipe, open_console
+from greenprune.redaction import print_error, without_secrets
 from greenprune.sweep.collect import collect_report
 from greenprune.sweep.folder import (
     PlannedRun,
@@ -62,7 +64,8 @@ Doing the same again goes on: what is finished or in the queue is left alone. do
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"greenprune: error: {message}; see {self.prog} --help\n")
+        told = without_secrets(message, os.environ)
+        self.exit(2, f"greenprune: error: {told}; see {self.prog} --help\n")
 
 
 def main(args: Sequence[str], prog: str = "greenprune sweep") -> int:
@@ -85,12 +88,9 @@ def main(args: Sequence[str], prog: str = "greenprune sweep") -> int:
         return code
     except BrokenPipeError:
         return leave_closed_pipe()
-    except UserError as error:
-        print(f"greenprune: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"greenprune: error: {error}", file=sys.stderr)
-        return 1
+    except (UserError, OSError) as error:
+        print_error(error, os.environ)
+        return 2 if isinstance(error, UserError) else 1
 
 
 # The commands.
@@ -141,7 +141,7 @@ def _status(args: Sequence[str], prog: str) -> int:
     try:
         queue, problem = _queue(folder), ""
     except UserError as error:
-        queue, problem = {}, str(error)
+        queue, problem = {}, without_secrets(str(error), os.environ)
     states = read_states(folder, runs, queue)
     if options.json:
         print(json.dumps([state.to_dict() for state in states], indent=2))
