@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -169,7 +170,7 @@ def _start_wandb(
 
 def _start_tensorboard(engine: Engine, config: Config, folder: RunFolder) -> tuple[Mirror, str]:
     engine.start_tracker("tensorboard", TENSORBOARD_FOLDER, {}, folder.path)
-    note = f"TensorBoard: tensorboard --logdir {folder.path.parent}"
+    note = f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder.path.parent))}"
     return TensorBoardMirror(engine.tracker("tensorboard"), config.to_dict()), note
 
 
@@ -201,5 +202,5 @@ def _failed(name: str, error: Exception) -> str:
 
 def _catch_up(name: str, folder: RunFolder) -> str:
     if name in ("wandb", "tensorboard"):
-        return f"To catch up later: greenprune sync {folder.path} --to {name}"
+        return f"To catch up later: greenprune sync {shlex.quote(str(folder.path))} --to {name}"
     return f"Everything is in {folder.events}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ def sync_run(path: Path, tracker: str, environment: Mapping[str, str], *, offlin
     Raises:
         UserError: There is no run with events at the path, it still goes on, or the tracker cannot be reached.
     """
-    folder = RunFolder(path)
+    folder = RunFolder(path.resolve())  # "." has no name, and a link may have another one
     if not folder.config.is_file() or not folder.events.is_file():
         raise UserError(f"RUN: {str(path)!r} is not a run with events; expected the folder of one")
     if is_held(folder.path):
@@ -48,7 +49,7 @@ def sync_run(path: Path, tracker: str, environment: Mapping[str, str], *, offlin
         where = _sync_wandb(config, folder, events, environment, offline=offline)
     else:
         where = _sync_tensorboard(config, folder, events)
-    told = f"{len(events):,} events of {path.name} are told."
+    told = f"{len(events):,} events of {folder.path.name} are told."
     return f"{told} Left out: {left_out}. {where}" if damaged else f"{told} {where}"
 
 
@@ -71,7 +72,7 @@ def _sync_wandb(
     run.finish()
     if online:
         return f"W&B: {run.url}"
-    return f"W&B is offline; to upload: wandb sync {Path(run.dir).parent}"
+    return f"W&B is offline; to upload: wandb sync {shlex.quote(str(Path(run.dir).parent))}"
 
 
 def _sync_tensorboard(config: Config, folder: RunFolder, events: list[Event]) -> str:
@@ -87,7 +88,7 @@ def _sync_tensorboard(config: Config, folder: RunFolder, events: list[Event]) ->
     writer: Any = SummaryWriter(str(target))
     _tell(TensorBoardMirror(writer, config.to_dict()), events)
     writer.close()
-    return f"TensorBoard: tensorboard --logdir {folder.path.parent}"
+    return f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder.path.parent))}"
 
 
 def _tell(mirror: Callable[[Event], None], events: list[Event]) -> None:

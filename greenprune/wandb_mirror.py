@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -166,7 +167,7 @@ def where_to_see(run: Any, folder: RunFolder) -> str:
     """One line that says where a W&B run is to be seen, or how to get it there."""
     if run.settings._offline:
         # All attempts together: W&B puts those of one run after each other.
-        return f"W&B is offline; to upload: wandb sync {folder.path / 'wandb' / 'offline-run-*'}"
+        return f"W&B is offline; to upload: wandb sync {shlex.quote(str(folder.path / 'wandb'))}/offline-run-*"
     return f"W&B: {run.url}"
 
 

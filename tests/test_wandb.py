@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
 import struct
 import subprocess
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,8 +22,10 @@ import pytest
 import wandb
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+sys.path.insert(0, str(Path(__file__).parent / "report"))
 from google.protobuf.message import DecodeError
 from launching import TRAIN, command, environment
+from recording import record_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
@@ -32,6 +36,7 @@ from greenprune.mirrors import GuardedMirror
 from greenprune.progress import Display
 from greenprune.run import train
 from greenprune.tracking import RunFolder
+from greenprune.wandb_mirror import where_to_see
 
 BLOCK = 32768
 HEADER = 7
@@ -227,7 +232,7 @@ def test_a_run_is_caught_up_from_its_events(
     said = capfd.readouterr().out
     assert f"events of {NAME} are told" in said
     (path,) = (copy / "wandb").glob("offline-run-*/*.wandb")
-    assert f"wandb sync {path.parent}" in said
+    assert f"wandb sync {shlex.quote(str(path.parent))}" in said
     again = Uploaded(path)
     assert again.run.run_id == uploaded.run.run_id
     assert again.run.run_group == uploaded.run.run_group
@@ -293,7 +298,7 @@ def test_a_tracker_whose_process_is_killed_is_done_without(tmp_path: Path, monke
     assert run.returncode == 0, said[-3000:]
     assert time.monotonic() - killed_s < 60
     assert said.count("wandb has failed and gets nothing more of this run") == 1, said[-3000:]
-    assert f"greenprune sync {tmp_path / NAME} --to wandb" in said
+    assert f"greenprune sync {shlex.quote(str(tmp_path / NAME))} --to wandb" in said
     assert "Traceback" not in said
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["sync", str(tmp_path / NAME)]) == 0
@@ -308,6 +313,27 @@ def test_a_run_that_goes_on_is_not_synced(tmp_path: Path, capsys: pytest.Capture
     assert main(["sync", str(tmp_path)]) == 2
     lock.release()
     assert "still goes on" in capsys.readouterr().err
+
+
+def test_within_a_runs_folder_it_is_synced_under_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The commands that are told to copy do what they say, also where a path holds spaces."""
+    run = tmp_path / "my runs" / "it"
+    record_run(run)
+    monkeypatch.chdir(run)
+    assert main(["sync", ".", "--offline"]) == 0
+    said = capfd.readouterr().out
+    assert "events of it are told" in said
+    (path,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    assert shlex.split(said.partition("to upload: ")[2]) == ["wandb", "sync", str(path.parent)]
+    assert main(["sync", str(run), "--offline"]) == 0
+    told = [Uploaded(found).run for found in (run / "wandb").glob("offline-run-*/*.wandb")]
+    assert {record.display_name for record in told} == {"it"}
+    assert len({record.run_id for record in told}) == 1
+    assert main(["sync", ".", "--to", "tensorboard"]) == 0
+    said = capfd.readouterr().out
+    assert shlex.split(said.partition("TensorBoard: ")[2]) == ["tensorboard", "--logdir", str(run.parent)]
 
 
 # Trackers that fail.
@@ -354,7 +380,7 @@ def test_a_tracker_that_cannot_start_is_done_without(
     summary, shown = train_shortly(tmp_path, ["wandb", "tensorboard"])
     assert summary["accuracy"] is not None
     assert "wandb has failed" in shown
-    assert f"greenprune sync {tmp_path / NAME} --to wandb" in shown
+    assert f"greenprune sync {shlex.quote(str(tmp_path / NAME))} --to wandb" in shown
     assert list((tmp_path / NAME / "tensorboard").glob("events*"))  # the other one is not harmed
 
 
@@ -373,6 +399,26 @@ def test_a_tracker_that_fails_on_the_way_is_left_alone(tmp_path: Path, capsys: p
     error = capsys.readouterr().err
     assert "wandb has failed and gets nothing more of this run ([Errno 32] Broken pipe); training goes on." in error
     assert error.count("\n") == 1
+
+
+def test_commands_to_copy_are_quoted_where_a_path_holds_spaces(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "my runs" / "it"
+    run.mkdir(parents=True)
+
+    def fail(_: dict[str, Any]) -> None:
+        raise OSError("gone")
+
+    guarded = GuardedMirror("wandb", fail, RunFolder(run))
+    guarded({"step": 1})
+    guarded.close()
+    told = capsys.readouterr().err.partition("To catch up later: ")[2]
+    assert shlex.split(told) == ["greenprune", "sync", str(run), "--to", "wandb"]
+    offline = SimpleNamespace(settings=SimpleNamespace(_offline=True))
+    told = where_to_see(offline, RunFolder(run)).partition("to upload: ")[2]
+    assert shlex.split(told) == ["wandb", "sync", str(run / "wandb" / "offline-run-*")]
+    assert told.endswith("/offline-run-*")  # for the shell to expand
 
 
 def test_a_tracker_that_hangs_holds_nothing_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
