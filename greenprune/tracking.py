@@ -8,6 +8,7 @@ import math
 import netrc
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -65,8 +66,13 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
+    @property
+    def id(self) -> Path:
+        """What trackers know the run by, wherever its folder is moved or copied: its first name and a random token."""
+        return self.path / "id.txt"
+
     def create(self, config: Config) -> None:
-        """Make the folder, which must not be there or be empty, with the resolved config in it: both or neither.
+        """Make the folder, which must not be there or be empty, with the run's resolved config and id: all or nothing.
 
         Raises:
             FileExistsError: The folder is there; another process may have made it just now.
@@ -78,6 +84,8 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             write_atomically(temporary / self.config.name, dump_config(config))
+            # Not from the config's seed: runs that are done again, or elsewhere by the same name, are other runs.
+            write_atomically(temporary / self.id.name, f"{self.path.name}-{secrets.token_hex(8)}\n")
             temporary.rename(self.path)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)

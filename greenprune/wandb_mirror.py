@@ -146,7 +146,7 @@ def wandb_options(
     array = environment.get("SLURM_ARRAY_JOB_ID")
     return {
         "name": folder.path.name,
-        "id": f"{folder.path.name}-{config.identity()}",
+        "id": _run_id(config, folder),
         "resume": "allow" if online and resume else None,
         "group": config.tracking.group or (f"slurm-array-{array}" if array else name_without_seed(config)),
         "job_type": job_type,
@@ -161,6 +161,12 @@ def wandb_options(
             x_label="rank 0",  # of the system metrics: they are those of this process's machine
         ),
     }
+
+
+def _run_id(config: Config, folder: RunFolder) -> str:
+    if folder.id.is_file():
+        return folder.id.read_text().strip()
+    return f"{folder.path.name}-{config.identity()}"  # of a run from before folders had an id
 
 
 def where_to_see(run: Any, folder: RunFolder) -> str:

@@ -291,6 +291,7 @@ def test_all_files_lie_in_the_folder(tmp_path: Path) -> None:
         folder.structure,
         folder.summary,
         folder.checkpoints,
+        folder.id,
     ]
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == [
         "config.yaml",
@@ -299,6 +300,7 @@ def test_all_files_lie_in_the_folder(tmp_path: Path) -> None:
         "structure.json",
         "summary.json",
         "checkpoints",
+        "id.txt",
     ]
 
 

@@ -36,7 +36,7 @@ from greenprune.mirrors import GuardedMirror
 from greenprune.progress import Display
 from greenprune.run import train
 from greenprune.tracking import RunFolder
-from greenprune.wandb_mirror import where_to_see
+from greenprune.wandb_mirror import wandb_options, where_to_see
 
 BLOCK = 32768
 HEADER = 7
@@ -313,6 +313,29 @@ def test_a_run_that_goes_on_is_not_synced(tmp_path: Path, capsys: pytest.Capture
     assert main(["sync", str(tmp_path)]) == 2
     lock.release()
     assert "still goes on" in capsys.readouterr().err
+
+
+def test_every_runs_folder_is_one_wandb_run(tmp_path: Path) -> None:
+    """Also two of one name and config: runs of two sweeps or output folders, or one that was deleted and done again."""
+    config = Config(run_name=NAME)
+
+    def id_of(path: Path) -> str:
+        return str(wandb_options(config, RunFolder(path), {}, online=True, resume=True)["id"])
+
+    first, second = RunFolder(tmp_path / "a" / NAME), RunFolder(tmp_path / "b" / NAME)
+    first.create(config)
+    second.create(config)
+    known = id_of(first.path)
+    assert known.startswith(f"{NAME}-")
+    assert known != id_of(second.path)
+    assert known == id_of(first.path)  # in the next attempt
+    shutil.copytree(first.path, tmp_path / "copy")
+    moved = first.path.rename(tmp_path / "moved")
+    assert known == id_of(tmp_path / "copy") == id_of(moved)
+    first.create(config)
+    assert known != id_of(first.path)
+    first.id.unlink()
+    assert id_of(first.path) == f"{NAME}-{config.identity()}"  # as for all folders from before there was a file
 
 
 def test_within_a_runs_folder_it_is_synced_under_its_own_name(
