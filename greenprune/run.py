@@ -312,10 +312,13 @@ def _end_log(folder: RunFolder, stack: ExitStack) -> None:
 
 
 def _new_or_same_folder(config: Config) -> tuple[RunFolder, bool]:
-    """A new folder with the config in it, or that of the same run to go on with; and whether it is new."""
+    """A new folder with the config in it, or that of the same run to go on with or finished; and whether it is new."""
     name = config.run_name or default_run_name(config)
+    finished: RunFolder | None = None
     for number in itertools.count(1):
         folder = RunFolder(Path(config.output_dir) / (name if number == 1 else f"{name}-{number}"))
+        if finished is not None and not folder.config.is_file():
+            return finished, False
         try:
             folder.create(config)
             return folder, True
@@ -323,8 +326,10 @@ def _new_or_same_folder(config: Config) -> tuple[RunFolder, bool]:
             pass
         if config.run_name is not None:
             break
-        if config.resume == "auto" and not folder.summary.exists() and not _differences(config, folder):
-            return folder, False
+        if config.resume == "auto" and not _differences(config, folder):
+            if not folder.summary.exists():
+                return folder, False
+            finished = finished or folder
     if config.resume == "never":
         raise UserError(
             f"run_name: {str(folder.path)!r} already holds a run; expected --resume auto to go on with it, "

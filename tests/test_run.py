@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,6 +254,27 @@ def test_runs_without_a_name_do_not_share_a_folder(config: Path, tmp_path: Path)
         "digits-resnet20-block-0.5-seed0",
         "digits-resnet20-block-0.5-seed0-2",
     }
+
+
+def test_without_a_name_auto_goes_on_with_the_same_run_and_does_no_finished_one_again(
+    config: Path, tmp_path: Path
+) -> None:
+    args = ["--config", str(config), "--output_dir", str(tmp_path), "--optim.epochs", "1", "--removal.decide_by", "1"]
+    name = "digits-resnet20-block-0.5-seed0"
+    for flags in ([], ["--optim.lr", "0.04"], ["--optim.lr", "0.04"]):
+        done = run(TRAIN, [*args, *flags, "--resume", "auto"])
+        assert done.returncode == 0, done.stderr
+        number = "-2" if flags else ""
+        assert f"{name}{number}\n" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {name, f"{name}-2"}
+    assert read_summary(tmp_path / f"{name}-2")["attempts"] == 1
+    # Of two of one config it goes on with that which is not finished.
+    shutil.copytree(tmp_path / name, tmp_path / f"{name}-3")
+    (tmp_path / f"{name}-3" / "summary.json").unlink()
+    done = run(TRAIN, [*args, "--resume", "auto"])
+    assert done.returncode == 0, done.stderr
+    assert read_summary(tmp_path / f"{name}-3")["attempts"] == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 BAD_INPUT = {

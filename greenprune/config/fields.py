@@ -340,8 +340,8 @@ class Config:
     run_name: str | None = None
     """Name of the run's folder. Unset: made from data, model, budget and seed, with a number if it is taken."""
     resume: str = "never"
-    """never: start anew; auto: go on from the run's last checkpoint if there is one; or the path of a checkpoint. All
-    fields that shape the result have to be those the run was started with."""
+    """never: start anew; auto: go on from the run's last checkpoint if there is one, and do no finished run again; or
+    the path of a checkpoint. All fields that shape the result have to be those the run was started with."""
     precision: Precision = "no"
     """Mixed precision of the network: no (fp32), bf16 or fp16 (GPU only). Gates and penalties are always fp32."""
     device: Literal["auto", "cpu"] = "auto"
