@@ -351,6 +351,7 @@ def _claim_checkpoint(config: Config, stack: ExitStack, path: Path, check: Calla
         raise UserError(f"resume: {config.resume!r} is not a checkpoint; expected never, auto or a folder step-<n>")
     folder = RunFolder(path.resolve().parent.parent)
     _check_same_run(config, folder)
+    _check_same_place(config, folder)
     if folder.summary.exists():
         raise UserError(
             f"resume: the run in {str(folder.path)!r} is finished; expected a checkpoint of one that is not"
@@ -370,6 +371,26 @@ def _check_same_run(config: Config, folder: RunFolder) -> None:
             f"run_name: {str(folder.path)!r} holds a different run (it differs in {', '.join(different)}); "
             f"expected the same config, or another run_name; what may be changed is {MAY_CHANGE}"
         )
+
+
+def _check_same_place(config: Config, folder: RunFolder) -> None:
+    """Refuse another name or place for a run that goes on where it is; its own config may have those of before a move.
+
+    Raises:
+        UserError: One is given.
+    """
+    theirs, name, place = load_config(folder.config), folder.path.name, folder.path.parent
+    may_be = (Config().output_dir, theirs.output_dir)  # the default may not have been given at all
+    if config.run_name not in (None, name, theirs.run_name):
+        wrong, valid = f"run_name: {config.run_name!r}", name
+    elif config.output_dir not in may_be and Path(config.output_dir).resolve() != place:
+        wrong, valid = f"output_dir: {config.output_dir!r}", str(place)
+    else:
+        return
+    raise UserError(
+        f"{wrong} is not that of the run whose checkpoint resume names, and which goes on in its own folder; "
+        f"expected {valid!r}, or none"
+    )
 
 
 def _differences(config: Config, folder: RunFolder) -> list[str]:

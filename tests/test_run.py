@@ -314,6 +314,43 @@ def test_bad_input_is_one_clear_message_and_nothing_is_written(case: str, config
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "flags"), [("run_name", ["--run_name", "zz"]), ("output_dir", ["--output_dir", "elsewhere"])]
+)
+def test_a_run_that_goes_on_from_a_checkpoint_is_not_told_another_place(
+    key: str, flags: list[str], config: Path, finished: Path, tmp_path: Path
+) -> None:
+    """It goes on where it is: as if elsewhere, it would be changed although a new folder was asked for."""
+    cut = tmp_path / "cut"
+    shutil.copytree(finished, cut)
+    (cut / "summary.json").unlink()
+    before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
+    args = ["--config", str(config), "--resume", str(max((cut / "checkpoints").iterdir()))]
+    done = run(TRAIN, [*args, *flags])
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"greenprune: error: {key}: {flags[1]!r} is not that of the run")
+    assert repr(str(tmp_path) if key == "output_dir" else "cut") in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("from_own_config", [False, True])
+def test_a_run_that_goes_on_from_a_checkpoint_is_told_its_own_place(
+    from_own_config: bool, config: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Or the one that its config has from before it was moved."""
+    cut = tmp_path / "cut"
+    shutil.copytree(finished, cut)
+    (cut / "summary.json").unlink()
+    given = [str(config), "--output_dir", f"{cut}/..", "--run_name", "cut"]
+    if from_own_config:
+        given = [str(cut / "config.yaml")]
+    args = ["--config", *given, "--resume", str(max((cut / "checkpoints").iterdir()))]
+    done = run(TRAIN, args)
+    assert done.returncode == 0, done.stderr
+    assert read_summary(cut)["attempts"] == 2
+
+
 def test_a_truncated_data_file_is_named(config: Path, tmp_path: Path) -> None:
     raw = tmp_path / "data" / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
