@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,12 @@ from greenprune.gating import attach_gates
 from greenprune.models import build_model
 
 MakeNetwork = Callable[..., nn.Module]
+
+
+def pytest_configure() -> None:
+    """Let runs be interrupted that tests start: a shell's background jobs are started with SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

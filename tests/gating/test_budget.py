@@ -405,7 +405,7 @@ def test_the_ranks_prices_follow_one_kept_cost_to_the_last_bit(
         shared = torch.stack([decisions.mean(2).mean(0), torch.full((9,), 0.5)])
         for policy, share in zip(ranks, decisions, strict=True):
             for gate, decision in zip(gates, share, strict=True):
-                gate.decision, gate.logit = decision.unsqueeze(1), torch.zeros(37, 1)
+                gate.decision, gate.logit = decision.unsqueeze(1).requires_grad_(), torch.zeros(37, 1)
             policy.penalty(step, 74, lambda _, shared=shared: shared)
     pairs = list(zip(seen[::2], seen[1::2], strict=True))
     assert any(one[0] != other[0] for one, other in pairs)
