@@ -18,7 +18,7 @@ from torchvision.ops.misc import Permute
 
 from greenprune.config import UserError
 from greenprune.models.attention import SelfAttention, WindowAttention
-from greenprune.models.residual import PlainBlock, ResidualBlock, Scale
+from greenprune.models.residual import PlainBlock, ResidualBlock, Scale, follow_mode
 
 Block = TypeVar("Block", bound=nn.Module)
 Split = Callable[[Any], nn.Module]
@@ -122,10 +122,7 @@ def _take_apart(name: str, block: nn.Module) -> nn.Module:
             f"{name}: the function registered for {type(block).__name__} gave a {type(split).__name__} without a "
             "ResidualBlock; expected a ResidualBlock or a torch.nn.Sequential of them"
         )
-    own = set(block.modules())
-    for module in split.modules():
-        if module not in own:  # the block's own modules, a frozen norm among them, keep their mode
-            module.training = block.training
+    follow_mode(split, block)
     return split
 
 

@@ -303,6 +303,14 @@ class ResidualBlock(nn.Module):
         return nn.Sequential(self.shortcut, self.activation)
 
 
+def follow_mode(made: nn.Module, block: nn.Module) -> None:
+    """Put what is made around a block's modules into its mode; they themselves, a frozen norm perhaps, keep theirs."""
+    own = set(block.modules())
+    for module in made.modules():
+        if module not in own:
+            module.training = block.training
+
+
 class PlainBlock(nn.Module):
     """A block without a shortcut: it has to stay, but the channels inside it can be gated.
 

@@ -1,11 +1,9 @@
-"""What a report says of some runs, before it takes a form: groups of seeds, spreads, fronts, differences, caveats."""
+"""Puts together what a report says of some runs: groups, spreads, fronts, differences, caveats."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ from greenprune.config import UserError, shaping_values
 from greenprune.formatting import format_joules, format_percent
 from greenprune.locking import is_held
 from greenprune.report.comparison import set_against_twins
-from greenprune.report.history import History, read_history
+from greenprune.report.history import read_history
+from greenprune.report.parts import FIGURES, Group, Report, ReportedRun, Spread, Task, spread_of
 from greenprune.report.runs import (
     ComparedRun,
     find_runs,
@@ -33,208 +32,6 @@ _ENVIRONMENT = {
     "processes": lambda made: made.get("processes"),
 }  # fmt: skip
 _SUMMARY_KEYS = ("model", "gated", "budget_target", "budget_unit", "epochs", "batch_size", "precision")
-
-FIGURES = ("accuracy", "flops_forward", "flops_train", "energy_j", "co2_g", "time_s", "step_time_s")
-"""Figures of a run that a group has a spread of."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation of one figure over the finished runs of a group in which it is known.
-
-    Attributes:
-        mean: Their mean.
-        sd: Their sample standard deviation; None for a single one.
-        n: How many they are.
-    """
-
-    mean: float
-    sd: float | None
-    n: int
-
-
-def spread_of(values: Iterable[float | None]) -> Spread | None:
-    """The spread of what is known; None if nothing is."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
-
-
-@dataclass(frozen=True)
-class ReportedRun:
-    """One run of a report.
-
-    Attributes:
-        compared: The run among the others.
-        history: What its events tell epoch by epoch.
-        config: Its config.yaml by dotted keys; empty if it has none.
-        provenance: Versions and hardware of its last attempt; empty if not known.
-        is_held: Whether a process on this machine has it in hand now; None if that cannot be told.
-    """
-
-    compared: ComparedRun
-    history: History
-    config: dict[str, Any]
-    provenance: dict[str, Any]
-    is_held: bool | None
-
-    @property
-    def name(self) -> str:
-        """What it is called in the report."""
-        return self.compared.name
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether it ended by itself."""
-        return self.compared.is_finished
-
-    @property
-    def state(self) -> str:
-        """Whether it is finished, or how far it came and whether it still runs, as far as that is known."""
-        if self.is_finished or self.history.last_time is None:
-            return self.compared.state
-        state = self.compared.state.replace("unfinished", "running", 1) if self.is_held else self.compared.state
-        heard = datetime.fromtimestamp(self.history.last_time, timezone.utc)
-        return f"{state}; last event {heard:%Y-%m-%d %H:%M} UTC"
-
-    def figure(self, key: str) -> float | None:
-        """One of :data:`FIGURES`; None if it is not known."""
-        value = self.compared.step_time_s if key == "step_time_s" else self.compared.summary.get(key)
-        return float(value) if isinstance(value, int | float) else None
-
-    def counts(self, key: str) -> bool:
-        """Whether a figure tells of the network alone: no lower bound, no work that was done twice."""
-        complete, once = self.compared.energy_is_complete, not self.compared.has_lost_work
-        return once and complete if key in ("energy_j", "co2_g") else once or key != "time_s"
-
-    @property
-    def task(self) -> tuple[str, str]:
-        """Data set, with the folder of images of one's own, and kind of accuracy; runs of a task are drawn together."""
-        summary, images = self.compared.summary, self.compared.images
-        data = str(summary.get("data") or "unknown data")
-        return data if images is None else f"{data} {images}", str(summary.get("accuracy_kind") or "unknown")
-
-    @property
-    def metering(self) -> tuple[object, ...]:
-        """What must be the same for joules to be compared."""
-        summary = self.compared.summary
-        how = (summary.get("energy_quality"), self.compared.meters, repr(self.compared.execution))
-        return (self.compared.hardware, *how, summary.get("device"), summary.get("world_size"))
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in nothing but their seed.
-
-    Attributes:
-        label: What sets it apart from the other groups of its task.
-        gated: Whether its runs are gated; None if not known.
-        dense: Whether they are neither gated nor given a structure; None if not known.
-        runs: Its runs.
-        spreads: By figure, over its finished runs, of joules, CO2e and seconds where they tell of the network alone;
-            None where nothing is known, or where CO2e is not told alike.
-        against_twins: By ratio, over its finished runs that have a dense twin.
-    """
-
-    label: str
-    gated: bool | None
-    dense: bool | None
-    runs: tuple[ReportedRun, ...]
-    spreads: dict[str, Spread | None]
-    against_twins: dict[str, Spread | None]
-
-    @property
-    def seeds(self) -> tuple[Any, ...]:
-        """Their seeds, as far as known."""
-        return tuple(run.compared.summary.get("seed", run.config.get("seed")) for run in self.runs)
-
-
-@dataclass(frozen=True)
-class Task:
-    """The groups that may be drawn together: one data set, one kind of accuracy.
-
-    Attributes:
-        data: The data set.
-        accuracy_kind: ``test`` or ``validation``.
-        groups: Its groups: dense ones first.
-        front: Labels of the groups on the Pareto front of accuracy against joules, by joules; None if there is none
-            to draw, because energy is unknown or was metered in different ways.
-        front_reason: Why there is none, or what it was drawn over.
-    """
-
-    data: str
-    accuracy_kind: str
-    groups: tuple[Group, ...]
-    front: tuple[str, ...] | None
-    front_reason: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that a report says.
-
-    Attributes:
-        tasks: By data set and kind of accuracy.
-        differences: By key of the config or of the environment: by group the values that its runs have; a group is
-            called by its label, after the data set if there are several.
-        notes: What a reader of the figures must know.
-    """
-
-    tasks: tuple[Task, ...]
-    differences: dict[str, dict[str, tuple[Any, ...]]]
-    notes: tuple[str, ...]
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """The groups of all tasks."""
-        return tuple(group for task in self.tasks for group in task.groups)
-
-    @property
-    def runs(self) -> tuple[ReportedRun, ...]:
-        """The runs of all groups."""
-        return tuple(run for group in self.groups for run in group.runs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "tasks": [
-                {
-                    "data": task.data,
-                    "accuracy_kind": task.accuracy_kind,
-                    "pareto_front": task.front,
-                    "pareto_front_reason": task.front_reason,
-                    "groups": [
-                        {
-                            "label": group.label,
-                            "gated": group.gated,
-                            "seeds": group.seeds,
-                            "runs": [run.name for run in group.runs],
-                            "spreads": _plain_spreads(group.spreads),
-                            "against_twins": _plain_spreads(group.against_twins),
-                        }
-                        for group in task.groups
-                    ],
-                }
-                for task in self.tasks
-            ],
-            "runs": [
-                {
-                    **run.compared.to_dict(),
-                    "state": run.state,
-                    "config": run.config,
-                    "hardware": run.compared.hardware,
-                    "history": run.history.to_dict(),
-                }
-                for run in self.runs
-            ],
-            "differences": self.differences,
-            "notes": list(self.notes),
-        }
-
-
-def _plain_spreads(spreads: dict[str, Spread | None]) -> dict[str, dict[str, Any] | None]:
-    return {key: asdict(spread) if spread else None for key, spread in spreads.items()}
 
 
 def build_report(paths: Sequence[Path], notes: Sequence[str] = ()) -> Report:

@@ -11,8 +11,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from greenprune.formatting import format_joules, format_percent, format_si
-from greenprune.report.contents import Group, Report, ReportedRun, Task, spread_of
 from greenprune.report.history import REMOVED, GateMap
+from greenprune.report.parts import Group, Report, ReportedRun, Task, spread_of
 
 _DENSE_COLOUR = "#85837c"
 # Apart in hue and lightness, also for those who see colours differently, on light and on dark paper.

@@ -13,7 +13,6 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_si
-from greenprune.report.contents import Group, Report, ReportedRun, Task
 from greenprune.report.figures import (
     GONE,
     NOT_KNOWN,
@@ -28,6 +27,7 @@ from greenprune.report.figures import (
     part_means,
 )
 from greenprune.report.history import BlockFate, Change
+from greenprune.report.parts import Group, Report, ReportedRun, Task
 from greenprune.report.words import (
     cells_of_group,
     cells_of_run,

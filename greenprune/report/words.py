@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_seconds, format_si
-from greenprune.report.contents import Group, Report, ReportedRun, Spread, Task
+from greenprune.report.parts import Group, Report, ReportedRun, Spread, Task
 
 
 class Cell(NamedTuple):

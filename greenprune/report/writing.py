@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from greenprune.config import UserError
-from greenprune.report.contents import Report, build_report
+from greenprune.report.contents import build_report
+from greenprune.report.parts import Report
 from greenprune.report.words import render_csv, render_json, render_markdown
 from greenprune.tracking import RunFolder
 

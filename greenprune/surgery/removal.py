@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from greenprune.models import ChannelSet, ChannelSlot, PlainBlock, ResidualBlock, Slice, find_channels
 from greenprune.models.channels import mark_grouped
+from greenprune.models.residual import follow_mode
 
 _WRAPPERS = (
     "DeepSpeedEngine",
@@ -77,10 +78,7 @@ class Surgeon:
         """
         block = self._block(name)
         rest = block.without_branch()
-        own = set(block.modules())
-        for module in rest.modules():
-            if module not in own:  # the block's own modules, a frozen norm among them, keep their mode
-                module.training = block.training
+        follow_mode(rest, block)
         parent, _, child = name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, rest)
         self._sets = {key: found for key, found in self._channel_sets().items() if found.block != name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,42 +51,46 @@ def check_gates_lr(pruner: Pruner, optimizer: torch.optim.Optimizer, accumulate:
     assert gates["lr"] == pruner.gate.lr_of_step(pruner.total_steps / accumulate, 128 * accumulate, adaptive=False)
 
 
+def lightning_module(pruner: Pruner, look: Callable[[Any], object] = lambda _: None) -> Any:
+    """A module of the pruner's network that keeps its losses, and is looked at in every training step."""
+    pl = pytest.importorskip("lightning.pytorch")
+
+    class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = pruner.model
+            self.losses: list[float] = []
+
+        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+            loss = functional.cross_entropy(self.model(batch[0]), batch[1])
+            self.losses.append(loss.item())
+            look(self)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(pruner.parameter_groups(), lr=0.05, momentum=0.9)
+
+    return Module()
+
+
+def lightning_trainer(*callbacks: Any, **options: Any) -> Any:
+    pl = pytest.importorskip("lightning.pytorch")
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(max_epochs=EPOCHS, accelerator="cpu", callbacks=list(callbacks), **quiet, **options)
+
+
 @pytest.mark.filterwarnings("ignore")  # Lightning advises on workers and loggers
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_lightning_trains_a_smaller_network(digits: tuple[Tensor, Tensor], tmp_path: Path, accumulate: int) -> None:
-    pl = pytest.importorskip("lightning.pytorch")
+    pytest.importorskip("lightning.pytorch")
     from greenprune.integrations.lightning import PrunerCallback
 
     images, labels = digits
     model = CifarResNet(20, 10, channels=1)
     pruner = prune(model, images, ["block", "channel"])
 
-    class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-            self.losses: list[float] = []
-
-        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-            loss = functional.cross_entropy(self.model(batch[0]), batch[1])
-            self.losses.append(loss.item())
-            return loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(pruner.parameter_groups(), lr=0.05, momentum=0.9)
-
-    module = Module()
-    callback = PrunerCallback(pruner)
-    trainer = pl.Trainer(
-        max_epochs=EPOCHS,
-        accelerator="cpu",
-        callbacks=[callback],
-        accumulate_grad_batches=accumulate,
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    module = lightning_module(pruner)
+    trainer = lightning_trainer(PrunerCallback(pruner), accumulate_grad_batches=accumulate, default_root_dir=tmp_path)
     trainer.fit(module, DataLoader(TensorDataset(images, labels), batch_size=BATCH, shuffle=True))
     check_outcome(pruner, trainer.optimizers[0], model, images)
     check_gates_lr(pruner, trainer.optimizers[0], accumulate)
@@ -105,42 +110,21 @@ def test_lightning_goes_on_from_a_checkpoint(digits: tuple[Tensor, Tensor], tmp_
 
     images, labels = digits
 
-    class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
-        def __init__(self, pruner: Pruner) -> None:
-            super().__init__()
-            self.pruner = pruner
-            self.model = pruner.model
-            self.losses: list[float] = []
-
-        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-            loss = functional.cross_entropy(self.model(batch[0]), batch[1])
-            self.losses.append(loss.item())
-            return loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.pruner.parameter_groups(), lr=0.05, momentum=0.9)
-
-    def fit(ckpt_path: Path | None) -> Module:
+    def fit(ckpt_path: Path | None) -> tuple[Pruner, list[float]]:
         torch.manual_seed(0)
         pruner = prune(CifarResNet(20, 10, channels=1), images, ["block", "channel"])
-        module = Module(pruner)
-        trainer = pl.Trainer(
-            max_epochs=EPOCHS,
-            accelerator="cpu",
-            callbacks=[PrunerCallback(pruner), pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        module = lightning_module(pruner)
+        saving = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        trainer = lightning_trainer(PrunerCallback(pruner), saving)
         trainer.fit(module, DataLoader(TensorDataset(images, labels), batch_size=BATCH), ckpt_path=ckpt_path)
-        return module
+        return pruner, module.losses
 
-    whole = fit(None)
-    assert any(operation.step > BATCHES for operation in whole.pruner.structure.operations)
-    resumed = fit(tmp_path / f"epoch={epoch}.ckpt")
-    assert resumed.losses == whole.losses[(epoch + 1) * BATCHES :]
-    assert resumed.pruner.structure == whole.pruner.structure
-    assert resumed.pruner.report() == whole.pruner.report()
+    whole, expected = fit(None)
+    assert any(operation.step > BATCHES for operation in whole.structure.operations)
+    resumed, losses = fit(tmp_path / f"epoch={epoch}.ckpt")
+    assert losses == expected[(epoch + 1) * BATCHES :]
+    assert resumed.structure == whole.structure
+    assert resumed.report() == whole.report()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -152,29 +136,13 @@ def test_lightning_may_accumulate_more_from_some_epoch_on(digits: tuple[Tensor, 
     pruner = prune(CifarResNet(20, 10, channels=1), images, ["block"])
     seen: list[tuple[int, int, int]] = []
 
-    class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = pruner.model
+    def look(module: Any) -> None:
+        seen.append((module.current_epoch, pruner.accumulate, len(pruner.model._forward_hooks)))
 
-        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-            loss = functional.cross_entropy(self.model(batch[0]), batch[1])
-            seen.append((self.current_epoch, pruner.accumulate, len(self.model._forward_hooks)))
-            return loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(pruner.parameter_groups(), lr=0.05, momentum=0.9)
-
-    trainer = pl.Trainer(
-        max_epochs=EPOCHS,
-        accelerator="cpu",
-        callbacks=[PrunerCallback(pruner), pl.callbacks.GradientAccumulationScheduler({2: 3})],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Module(), DataLoader(TensorDataset(images, labels), batch_size=BATCH))
+    more_later = pl.callbacks.GradientAccumulationScheduler({2: 3})
+    trainer = lightning_trainer(PrunerCallback(pruner), more_later, enable_checkpointing=False)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=BATCH)
+    trainer.fit(lightning_module(pruner, look), loader)
     expected = {(epoch, 1 if epoch < 2 else 3, 1) for epoch in range(EPOCHS)}
     assert set(seen) == expected
     assert len(seen) == EPOCHS * BATCHES

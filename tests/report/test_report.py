@@ -22,10 +22,11 @@ from greenprune.cli import main
 from greenprune.config import UserError
 from greenprune.formatting import format_joules, format_percent, format_si
 from greenprune.locking import FolderLock
-from greenprune.report.contents import Report, build_report
+from greenprune.report.contents import build_report
 from greenprune.report.figures import gate_map_figure, overview
 from greenprune.report.history import REMOVED, read_history
 from greenprune.report.page import render_page
+from greenprune.report.parts import Report
 from greenprune.report.words import render_csv, render_json, render_markdown
 
 sys.path.insert(0, str(Path(__file__).parent))
