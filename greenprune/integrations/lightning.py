@@ -43,6 +43,7 @@ class PrunerCallback(pl.Callback):  # type: ignore[misc]
 
     def _take_up_before_weights(self, module: pl.LightningModule) -> None:
         """Lightning gives callbacks their state after it has loaded the weights, which fit the structure alone."""
+        module.__dict__.pop("on_load_checkpoint", None)  # of a fit that did not start
         asked = module.on_load_checkpoint
 
         def take_up(checkpoint: dict[str, Any]) -> None:

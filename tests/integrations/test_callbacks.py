@@ -128,6 +128,21 @@ def test_lightning_goes_on_from_a_checkpoint(digits: tuple[Tensor, Tensor], tmp_
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_fit_that_did_not_start_leaves_nothing_to_the_next(digits: tuple[Tensor, Tensor]) -> None:
+    """A checkpoint's structure is taken up once: a second time nothing would be left to remove."""
+    pytest.importorskip("lightning.pytorch")
+    from greenprune.integrations.lightning import PrunerCallback
+
+    done, fresh = (prune(CifarResNet(20, 10, channels=1), digits[0], ["block"]) for _ in range(2))
+    assert done.finalize()
+    callback, module, trainer = PrunerCallback(fresh), lightning_module(fresh), lightning_trainer()
+    for _ in range(2):
+        callback.setup(trainer, module, "fit")
+    module.on_load_checkpoint({"callbacks": {callback.state_key: done.state_dict()}})
+    assert fresh.report() == done.report()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_lightning_may_accumulate_more_from_some_epoch_on(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
     pl = pytest.importorskip("lightning.pytorch")
     from greenprune.integrations.lightning import PrunerCallback
