@@ -114,9 +114,10 @@ class Trainer:
         optimizer = build_optimizer(config, model, self.total_steps)
         if checkpoint is not None:
             load_optimizer(optimizer, checkpoint.training["optimizer"])
+        # Before the optimizer is prepared, which for fp16 keeps the step that it finds: torch looks for the schedule's.
+        self.schedule = build_schedule(config, optimizer, self.total_steps)
         self.engine.prepare(model, optimizer)
         self._do_passes = self.engine.recorded(self._pass if self._parts == 1 else self._passes)
-        self.schedule = build_schedule(config, self.engine.optimizer, self.total_steps)
         self.policy = self._new_policy() if config.gate.enabled else None
         self.skipper = self._new_skipper() if config.optim.nonfinite == "skip" else None
         self._structure_changed()

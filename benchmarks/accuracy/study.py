@@ -131,6 +131,11 @@ class Cell:
     ablated: tuple[str, ...] = ()
     varied: bool = False
 
+    @property
+    def title(self) -> str:
+        """What it is and how much it keeps."""
+        return self.label if self.target is None else f"{self.label}, {self.target:g}"
+
 
 def ablations(target: float) -> list[Cell]:
     """The method with one part of it exchanged at a time, at one target."""
@@ -467,7 +472,7 @@ SETTLED = "removals settled"
 
 
 def table(cells: list[Cell], found: Found, *, settled: bool = False, metered: bool = True) -> list[str]:
-    """The rows of the table, in Markdown; ratios and differences seed by seed.
+    """The rows of the table, in Markdown, of what was trained; ratios and differences seed by seed.
 
     Args:
         cells: What was trained.
@@ -479,6 +484,8 @@ def table(cells: list[Cell], found: Found, *, settled: bool = False, metered: bo
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for cell in cells:
         runs = found[cell.name]
+        if not runs:
+            continue
         twins = twins_of(cell, found)
         both = sorted(runs.keys() & twins.keys())
 
@@ -486,9 +493,8 @@ def table(cells: list[Cell], found: Found, *, settled: bool = False, metered: bo
             pairs = [over(seed) for seed in seeds]
             return _spread([mine / theirs for mine, theirs in pairs if mine is not None and theirs], digits)
 
-        name = cell.label if cell.target is None else f"{cell.label}, {cell.target:g}"
         cells_of_row = [
-            name,
+            cell.title,
             str(len(runs)),
             _spread([100 * run["accuracy"] for run in runs.values()], 2),
             _spread([100 * (runs[seed]["accuracy"] - twins[seed]["accuracy"]) for seed in both], 2),
@@ -578,6 +584,9 @@ def report(study: Study, cells: list[Cell], found: Found, file: Path) -> str:
         f"{provenance['versions']['torch']}. {joules}{f' {study.note}' if study.note else ''} "
         "Each cell's command is in its file."
     )
+    missing = [cell.title for cell in cells if not found[cell.name]]
+    if missing:
+        text += f" Not trained so far: {'; '.join(missing)}."
     RESULTS.mkdir(parents=True, exist_ok=True)
     drawn = ""
     if importlib.util.find_spec("plotly") is not None:

@@ -98,7 +98,7 @@ def test_the_table_compares_seed_by_seed_and_leaves_out_what_is_not_there() -> N
     assert rows[0].startswith("| dense twin | 2 | 91.00 ± 1.41 | 0.00 ± 0.00 | 1.000 ± 0.000 |")
     assert "| ours, block, 0.5 | 3 | 77.33 ± 23.76 | 0.00 ± 1.41 | 0.467 ± 0.058 |" in rows[1]
     assert "| 0.80 |" in rows[1]  # joules of the one seed that has them
-    assert rows[2] == "| other, 0.5 | 0 | - | - | - | - | - | - | - |"
+    assert len(rows) == 2  # nothing of what was not trained
     shared = study.table(cells, found, metered=False)  # with other work beside
     assert "joules" not in shared[0]
     assert shared[2:] == [" | ".join(row.split(" | ")[:-2]) + " |" for row in rows]

@@ -1,4 +1,7 @@
-"""The meter on real GPUs. Run with: python -m pytest -m gpu tests/gpu (and pip install zeus for the peer)"""
+"""The meter on real GPUs, each test with the GPU to itself: nothing may run beside them.
+
+Run with: python -m pytest -m gpu tests/gpu/test_metering.py (and pip install zeus for the peer).
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pynvml
 import pytest
 import torch
 
 from greenprune.energy import Meter, open_meter, visible_gpu_uuids
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+from launching import TRAIN, run
 
 pytestmark = pytest.mark.gpu
 
@@ -178,3 +185,17 @@ def test_a_command_is_measured_on_the_gpu(uuid: str) -> None:
     assert devices[uuid]["quality"] == "counter"
     assert devices[uuid]["energy_j"] > 0
     assert devices[uuid]["model"] == torch.cuda.get_device_name(0)
+
+
+def test_a_run_is_steered_by_the_joules_that_the_gpu_counts(tmp_path: Path) -> None:
+    args = ["--model.name", "resnet20", "--model.channels_last", "true", "--data.name", "digits", "--optim.epochs", "6"]
+    args += ["--budget.unit", "energy", "--budget.target", "0.7", "--output_dir", str(tmp_path), "--run_name", "run"]
+    done = run(TRAIN, args, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    start = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])
+    joules = start["unit_cost"]
+    # Hundreds of watts for milliseconds, and no block without any.
+    assert 0.01 < joules["whole"] < 100
+    assert all(0 < block < joules["whole"] for block in joules["blocks"].values())
+    assert summary["kept_cost"] <= 0.7
