@@ -151,6 +151,7 @@ class Recorder:
             model=config.model.name,
             data=config.data.name,
             data_digest=data.digest,
+            seed=config.seed,
             gated=config.gate.enabled,
             structure_given=config.model.structure is not None,
             budget_target=config.budget.target if config.gate.enabled else None,

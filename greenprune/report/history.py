@@ -127,6 +127,7 @@ class History:
     Attributes:
         start: The last start event; empty if there is none.
         attempts: Start events.
+        energy_sources: Device, source and quality of everything that any attempt metered or could not.
         last_time: Seconds since 1970 of the last event; None if there is none.
         epochs: One entry for each epoch that counts: of one done twice, the second.
         changes: Removals and freezes that count, in order.
@@ -138,6 +139,7 @@ class History:
 
     start: Event
     attempts: int
+    energy_sources: tuple[tuple[str, str | None, str | None], ...]
     last_time: float | None
     epochs: tuple[EpochFigures, ...]
     changes: tuple[Change, ...]
@@ -150,7 +152,6 @@ class History:
         """Plain values, for JSON."""
         values = asdict(self)
         values["notes"] = self.start.get("notes", [])
-        values["energy_sources"] = self.start.get("energy_sources", [])
         del values["start"]
         return values
 
@@ -179,6 +180,7 @@ def read_history(events: Sequence[Event]) -> History:
     return History(
         start=start,
         attempts=len(starts),
+        energy_sources=tuple(dict.fromkeys(tuple(of) for event in starts for of in event.get("energy_sources", []))),
         last_time=events[-1]["time"] if events else None,
         epochs=epochs,
         changes=changes,

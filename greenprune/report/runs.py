@@ -290,6 +290,7 @@ _FROM_START = (
     "model",
     "data",
     "data_digest",
+    "seed",
     "gated",
     "structure_given",
     "accuracy_kind",
@@ -323,6 +324,7 @@ def _unfinished(events: list[Event]) -> tuple[dict[str, Any], str]:
             step_times.cut()
     summary: dict[str, Any] = {key: start.get(key) for key in _FROM_START}
     summary |= {key: last.get(name) for key, name in _FROM_EVENTS.items()}
+    summary["attempts"] = sum(event["kind"] == "start" for event in events)
     if "units" in start:
         summary["blocks_dense"] = len(start["units"])
     summary["channels_dense"] = sum(start.get("channels", {}).values())

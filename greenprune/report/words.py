@@ -183,7 +183,7 @@ def _energy_cell(run: ReportedRun) -> Cell:
 def _metered_by(run: ReportedRun) -> Cell:
     summary = run.compared.summary
     quality = summary.get("energy_quality")
-    named = (str(source).partition(":")[0] for _, source, of in run.history.start.get("energy_sources", []) if of)
+    named = (str(source).partition(":")[0] for _, source, of in run.history.energy_sources if of)
     sources = dict.fromkeys(named)
     return Cell(quality or "nothing could be read", ", ".join(sources))
 
@@ -244,7 +244,7 @@ def where_from(report: Report) -> list[Source]:
     }
     meters: dict[str, dict[str, None]] = {}
     for run in report.runs:
-        for device, source, quality in run.history.start.get("energy_sources", []):
+        for device, source, quality in run.history.energy_sources:
             told = f"{device}: {source}" if source else f"{device}: not measured"
             meters.setdefault(quality or "unknown", {})[told] = None
     intensities = dict.fromkeys(
@@ -322,7 +322,7 @@ def render_csv(report: Report) -> str:
     for group in report.groups:
         for run in group.runs:
             summary = run.compared.summary
-            sources = "; ".join(f"{d}: {s} ({q})" for d, s, q in run.history.start.get("energy_sources", []) if q)
+            sources = "; ".join(f"{d}: {s} ({q})" for d, s, q in run.history.energy_sources if q)
             against = run.compared.against_twin or {}
             row = [run.name, run.compared.path, group.label, run.state, *(summary.get(key) for key in _CSV_KEYS)]
             row += [run.compared.step_time_s, sources, "; ".join(run.compared.hardware or ()), run.compared.twin]

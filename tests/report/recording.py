@@ -79,6 +79,7 @@ def record_run(
         resumed_from=None,
         model="resnet38",
         data=data,
+        seed=seed,
         gated=gated,
         budget_target=0.5 if gated else None,
         budget_unit="flops",

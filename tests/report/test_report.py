@@ -30,7 +30,7 @@ from greenprune.report.parts import Report
 from greenprune.report.words import render_csv, render_json, render_markdown
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recording import STEPS, config, damage_line, record_run, stop_before, write_events
+from recording import SOURCES, STEPS, config, damage_line, record_run, stop_before, write_events
 
 
 def record_four(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -227,6 +227,28 @@ def test_a_killed_run_with_a_truncated_last_line_is_shown_as_far_as_it_came(tmp_
     for text in forms(report):
         assert "Not finished, so in no mean and no ratio: gated-1" in text
         assert "unfinished: step 20 of 40" in text
+
+
+def test_a_row_of_a_run_that_goes_on_tells_its_seed_and_attempts(tmp_path: Path) -> None:
+    recorded = record_run(tmp_path / "it", seed=7)
+    stop_before(tmp_path / "it", recorded, 20)
+    (row,) = csv.DictReader(io.StringIO(render_csv(build_report([tmp_path]))))
+    assert (row["seed"], row["attempts"]) == ("7", "1")
+
+
+def test_the_meters_of_every_attempt_are_told(tmp_path: Path) -> None:
+    """A run that went on where a GPU's counter could be read was metered by both."""
+    recorded = record_run(tmp_path / "it")
+    second = {**recorded[0], "attempt": 2, "energy_sources": [["GPU-1", "NVML energy counter", "counter"]]}
+    recorded.insert(-1, second)
+    write_events(tmp_path / "it", recorded)
+    report = build_report([tmp_path])
+    (row,) = csv.DictReader(io.StringIO(render_csv(report)))
+    for device, source, quality in (*SOURCES, ("GPU-1", "NVML energy counter", "counter")):
+        assert f"{device}: {source} ({quality})" in row["energy_sources"]
+    for text in forms(report):
+        assert "NVML energy counter" in text
+        assert "CodeCarbon" in text
 
 
 def test_a_run_that_a_process_has_in_hand_is_running(tmp_path: Path) -> None:
