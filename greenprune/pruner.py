@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ class Pruner:
         notes: One line for each part of the network that is not gated though it might have been expected to be.
 
     Raises:
-        UserError: There is nothing to gate, a block cannot be taken apart, or the budget cannot be met.
+        UserError: A setting is not valid, there is nothing to gate, a block cannot be taken apart, or the budget cannot
+            be met.
         TypeError: The network is wrapped.
     """
 
@@ -68,6 +70,7 @@ class Pruner:
         surgery: SurgeryConfig | None = None,
     ) -> None:
         refuse_wrapped(model)
+        _check_settings(total_steps, gate, budget, removal, surgery)
         self.model = model
         self.total_steps = total_steps
         self.gate = gate or GateConfig()
@@ -335,6 +338,22 @@ class Pruner:
         self._policy = self._new_policy()
         self._policy.load_state_dict(state["policy"])
         self._batches, self._looked = state["batches"], state["looked"]
+
+
+def _check_settings(total_steps: object, gate: object, budget: object, removal: object, surgery: object) -> None:
+    """Refuse what is not a setting, before the network is touched.
+
+    Raises:
+        ConfigError: One is of another kind, nothing is to be gated, or there are no steps.
+    """
+    kinds = {"gate": GateConfig, "budget": BudgetConfig, "removal": RemovalConfig, "surgery": SurgeryConfig}
+    for (name, kind), given in zip(kinds.items(), (gate, budget, removal, surgery), strict=True):
+        if not isinstance(given, kind | None):
+            raise ConfigError(f"{name}: {given!r} is not valid; expected a greenprune.{kind.__name__}")
+    if isinstance(gate, GateConfig) and not gate.enabled:
+        raise ConfigError("gate.enabled: False is not valid for a Pruner; expected True, or a loop without one")
+    if isinstance(total_steps, bool) or not isinstance(total_steps, Integral) or int(total_steps) < 1:
+        raise ConfigError(f"total_steps: {total_steps!r} is not valid; expected a whole number of at least 1")
 
 
 class _PenaltyBeside(torch.autograd.Function):

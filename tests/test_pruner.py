@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -528,3 +529,44 @@ def test_alike_places_that_are_not_gated_are_named_in_one_line() -> None:
     notes = Pruner(model, torch.randn(2, 3, 4, 4), total_steps=STEPS, gate=gate).notes
     assert len(notes) == 1
     assert notes[0].startswith("0, 1, 2 and 2 more: channels from branch.0 to branch.2 are not gated")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"total_steps": 0}, "total_steps: 0 is not valid; expected a whole number of at least 1"),
+        ({"total_steps": 10.5}, "total_steps: 10.5 is not valid"),
+        ({"gate": GateConfig(enabled=False)}, "gate.enabled: False is not valid for a Pruner"),
+        ({"budget": {"target": 0.5}}, "budget: {'target': 0.5} is not valid; expected a greenprune.BudgetConfig"),
+        ({"removal": 0.2}, "removal: 0.2 is not valid; expected a greenprune.RemovalConfig"),
+    ],
+)
+def test_a_setting_that_is_none_is_refused_before_the_network_is_touched(
+    changes: dict[str, object], complaint: str
+) -> None:
+    model = CifarResNet(20, 10, channels=1)
+    before = str(model)
+    with pytest.raises(UserError, match=f"^{re.escape(complaint)}"):
+        Pruner(model, torch.randn(2, 1, 8, 8), **({"total_steps": STEPS} | changes))  # type: ignore[arg-type]
+    assert str(model) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: GateConfig(units=["blok"]), "gate.units: ['blok'] is not valid; expected a list of block, channel"),
+        (lambda: GateConfig(units=["block", "channels"]), "gate.units: ['block', 'channels'] is not valid"),
+        (lambda: GateConfig(kind="Static"), "gate.kind: 'Static' is not valid; expected conditional, static"),
+        (lambda: BudgetConfig(unit="flop"), "budget.unit: 'flop' is not valid; expected flops, params, blocks,"),
+        (lambda: BudgetConfig(target="0.5"), "budget.target: '0.5' is not valid; expected a number"),
+        (lambda: RemovalConfig(window=1.5), "removal.window: 1.5 is not valid; expected a whole number or null"),
+        (lambda: SurgeryConfig(round_to="ten"), "surgery.round_to: 'ten' is not valid"),
+    ],
+)
+def test_settings_made_in_python_are_checked_as_those_of_a_file(make: Callable[[], object], complaint: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(complaint)}"):
+        make()
+
+
+def test_units_may_be_given_as_a_tuple() -> None:
+    assert GateConfig(units=("block",)) == GateConfig(units=["block"])  # type: ignore[arg-type]

@@ -5,12 +5,12 @@ One YAML file is one complete run. Every field can be set on the command line by
 message that names the key, the value and what is valid, before any file is written.
 """
 
+from greenprune.config.checked import ConfigError, UserError
 from greenprune.config.fields import (
     MAY_CHANGE,
     BudgetConfig,
     CheckpointConfig,
     Config,
-    ConfigError,
     DataConfig,
     EnergyConfig,
     GateConfig,
@@ -19,7 +19,6 @@ from greenprune.config.fields import (
     RemovalConfig,
     SurgeryConfig,
     TrackingConfig,
-    UserError,
     check_budget_unit,
     shaping_values,
 )

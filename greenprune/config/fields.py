@@ -10,20 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-
-class UserError(ValueError):
-    """Something that the user can mend; its message is all they need to see (exit code 2).
-
-    Attributes:
-        known_to_all: Whether every process of the run has raised it, so that rank 0 can speak for all.
-    """
-
-    known_to_all = False
-
-
-class ConfigError(UserError):
-    """A configuration that cannot be run; the message names the key, the value and what is valid."""
-
+from greenprune.config.checked import Checked, ConfigError
 
 GateKind = Literal["conditional", "static"]
 UnitKind = Literal["block", "channel"]
@@ -38,7 +25,7 @@ def _require(condition: bool, key: str, value: object, valid: str) -> None:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """The network."""
 
     name: str = "resnet38"
@@ -69,7 +56,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """What is trained on, and in which batches."""
 
     name: str = "digits"
@@ -92,7 +79,7 @@ class DataConfig:
     workers: int = 4
     """Loader processes for data sets that do not fit in memory (tiny_imagenet, image_folder)."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(self.batch_size >= 1, "data.batch_size", self.batch_size, "a whole number of at least 1")
         _require(self.eval_batch_size >= 1, "data.eval_batch_size", self.eval_batch_size, "at least 1")
         _require(0 <= self.validation < 1, "data.validation", self.validation, "a share in [0, 1)")
@@ -101,7 +88,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Checked):
     """The optimizer of the weights and the length of the run."""
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -132,7 +119,7 @@ class OptimConfig:
     """What all processes do together about a loss or gradient that is not a finite number on any of them: stop when the
     loss is read next (tracking.log_every), or skip the step; after 20 steps skipped in a row they stop."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(self.lr > 0, "optim.lr", self.lr, "a number above 0")
         _require(self.epochs >= 1, "optim.epochs", self.epochs, "a whole number of at least 1")
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "a number in [0, 1)")
@@ -150,7 +137,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class GateConfig:
+class GateConfig(Checked):
     """The gates (arXiv 2302.10798) that find the sub-network."""
 
     enabled: bool = True
@@ -174,7 +161,7 @@ class GateConfig:
     """Gates learn from every so many-th sample of a batch, with so many times its gradient: 1 is every sample. They
     decide for all of them, and removals are by what they decided for all of them."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(self.every >= 1, "gate.every", self.every, "a whole number of at least 1")
         _require(0 <= self.warmup < 1, "gate.warmup", self.warmup, "a share in [0, 1)")
         _require(0.5 < self.openness < 1, "gate.openness", self.openness, "a number in (0.5, 1)")
@@ -202,7 +189,7 @@ class GateConfig:
 
 
 @dataclass(frozen=True)
-class BudgetConfig:
+class BudgetConfig(Checked):
     """How much of the dense network's cost is kept."""
 
     target: float = 0.5
@@ -212,12 +199,12 @@ class BudgetConfig:
     pass of a training step, measured for each block on this device at the start of the run; for units [block]; energy
     needs a device with a counter of joules)."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(0 < self.target <= 1, "budget.target", self.target, "a share in (0, 1]")
 
 
 @dataclass(frozen=True)
-class RemovalConfig:
+class RemovalConfig(Checked):
     """When units leave the network for good."""
 
     window: int | None = None
@@ -229,25 +216,25 @@ class RemovalConfig:
     decide_by: float = 0.2
     """Share of the run after which no unit is undecided: what is left is settled against the budget."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(self.window is None or self.window >= 1, "removal.window", self.window, "at least 1 step, or null")
         _require(self.freeze_after >= 1, "removal.freeze_after", self.freeze_after, "a whole number of at least 1")
         _require(0 < self.decide_by <= 1, "removal.decide_by", self.decide_by, "a share in (0, 1]")
 
 
 @dataclass(frozen=True)
-class SurgeryConfig:
+class SurgeryConfig(Checked):
     """How units are taken out."""
 
     round_to: int | None = None
     """Sets of channels shrink to multiples of this number, which kernels prefer. Unset: 8 on a GPU, 1 on a CPU."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(self.round_to is None or self.round_to >= 1, "surgery.round_to", self.round_to, "at least 1, or null")
 
 
 @dataclass(frozen=True)
-class EnergyConfig:
+class EnergyConfig(Checked):
     """The energy meter."""
 
     country: str | None = None
@@ -262,7 +249,7 @@ class EnergyConfig:
     interval_s: float = 1.0
     """Seconds between two samples of sources that have no energy counter."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(self.interval_s > 0, "energy.interval_s", self.interval_s, "a number of seconds above 0")
         _require(
             self.country is None or re.fullmatch("[A-Z]{3}", self.country) is not None,
@@ -292,7 +279,7 @@ class EnergyConfig:
 
 
 @dataclass(frozen=True)
-class TrackingConfig:
+class TrackingConfig(Checked):
     """Where the numbers go besides the run's own events.jsonl."""
 
     trackers: list[TrackerName] = field(default_factory=list)
@@ -307,13 +294,13 @@ class TrackingConfig:
     """Steps between two train events; the loss and the meters are read only then. Unset: ten, or as many as take a
     second where that is more."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         valid = self.log_every is None or self.log_every >= 1
         _require(valid, "tracking.log_every", self.log_every, "null or a whole number of at least 1")
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Checked):
     """When the run is saved."""
 
     every: int = 1
@@ -323,14 +310,14 @@ class CheckpointConfig:
     keep_best: int = 0
     """How many checkpoints with the highest accuracy stay besides; those of epochs before all removals count too."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(self.every >= 1, "checkpoint.every", self.every, "a whole number of at least 1")
         _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "a whole number of at least 1")
         _require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "a whole number of at least 0")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """One complete run."""
 
     seed: int = 0
@@ -359,7 +346,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(self.stall_s > 0, "stall_s", self.stall_s, "a number of seconds above 0")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "a whole number in [0, 2^31)")
         _require(

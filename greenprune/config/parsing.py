@@ -13,7 +13,8 @@ import jsonargparse
 import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
-from greenprune.config.fields import Config, ConfigError
+from greenprune.config.checked import ConfigError
+from greenprune.config.fields import Config
 
 
 class _Loader(yaml.SafeLoader):
