@@ -59,6 +59,8 @@ def _outcome(args: list[str], environment: Mapping[str, str], prog: str) -> tupl
         return code, f"error: {error}", getattr(error, "known_to_all", False)
     if result.is_main:
         try:
+            if result.was_finished:
+                print("Finished before, so nothing was done; the figures, CO2e among them, are told as they were then.")
             print_summary(result.summary, result.folder.path)
         except (OSError, SystemExit):  # with which rich leaves a closed pipe
             leave_closed_pipe()  # nobody reads it; the run is done all the same

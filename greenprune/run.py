@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import glob
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +45,13 @@ class RunResult:
         summary: Content of summary.json.
         folder: The run's folder.
         is_main: Whether this process speaks for the run.
+        was_finished: Whether it was finished before, so that nothing was done.
     """
 
     summary: dict[str, Any]
     folder: RunFolder
     is_main: bool
+    was_finished: bool = False
 
 
 def train(config: Config, environment: Mapping[str, str], display: Callable[[], Display]) -> RunResult:
@@ -87,7 +92,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         claim = engine.together(lambda: _claim(config, network, stack, environment), main_only=True)
         folder = RunFolder(claim.path)
         if claim.finished:
-            return RunResult(json.loads(folder.summary.read_text()), folder, engine.is_main)
+            return RunResult(json.loads(folder.summary.read_text()), folder, engine.is_main, was_finished=True)
         resume = None
         if claim.checkpoint is not None:
             path = claim.checkpoint
@@ -313,23 +318,12 @@ def _end_log(folder: RunFolder, stack: ExitStack) -> None:
 
 def _new_or_same_folder(config: Config) -> tuple[RunFolder, bool]:
     """A new folder with the config in it, or that of the same run to go on with or finished; and whether it is new."""
-    name = config.run_name or default_run_name(config)
-    finished: RunFolder | None = None
-    for number in itertools.count(1):
-        folder = RunFolder(Path(config.output_dir) / (name if number == 1 else f"{name}-{number}"))
-        if finished is not None and not folder.config.is_file():
-            return finished, False
-        try:
-            folder.create(config)
-            return folder, True
-        except FileExistsError:
-            pass
-        if config.run_name is not None:
-            break
-        if config.resume == "auto" and not _differences(config, folder):
-            if not folder.summary.exists():
-                return folder, False
-            finished = finished or folder
+    if config.run_name is None:
+        return _numbered_folder(config)
+    folder = RunFolder(Path(config.output_dir) / config.run_name)
+    with suppress(FileExistsError):
+        folder.create(config)
+        return folder, True
     if config.resume == "never":
         raise UserError(
             f"run_name: {str(folder.path)!r} already holds a run; expected --resume auto to go on with it, "
@@ -337,6 +331,33 @@ def _new_or_same_folder(config: Config) -> tuple[RunFolder, bool]:
         )
     _check_same_run(config, folder)
     return folder, False
+
+
+def _numbered_folder(config: Config) -> tuple[RunFolder, bool]:
+    """The same for a run without a name of its own, whose folder has a number if its name was taken."""
+    name = default_run_name(config)
+    if config.resume == "auto":
+        same = [folder for folder in _numbered_folders(config, name) if not _differences(config, folder)]
+        same.sort(key=lambda folder: folder.summary.exists())  # one that is not finished first
+        if same:
+            return same[0], False
+    for number in itertools.count(1):
+        folder = RunFolder(Path(config.output_dir) / (name if number == 1 else f"{name}-{number}"))
+        with suppress(FileExistsError):
+            folder.create(config)
+            break
+    return folder, True
+
+
+def _numbered_folders(config: Config, name: str) -> list[RunFolder]:
+    """The runs' folders of this name, whatever number they have, in the order of the numbers; some may be gone."""
+    pattern = re.compile(rf"{re.escape(name)}(?:-(\d+))?")
+    found = (
+        (pattern.fullmatch(path.name), RunFolder(path))
+        for path in Path(config.output_dir).glob(f"{glob.escape(name)}*")
+    )
+    numbered = [(int(match[1] or 1), folder) for match, folder in found if match and folder.config.is_file()]
+    return [folder for _, folder in sorted(numbered, key=itemgetter(0))]
 
 
 def _hold(folder: RunFolder, stack: ExitStack, patience_s: float = 0.0) -> tuple[str, ...]:

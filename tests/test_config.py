@@ -170,6 +170,8 @@ def test_help_names_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name, _ in fields_of(Config))
     assert text == config_parser().format_help()
+    refused = {name.partition(".")[0] for name, _ in fields_of(Config) if "." in name}
+    assert not [section for section in refused if f"--{section} " in text]
 
 
 # What is refused: values.

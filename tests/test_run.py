@@ -244,6 +244,7 @@ def test_a_finished_run_is_not_done_again(config: Path, finished: Path) -> None:
     done = run(TRAIN, args)
     assert done.returncode == 0, done.stderr
     assert (finished / "events.jsonl").read_bytes() == before
+    assert done.stdout.startswith("Finished before, so nothing was done")
 
 
 def test_runs_without_a_name_do_not_share_a_folder(config: Path, tmp_path: Path) -> None:
@@ -275,6 +276,11 @@ def test_without_a_name_auto_goes_on_with_the_same_run_and_does_no_finished_one_
     assert done.returncode == 0, done.stderr
     assert read_summary(tmp_path / f"{name}-3")["attempts"] == 2
     assert len(list(tmp_path.iterdir())) == 3
+    # Also where a number is missing.
+    shutil.rmtree(tmp_path / name)
+    done = run(TRAIN, [*args, "--resume", "auto"])
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}-2", f"{name}-3"}
 
 
 BAD_INPUT = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -74,6 +75,10 @@ def config_parser(prog: str = "train.py") -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file with one complete run; later flags override it")
     parser.add_class_arguments(Config, nested_key=None)
+    sections = {name.partition(".")[0] for name in FIELDS if "." in name}
+    for action in parser._actions:
+        if action.dest in sections:  # a file for a section alone, which parse_config refuses: --config is the one file
+            action.help = argparse.SUPPRESS
     return parser
 
 

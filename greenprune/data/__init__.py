@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 from greenprune.config import DataConfig, UserError
@@ -14,7 +15,20 @@ from greenprune.data.readers import SOURCES
 DATASETS: tuple[str, ...] = (*SOURCES, *LAYOUTS)
 """Registered names, the valid values of ``data.name``."""
 
-__all__ = ["DATASETS", "ImageData", "derive_seed", "open_data"]
+__all__ = ["DATASETS", "ImageData", "derive_seed", "open_data", "told_by_flags"]
+
+
+def told_by_flags(error: UserError, **flags: str) -> UserError:
+    """What is wrong with a data set, for a command that has flags of its own in place of a config's fields.
+
+    Args:
+        error: What :func:`open_data` raised.
+        flags: For fields of ``data``, the flag that stands for each.
+    """
+    told = re.sub(r" \((?:with )?data\.download[^)]*\)|, for example with data\.download=true", "", str(error))
+    for field, flag in flags.items():
+        told = told.replace(f"data.{field}", flag)
+    return UserError(told)
 
 
 def open_data(config: DataConfig, root: str | None, seed: int) -> ImageData:

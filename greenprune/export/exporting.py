@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from greenprune.checkpoint import CheckpointCorrupt, list_checkpoints, load_checkpoint
 from greenprune.config import Config, UserError, load_config
-from greenprune.data import ImageData, open_data
+from greenprune.data import ImageData, open_data, told_by_flags
 from greenprune.export.card import model_card
 from greenprune.export.formats import FILES, WITH_SOURCE, ExportError, check_format, load_written, write_network
 from greenprune.export.plain import NoPlainForm, fold_batch_norm, plain_network
@@ -357,7 +357,10 @@ def open_run(path: Path, data_root: str | None, default_root: str | None = None)
     own_root = config.data.root
     if own_root is None or (default_root is not None and not Path(own_root).is_dir()):
         own_root = default_root
-    data = open_data(wanted, data_root or own_root, config.seed)
+    try:
+        data = open_data(wanted, data_root or own_root, config.seed)
+    except UserError as error:
+        raise told_by_flags(error, root="--root") from None
     if summary.get("data_digest", data.digest) != data.digest:
         raise UserError(
             f"--root: {data_root or own_root!r} holds another {data.name} than the one that the run was trained on; "

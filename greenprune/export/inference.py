@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from greenprune.config import DataConfig, ModelConfig
-from greenprune.data import open_data
+from greenprune.config import DataConfig, ModelConfig, UserError
+from greenprune.data import open_data, told_by_flags
 from greenprune.data.folders import LAYOUTS
 from greenprune.energy import Measurement, Meter, open_meter
 from greenprune.export.exporting import form_to_write, read_record, weights_bytes
@@ -83,7 +83,10 @@ def evaluate_file(
     channels, height, _ = record["input"]["shape"]
     size = height if data_name in LAYOUTS else None  # the others have images of one size
     # Nothing is trained on: the training set may be as small as it likes.
-    data = open_data(DataConfig(name=data_name, image_size=size, batch_size=1), data_root, seed=0)
+    try:
+        data = open_data(DataConfig(name=data_name, image_size=size, batch_size=1), data_root, seed=0)
+    except UserError as error:
+        raise told_by_flags(error, name="--data", root="--root") from None
     has, takes = (data.channels, data.image_size, data.classes), (channels, height, record["classes"])
     if has != takes:
         form = "{0} channels and {1} x {1} pixels in {2} classes".format

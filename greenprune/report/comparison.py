@@ -82,10 +82,12 @@ def compare_runs(paths: Sequence[Path], to_accuracy: float | None = None) -> Com
     """
     if to_accuracy is not None and not 0 < to_accuracy <= 1:
         raise UserError(f"--to-accuracy: {to_accuracy!r} is not valid; expected a share in (0, 1]")
-    runs = [read_run(path, name) for path, name in find_runs(paths).items()]
+    found, copies = find_runs(paths)
+    runs = [read_run(path, name) for path, name in found.items()]
     if to_accuracy is not None:
         runs = [_with_joules_to(run, to_accuracy) for run in runs]
-    return set_against_twins(runs, to_accuracy)
+    comparison = set_against_twins(runs, to_accuracy)
+    return replace(comparison, notes=(*copies, *comparison.notes))
 
 
 def set_against_twins(runs: list[ComparedRun], to_accuracy: float | None = None) -> Comparison:

@@ -46,7 +46,8 @@ def build_report(paths: Sequence[Path], notes: Sequence[str] = ()) -> Report:
     Raises:
         UserError: There is no run at a path.
     """
-    read = [_read(path, name) for path, name in find_runs(paths).items()]
+    found, copies = find_runs(paths)
+    read = [_read(path, name) for path, name in found.items()]
     comparison = set_against_twins([run.compared for run in read])
     runs = [replace(run, compared=compared) for run, compared in zip(read, comparison.runs, strict=True)]
     by_task: dict[tuple[str, str], list[ReportedRun]] = {}
@@ -57,7 +58,7 @@ def build_report(paths: Sequence[Path], notes: Sequence[str] = ()) -> Report:
     groups = {
         f"{task.data}: {group.label}" if several else group.label: group for task in tasks for group in task.groups
     }
-    told = (*notes, *comparison.notes, *_carbon_notes(groups), *_notes(runs))
+    told = (*notes, *copies, *comparison.notes, *_carbon_notes(groups), *_notes(runs))
     return Report(tasks, _differences(groups), told)
 
 

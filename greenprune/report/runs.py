@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,17 +125,42 @@ class ComparedRun:
 # Reading.
 
 
-def find_runs(paths: Sequence[Path]) -> dict[Path, str]:
+def find_runs(paths: Sequence[Path]) -> tuple[dict[Path, str], list[str]]:
     """The folders of the runs at some paths, each once, and the name it goes by: as much of its path as is needed.
 
     Args:
         paths: As for :func:`compare_runs`.
 
+    Returns:
+        The folders with their names; and a line for each copy of a run, which is left out: it is no run of its own that
+        a spread could be over.
+
     Raises:
         UserError: There is no run at a path.
     """
     folders = {folder.resolve(): folder for path in paths for folder in _runs_at(path)}
-    return {path: _name_among(place, list(folders)) for place, path in folders.items()}
+    notes = []
+    for copies in _by_id(folders.values()):
+        whole, *others = sorted(copies, key=_progress, reverse=True)
+        for copy in others:
+            del folders[copy.resolve()]
+            notes.append(f"{copy} is left out: it is a copy of {whole}")
+    return {path: _name_among(place, list(folders)) for place, path in folders.items()}, notes
+
+
+def _by_id(folders: Iterable[Path]) -> list[list[Path]]:
+    """The folders that were made as one and copied since; those of older versions have no id."""
+    found: dict[str, list[Path]] = {}
+    for folder in folders:
+        with suppress(OSError, UnicodeDecodeError):
+            found.setdefault(RunFolder(folder).id.read_text().strip(), []).append(folder)
+    return list(found.values())
+
+
+def _progress(path: Path) -> tuple[bool, int]:
+    """How far a run came: finished before unfinished, then the longer log; the first of equals stays first."""
+    folder = RunFolder(path)
+    return folder.summary.is_file(), folder.events.stat().st_size if folder.events.is_file() else 0
 
 
 def _name_among(path: Path, paths: Sequence[Path]) -> str:
@@ -255,16 +281,21 @@ def read_provenance(path: Path) -> list[dict[str, Any]]:
 
 
 def hardware_of(attempts: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
-    """What attempts ran on, each once: the GPUs, or the processor with what of it was used; None if not known."""
+    """What attempts ran on, each once: GPUs, or the processor with what of it was used, and how many processes did.
+
+    None if that is not known.
+    """
     return tuple(dict.fromkeys(map(_hardware, attempts))) or None
 
 
 def _hardware(attempt: dict[str, Any]) -> str:
+    several = attempt.get("processes") or 1
+    processes = [f"processes {several}"] if several > 1 else []
     if attempt.get("gpus") and attempt.get("device") != "cpu":
-        return ", ".join(attempt["gpus"])
+        return ", ".join([*attempt["gpus"], *processes])
     used = {"threads": attempt.get("threads"), "usable cores": attempt.get("cpu_cores_usable")}
     told = [f"{name} {count}" for name, count in used.items() if count is not None]  # older versions may tell neither
-    return ", ".join([str(attempt.get("cpu")), *told])
+    return ", ".join([str(attempt.get("cpu")), *told, *processes])
 
 
 _FROM_EVENTS = {

@@ -426,13 +426,23 @@ def test_gates_are_refused_in_a_network_at_hand(make_network: Callable[..., nn.M
         (["eval", "nowhere", "--data", "digits"], "FILE: 'nowhere' does not exist; expected a folder that"),
         (["infer-bench", "EMPTY"], "FILE: there is no export.json beside"),
         (["infer-bench", "DAMAGED"], "does not tell of an exported network; expected a folder"),
-        (["eval", "torch", "--data", "digit"], "data.name: 'digit' is not valid; did you mean digits"),
+        (["eval", "torch", "--data", "digit"], "--data: 'digit' is not valid; did you mean digits"),
+        (
+            ["eval", "torch", "--data", "cifar10"],
+            "set --root or the environment variable GREENPRUNE_DATA to their folder",
+        ),
         (["infer-bench", "torch", "--turns", "0"], "--turns: 0 is not valid; expected at least 1"),
     ],
 )
 def test_bad_files_and_settings_are_named(
-    command: list[str], message: str, exports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    message: str,
+    exports: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("GREENPRUNE_DATA", raising=False)
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "export.json").write_text('{"kind": "torch"}')

@@ -144,6 +144,7 @@ def test_seconds_and_joules_of_other_hardware_are_not_compared(tmp_path: Path) -
         ([{"gpus": ["A GPU that it did not use"]}], True),
         ([{"threads": 8}], False),
         ([{"cpu_cores_usable": 2}], False),
+        ([{"processes": 2}, {"processes": 1}], False),
         ([{"cpu": "another CPU"}, {}], False),
         ([{"device": "cuda:0", "gpus": ["a GPU"]}, {}], False),
     ],
@@ -374,6 +375,20 @@ def test_of_several_twins_the_one_whose_joules_can_be_compared_counts(tmp_path: 
     comparison = compare_runs([tmp_path])
     assert comparison.runs[2].twin == "dense-2"
     assert not comparison.notes
+
+
+def test_a_copy_of_a_run_is_left_out_and_named(tmp_path: Path) -> None:
+    """The one that came further stays."""
+    for name, summary in (("backup", DENSE), ("dense", DENSE), ("gated", GATED)):
+        write_run(tmp_path / name, summary)
+    (tmp_path / "dense" / "id.txt").write_text("dense-1\n")
+    (tmp_path / "backup" / "id.txt").write_text("dense-1\n")
+    (tmp_path / "backup" / "summary.json").unlink()
+    (tmp_path / "backup" / "events.jsonl").write_text("")
+    comparison = compare_runs([tmp_path])
+    assert [run.name for run in comparison.runs] == ["dense", "gated"]
+    copy, whole = (str(tmp_path / name) for name in ("backup", "dense"))
+    assert comparison.notes[0] == f"{copy} is left out: it is a copy of {whole}"
 
 
 def test_validation_and_test_accuracy_are_not_compared(tmp_path: Path) -> None:

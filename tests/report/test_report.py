@@ -8,6 +8,7 @@ import html
 import io
 import json
 import re
+import shutil
 import statistics
 import struct
 import subprocess
@@ -227,6 +228,16 @@ def test_a_killed_run_with_a_truncated_last_line_is_shown_as_far_as_it_came(tmp_
     for text in forms(report):
         assert "Not finished, so in no mean and no ratio: gated-1" in text
         assert "unfinished: step 20 of 40" in text
+
+
+def test_copies_of_a_run_are_no_seeds(tmp_path: Path) -> None:
+    record_run(tmp_path / "a", gated=False)
+    (tmp_path / "a" / "id.txt").write_text("a-1\n")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    report = build_report([tmp_path])
+    assert [run.name for run in report.runs] == ["a"]
+    for text in forms(report):
+        assert "b is left out: it is a copy of" in text
 
 
 def test_a_row_of_a_run_that_goes_on_tells_its_seed_and_attempts(tmp_path: Path) -> None:
