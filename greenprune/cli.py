@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from greenprune.interrupt import ended_by_ctrl_c
 from greenprune.redaction import print_error, without_secrets
 
 _DESCRIPTION = """\
@@ -314,13 +315,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args[0] == "train":
         # Its flags are the fields of the config, which argparse must not touch.
-        from greenprune.command import run_command
+        with ended_by_ctrl_c():
+            from greenprune.command import run_command
 
-        return run_command(args[1:], os.environ, "greenprune train")
+            return run_command(args[1:], os.environ, "greenprune train")
     if args[0] == "sweep":
-        from greenprune.sweep.command import main as sweep
+        with ended_by_ctrl_c():
+            from greenprune.sweep.command import main as sweep
 
-        return sweep(args[1:])
+            return sweep(args[1:])
     if args[0] == "measure":
         from greenprune.energy.measure import main as measure
 

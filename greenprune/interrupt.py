@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 
@@ -66,6 +66,23 @@ class InterruptRequest:
             signal.signal(number, handler)
 
 
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Within, a Ctrl-C ends the process at once and without a word, as a SIGTERM does: there is nothing to be lost.
+
+    Python's own KeyboardInterrupt would come out of whatever module is being imported, with all its frames, or be
+    swallowed there. What there is to be lost an :class:`InterruptRequest` within looks after. A Ctrl-C that the
+    process was started to ignore, as a shell has it for what runs in the background, stays ignored.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def outlive_signals() -> None:
     """Have a helper process ignore the signals that stop a run, but for the SIGTERM that its parent sends (Linux)."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -90,6 +107,8 @@ def end_with_launcher() -> None:
     the training running, unseen.
     """
     if sys.platform == "linux":
+        import ctypes  # which the command line does without
+
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 

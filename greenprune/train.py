@@ -7,10 +7,12 @@ if __name__ == "__main__" and os.path.basename(sys.path[0]) == "greenprune":
     # Launched as a file, this folder comes first on the path; its modules are to be found in the package only.
     del sys.path[0]
 
-from greenprune.command import run_command
-from greenprune.interrupt import end_with_launcher
+from greenprune.interrupt import end_with_launcher, ended_by_ctrl_c
 
 if __name__ == "__main__":
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch
-        end_with_launcher()
-    sys.exit(run_command(sys.argv[1:], os.environ, prog="train.py"))
+    with ended_by_ctrl_c():
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch
+            end_with_launcher()
+        from greenprune.command import run_command  # which takes its time
+
+        sys.exit(run_command(sys.argv[1:], os.environ, prog="train.py"))

@@ -17,6 +17,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launching import ROOT, TRAIN, command, environment
 
+from greenprune.interrupt import ended_by_ctrl_c
+
 
 def read_events(folder: Path) -> list[dict]:
     path = folder / "events.jsonl"
@@ -120,3 +122,60 @@ def test_a_second_ctrl_c_ends_it_at_once_and_what_a_launcher_passes_on_does_not(
     assert process.wait(timeout=10) == -signal.SIGINT
     assert process.stdout.read() == "ending all\n"
     process.stdout.close()
+
+
+HANGING = """
+import time
+print("importing", flush=True)
+try:
+    time.sleep(60)
+except BaseException:  # as a library may whose callback is interrupted
+    pass
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("entry", "module"),
+    [
+        (["-m", "greenprune.cli", "train"], "jsonargparse"),
+        (["-m", "greenprune.cli", "train"], "torch"),
+        (["-m", "greenprune.cli", "train", "--energy.country", "FRA"], "codecarbon"),
+        (["-m", "greenprune.cli", "sweep"], "psutil"),
+        ([str(TRAIN)], "jsonargparse"),
+        ([str(TRAIN)], "torch"),
+    ],
+)
+def test_a_signal_while_it_starts_ends_it_without_a_word(
+    entry: list[str], module: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    """A library that takes long to import, or that swallows what interrupts it, stands for all of them."""
+    (tmp_path / module).mkdir()
+    (tmp_path / module / "__init__.py").write_text(HANGING)
+    process = subprocess.Popen(
+        [sys.executable, *entry, "--output_dir", str(tmp_path / "runs")],
+        env=environment() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == -number  # 128 + number to a shell
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_ctrl_c_that_is_ignored_stays_ignored_while_it_starts() -> None:
+    """As a shell has it for what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with ended_by_ctrl_c():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with ended_by_ctrl_c():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
