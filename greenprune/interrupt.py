@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""What asks a run to stop."""
+
 
 class Interrupted(Exception):
     """The run stopped in good order because it was asked to, after a checkpoint.
@@ -39,7 +42,6 @@ class InterruptRequest:
         signal: The first signal that came, or 0.
     """
 
-    _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     _ECHO_S = 1.0  # launchers forward within milliseconds
 
     def __init__(self, at_second: Callable[[], None] | None = None) -> None:
@@ -58,7 +60,7 @@ class InterruptRequest:
             os.kill(os.getpid(), number)
 
     def __enter__(self) -> None:
-        heard = [number for number in self._NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._remember) for number in heard}
 
     def __exit__(self, *_: object) -> None:

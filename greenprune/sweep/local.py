@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -25,9 +26,22 @@ class _Started:
     process: subprocess.Popen[bytes]
     since: float
     is_launcher: bool
+    events: Path
+    events_bytes: int  # as it was started, of earlier attempts
+    is_told: bool = False  # to stop
+
+    def exit_code(self) -> int | None:
+        """128 + n if signal n ended it; None if it goes on."""
+        code = self.process.poll()
+        if code is None or code < 0:
+            return None if code is None else 128 - code
+        # A launcher ends with 1 whatever ended its processes; as long as they have recorded nothing, that was the stop.
+        stopped_early = self.is_launcher and self.is_told and _size(self.events) == self.events_bytes
+        return 128 + signal.SIGTERM if code == 1 and stopped_early else code
 
     def stop(self) -> None:
         """Tell the training processes: not their launcher, which would kill them after 30 s."""
+        self.is_told = True
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
             own = psutil.Process(self.process.pid)
             for process in (own.children() if self.is_launcher else []) or [own]:
@@ -96,11 +110,10 @@ def _take_ended(
 ) -> None:
     """Take the runs that have ended off the list, and tell of each."""
     for started in list(going):
-        code = started.process.poll()
+        code = started.exit_code()
         if code is None:
             continue
         going.remove(started)
-        code = code if code >= 0 else 128 - code
         folder.exit_of(started.run).write_text(f"{code}\n")
         tell(started.run, code, time.monotonic() - started.since)
 
@@ -120,6 +133,8 @@ def command_of(config: str, processes: int) -> list[str]:
 
 def _start(folder: SweepFolder, run: PlannedRun, processes: int) -> _Started:
     folder.exit_of(run).unlink(missing_ok=True)
+    events = folder.run_folder(run).events
+    events_bytes = _size(events)
     with folder.log_of(run).open("ab") as log:
         process = subprocess.Popen(
             command_of(str(folder.config_of(run)), processes),
@@ -128,4 +143,8 @@ def _start(folder: SweepFolder, run: PlannedRun, processes: int) -> _Started:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches them through this process alone, once
         )
-    return _Started(run, process, time.monotonic(), processes > 1)
+    return _Started(run, process, time.monotonic(), processes > 1, events, events_bytes)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from greenprune.config import UserError
 from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_seconds
+from greenprune.interrupt import STOP_SIGNALS
 from greenprune.locking import is_held
 from greenprune.report.runs import read_run, read_run_events
 from greenprune.sweep.folder import PlannedRun, SweepFolder
@@ -21,6 +22,7 @@ from greenprune.tracking import Event, describe_damage
 
 State = Literal["finished", "running", "waiting", "stopped", "failed", "missing"]
 _STYLES: dict[State, str] = {"finished": "green", "running": "cyan", "failed": "red", "stopped": "yellow"}
+_STOP_CODES = {str(128 + number) for number in STOP_SIGNALS}
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class RunState:
 
     Attributes:
         run: The run.
-        state: ``finished``; ``running``; ``waiting`` in Slurm's queue; ``stopped`` by a signal, with a checkpoint;
-            ``failed``: ended by itself or was killed; ``missing``: never started.
+        state: ``finished``; ``running``; ``waiting`` in Slurm's queue; ``stopped`` by a signal that asks for it,
+            with a checkpoint or before there was anything to keep; ``failed``: ended by itself or was killed;
+            ``missing``: never started.
         why: More about it, in a few words; may be empty.
         figures: Its summary, or what its events tell under the same keys.
         attempts: Times it was started.
@@ -120,6 +123,8 @@ def _judge(folder: SweepFolder, run: PlannedRun, queued: QueuedTask | None, last
         code = ""
     if last_event == "interrupt":
         return "stopped", "it has a checkpoint"
+    if code in _STOP_CODES:  # which would have left an event if this attempt had begun to train
+        return "stopped", "as it was starting"
     if code:
         return "failed", f"exit code {code}; see {folder.log_of(run)}"
     if last_event or folder.log_of(run).exists():

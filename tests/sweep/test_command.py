@@ -21,6 +21,8 @@ from recording import damage_line, record_run
 
 from greenprune.config import load_config
 from greenprune.sweep.command import main
+from greenprune.sweep.folder import PlannedRun
+from greenprune.sweep.local import _Started
 
 BASE = """
 model: {name: resnet20}
@@ -209,8 +211,8 @@ def test_a_finished_run_with_a_damaged_line_is_finished(place: Path, capsys: pyt
     assert "started" not in out
 
 
-def here(place: Path, *args: str) -> subprocess.Popen[str]:
-    variables = environment() | {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+def here(place: Path, *args: str, **more: str) -> subprocess.Popen[str]:
+    variables = environment() | {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | more
     command = [sys.executable, "-m", "greenprune.cli", "sweep", *args]
     return subprocess.Popen(
         command, cwd=place, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -268,3 +270,66 @@ def test_here_it_is_stopped_in_good_order_and_goes_on(place: Path) -> None:
     assert nothing.returncode == 0
     assert "whole machine" not in err
     assert "started" not in out
+
+
+STARTING = """
+import sys, time
+if "greenprune.train" in sys.orig_argv and "accelerate.commands.launch" not in sys.orig_argv:
+    print("starting", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_here_runs_that_are_stopped_as_they_start_have_not_failed(place: Path, processes: int) -> None:
+    (place / "two.yaml").write_text(f"base: base.yaml\ntargets: [0.5]\nprocesses: {processes}\n")
+    (place / "sitecustomize.py").write_text(STARTING)  # training stands still before its first import
+    folder = place / "runs" / "sweeps" / "two"
+    process = here(place, "two.yaml", "--local", "1", PYTHONPATH=f"{place}{os.pathsep}{ROOT}")
+    log = folder / "logs" / "0000.log"
+    deadline = time.monotonic() + 100
+    while not (log.exists() and "starting" in log.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "0000-digits-resnet20-dense-seed0: stopped, as it was starting" in out
+    assert "2 runs: 1 stopped, 1 missing" in err
+    states = json.loads(here(place, "status", str(folder), "--json").communicate(timeout=60)[0])
+    assert [state["state"] for state in states] == ["stopped", "missing"]
+
+
+@pytest.mark.parametrize(
+    ("code", "state"), [(130, "stopped"), (143, "stopped"), (137, "failed"), (139, "failed"), (1, "failed")]
+)
+def test_what_ended_a_run_that_has_no_checkpoint(
+    place: Path, capsys: pytest.CaptureFixture[str], code: int, state: str
+) -> None:
+    assert sweep(capsys, "two.yaml")[0] == 0
+    folder = place / "runs" / "sweeps" / "two"
+    (folder / "exits" / "0000").write_text(f"{code}\n")
+    (folder / "logs" / "0000.log").write_text("")
+    code, out, _ = sweep(capsys, "status", str(folder), "--json")
+    assert code == 0
+    assert [found["state"] for found in json.loads(out)] == [state, "missing"]
+
+
+def test_here_a_run_that_fails_as_it_is_stopped_has_failed(place: Path) -> None:
+    """That it was told to stop explains neither an error of its own nor a kill."""
+    events = place / "events.jsonl"
+    for is_launcher, has_begun, ending, code in (
+        (False, False, "exit 1", 1),
+        (True, True, "exit 1", 1),
+        (True, False, "exit 1", 128 + signal.SIGTERM),
+        (True, False, "kill -KILL $$", 128 + signal.SIGKILL),
+    ):
+        events.write_text("of an earlier attempt\n")
+        process = subprocess.Popen(["/bin/sh", "-c", ending])
+        started = _Started(PlannedRun(0, "it", {}, ""), process, 0.0, is_launcher, events, events.stat().st_size)
+        process.wait()
+        started.stop()
+        if has_begun:
+            events.write_text("of an earlier attempt\nand of this one\n")
+        assert started.exit_code() == code
