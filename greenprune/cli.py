@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from greenprune.interrupt import ended_by_ctrl_c
 from greenprune.redaction import print_error, without_secrets
+from greenprune.streams import ready_streams
 
 _DESCRIPTION = """\
 Train a network and remove the blocks it does not need while it trains, with every joule accounted for.
@@ -308,6 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         SystemExit: Help or the version was asked for (0), or the arguments are wrong (2).
     """
+    ready_streams()
     args = sys.argv[1:] if argv is None else argv
     parser = _build_parser()
     if not args:

@@ -116,7 +116,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that it is whole or the old one, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

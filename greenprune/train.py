@@ -8,8 +8,10 @@ if __name__ == "__main__" and os.path.basename(sys.path[0]) == "greenprune":
     del sys.path[0]
 
 from greenprune.interrupt import end_with_launcher, ended_by_ctrl_c
+from greenprune.streams import ready_streams
 
 if __name__ == "__main__":
+    ready_streams()
     with ended_by_ctrl_c():
         if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch
             end_with_launcher()

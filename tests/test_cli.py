@@ -18,10 +18,10 @@ from recording import record_run
 from greenprune.cli import main
 
 
-def greenprune(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def greenprune(*args: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
     left_out = ("GREENPRUNE_DATA", "FORCE_COLOR", "TTY_COMPATIBLE")
     environment = {key: value for key, value in os.environ.items() if key not in left_out}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
     command = [sys.executable, "-m", "greenprune.cli", *args]
     return subprocess.run(command, check=False, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -148,3 +148,33 @@ def test_a_run_is_trained_and_compared_with_its_twin(tmp_path: Path) -> None:
     assert runs[True]["twin"] == runs[False]["name"]
     assert runs[True]["against_twin"]["flops_forward"] <= 1
     assert runs[False]["against_twin"] is None
+
+
+PLAIN_C = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+SMALL = ["--model.name", "resnet20", "--gate.enabled", "false", "--optim.epochs", "1"]
+
+
+ASCII = {"PYTHONIOENCODING": "ascii"}
+# TensorBoard's own writer takes no folder whose name is not text, as this one's is not under the C locale.
+SHOWING = [(command, locale) for command in ("compare", "watch", "report") for locale in (ASCII, PLAIN_C)]
+
+
+@pytest.mark.parametrize(("command", "locale"), [*SHOWING, ("sync", ASCII)])
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path, command: str, locale: dict[str, str]) -> None:
+    record_run(tmp_path / "runs" / "ünï")
+    more = {"watch": ["--once"], "sync": ["--to", "tensorboard"], "report": ["-o", "ö.html"]}.get(command, [])
+    done = greenprune(command, "runs/ünï", *more, cwd=tmp_path, **locale)
+    assert (done.returncode, done.stderr) == (0, "")
+    if command in ("compare", "sync"):
+        assert ("\\udcc3\\udcbcn\\udcc3\\udcaf" if locale == PLAIN_C else "\\xfcn\\xef") in done.stdout
+
+
+def test_a_locale_without_an_encoding_of_its_own_stops_neither_run_nor_meter(tmp_path: Path) -> None:
+    flags = [*SMALL, "--run_name", "it", "--energy.country", "FRA", "--output_dir", str(tmp_path)]
+    done = greenprune("train", *flags, cwd=tmp_path, **PLAIN_C)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "it" / "summary.json").read_text())["co2_g"] > 0
+    done = greenprune("measure", "--json", "--", "true", cwd=tmp_path, **PLAIN_C)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["energy_j"] > 0
+    assert greenprune("doctor", cwd=tmp_path, **PLAIN_C).stderr == ""

@@ -6,6 +6,8 @@ import os
 import sys
 
 from greenprune.energy.measure import main
+from greenprune.streams import ready_streams
 
 if __name__ == "__main__":
+    ready_streams()
     sys.exit(main(sys.argv[1:], os.environ, "python -m greenprune.energy"))

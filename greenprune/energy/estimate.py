@@ -94,7 +94,7 @@ def tabulated_power_w(model: str) -> float | None:
     from codecarbon.core.cpu import TDP
     from codecarbon.input import DataSource
 
-    with Path(DataSource().cpu_power_path).open(newline="") as file:
+    with Path(DataSource().cpu_power_path).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     # The matching alone, on an object that was not set up: setting it up takes 1.5 s (py-cpuinfo, pandas).
     match = TDP._get_matching_cpu(TDP.__new__(TDP), model, {"Name": [row["Name"] for row in rows]})

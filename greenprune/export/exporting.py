@@ -284,7 +284,7 @@ def _export(  # noqa: PLR0913 -- what both ways in differ in
             },
         }
         write_json(folder / RECORD, record)
-        (folder / "README.md").write_text(model_card(record))
+        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
     return Exported(target, record, time.monotonic() - started)
 
 

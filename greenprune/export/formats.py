@@ -159,9 +159,9 @@ def write_network(
         classes = network(images[:1]).shape[1]
     shapes = f"[B, {', '.join(map(str, images.shape[1:]))}]", f"[B, {classes}]"
     reader = "torch" if kind == "torch" else "safetensors"
-    (folder / _SOURCE).write_text(module_source(network, about, reader=reader, shapes=shapes))
+    (folder / _SOURCE).write_text(module_source(network, about, reader=reader, shapes=shapes), encoding="utf-8")
     if kind == "hf":
-        (folder / _MODELING).write_text(_MODELING_TEXT)
+        (folder / _MODELING).write_text(_MODELING_TEXT, encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(_hf_config(images, classes), indent=2) + "\n")
     return {}
 

@@ -79,7 +79,7 @@ def _read(path: Path, name: str) -> ReportedRun:
 def _read_config(path: Path) -> dict[str, Any]:
     """A config.yaml by dotted keys, whatever version wrote it; empty if there is none to be read."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return _flat(values) if isinstance(values, dict) else {}

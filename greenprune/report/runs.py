@@ -222,7 +222,7 @@ def read_run(path: Path, name: str) -> ComparedRun:
 def _read_config(path: Path) -> dict[str, Any]:
     """A config.yaml, whatever version wrote it; empty if there is none to be read."""
     try:
-        values = load_yaml(path.read_text())
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}

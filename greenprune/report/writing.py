@@ -85,8 +85,9 @@ def _form_of(output: Path | None) -> str:
 
 
 def _render(report: Report, form: str) -> bytes:
+    # A name that the file system has in another encoding is no text; what stands for its bytes is escaped.
     if form in _TEXT:
-        return _TEXT[form](report).encode()
+        return _TEXT[form](report).encode(errors="backslashreplace")
     try:
         if form == "png":
             return _picture(report)
@@ -95,7 +96,7 @@ def _render(report: Report, form: str) -> bytes:
         raise UserError(
             f"--format: {form!r} needs {error.name}; expected md, csv or json, or: pip install 'greenprune[report]'"
         ) from None
-    return render_page(report, importlib.metadata.version("greenprune")).encode()
+    return render_page(report, importlib.metadata.version("greenprune")).encode(errors="backslashreplace")
 
 
 def _picture(report: Report) -> bytes:

@@ -179,7 +179,7 @@ def _jobs(args: Sequence[str], prog: str) -> int:
     site = _read_site(options.site)
     options.folder.mkdir(parents=True, exist_ok=True)
     for name, text in job_files(site, options.nodes, options.processes).items():
-        (options.folder / name).write_text(text)
+        (options.folder / name).write_text(text, encoding="utf-8")
         print(options.folder / name)
     return 0
 
@@ -265,7 +265,7 @@ def _submit(sweep: Sweep, folder: SweepFolder, runs: list[PlannedRun], site: Sit
         print(f"There is nothing to submit: {totals(states)}")
         return 0
     for name, text in _jobs_of(sweep, site).items():
-        (folder.path / name).write_text(text)
+        (folder.path / name).write_text(text, encoding="utf-8")
     array = submit(array_command(folder.path, folder.path / "array.sbatch", numbers, at_once))
     try:
         # Runs of earlier arrays that still go on belong into the report as well.

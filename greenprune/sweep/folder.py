@@ -185,7 +185,7 @@ def write_sweep(folder: SweepFolder, sweep: Sweep) -> list[PlannedRun]:
         (folder.path / name).mkdir(parents=True, exist_ok=True)
     for run, task in zip(runs, sweep.tasks, strict=True):
         path, text = folder.config_of(run), dump_config(task.config)
-        if not path.exists() or path.read_text() != text:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_atomically(path, text)
     write_json(folder.plan, {"format": 1, "name": folder.path.name, "runs": [vars(run) for run in runs]})
     return runs

@@ -1,0 +1,17 @@
+"""Standard streams that can be written to, whatever the terminal can show and whether or not there is one."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+
+def ready_streams() -> None:
+    """Have standard output and error take any text: what their encoding lacks is escaped, as in ``\\xfc``.
+
+    A name in a run's folder or a sign such as µ would otherwise end a command whose work is done.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # Who has asked for another way by PYTHONIOENCODING gets it.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
