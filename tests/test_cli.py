@@ -6,6 +6,7 @@ import errno
 import importlib.metadata
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -178,3 +179,30 @@ def test_a_locale_without_an_encoding_of_its_own_stops_neither_run_nor_meter(tmp
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["energy_j"] > 0
     assert greenprune("doctor", cwd=tmp_path, **PLAIN_C).stderr == ""
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_a_command_without_standard_streams_does_its_work(tmp_path: Path, closed: str) -> None:
+    record_run(tmp_path / "runs" / "one")
+    program = [sys.executable, "-m", "greenprune.cli"]
+    train = [sys.executable, "-m", "greenprune.train"]
+    for command in (
+        [*program, "compare", "runs"],
+        [*program, "report", "runs", "-o", "report.md"],
+        [*program, "train", *SMALL, "--output_dir", "new", "--run_name", "by-cli"],
+        [*train, *SMALL, "--output_dir", "new", "--run_name", "by-file"],
+    ):
+        done = subprocess.run(
+            ["/bin/sh", "-c", f"{shlex.join(command)} {closed}"],
+            check=False,
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "report.md").read_text().startswith("#")
+    for name in ("by-cli", "by-file"):
+        lines = (tmp_path / "new" / name / "events.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["kind"] == "end"
