@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from greenprune.config import Config, UserError, dump_config
+from greenprune.whole_files import write_atomically
 
 Event = dict[str, Any]
 
@@ -110,21 +111,6 @@ def name_without_seed(config: Config) -> str:
     if config.gate.enabled:
         network = f"{'-'.join(config.gate.units)}-{config.budget.target:g}"
     return f"{config.data.name}-{config.model.name.replace('/', '-')}-{network}"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that it is whole or the old one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:  # on a full disk a half-written file would stay, and take what little is left
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def write_json(path: Path, values: object) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from greenprune.gating import attach_gates
 from greenprune.models import build_model
 
 MakeNetwork = Callable[..., nn.Module]
+LimitFiles = Callable[[int], AbstractContextManager[None]]
 
 
 def pytest_configure() -> None:
@@ -25,6 +28,24 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def files_of_at_most() -> LimitFiles:
+    """Makes writes beyond so many bytes of a file fail, here and in processes that are started, as on a full disk."""
+
+    @contextmanager
+    def limit(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, before)
+
+    return limit
 
 
 @pytest.fixture

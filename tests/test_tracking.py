@@ -24,9 +24,9 @@ from greenprune.tracking import (
     default_run_name,
     numbers_of,
     read_events,
-    write_atomically,
     write_json,
 )
+from greenprune.whole_files import write_atomically
 
 # Events.
 

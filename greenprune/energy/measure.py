@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from greenprune.config import EnergyConfig, UserError
 from greenprune.energy import CarbonIntensity, Measurement, carbon_intensity, co2_g, open_local_meter
 from greenprune.redaction import print_error, without_secrets
+from greenprune.whole_files import write_output
 
 _DESCRIPTION = """\
 Run a command and say what energy the GPUs that it can see, the CPU and the memory of this machine took meanwhile.
@@ -105,7 +106,7 @@ def _tell(report: dict[str, Any], options: argparse.Namespace, environment: Mapp
     """Write the report where it was asked for; a place that cannot be written does not change the exit code."""
     if options.output is not None:
         try:
-            options.output.write_text(json.dumps(report, indent=2) + "\n")
+            write_output(options.output, json.dumps(report, indent=2) + "\n")
         except OSError as error:
             print_error(f"--output: {str(options.output)!r}: {error.strerror}", environment, prog)
     with contextlib.suppress(OSError):  # the terminal or pipe may be gone, and with it the reader

@@ -13,6 +13,7 @@ from greenprune.report.contents import build_report
 from greenprune.report.parts import Report
 from greenprune.report.words import render_csv, render_json, render_markdown
 from greenprune.tracking import RunFolder
+from greenprune.whole_files import write_atomically, write_output
 
 FORMATS = ("html", "md", "csv", "json", "png")
 _TEXT = {"md": render_markdown, "csv": render_csv, "json": render_json}
@@ -47,7 +48,7 @@ def write_report(
         sys.stdout.flush()
         return None
     try:
-        output.write_bytes(content)
+        write_output(output, content)
     except OSError as error:
         raise UserError(f"-o: cannot write {str(output)!r} ({error.strerror}); expected a file in a folder") from None
     return output
@@ -62,12 +63,15 @@ def write_run_report(run: RunFolder, folder: Path) -> list[Path]:
 
     Returns:
         The files.
+
+    Raises:
+        OSError: One cannot be written.
     """
     report = build_report([run.path])
     written = []
     for form in report_forms():
         written.append(folder / f"report.{form}")
-        written[-1].write_bytes(_render(report, form))
+        write_atomically(written[-1], _render(report, form))
     return written
 
 

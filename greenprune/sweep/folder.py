@@ -17,7 +17,8 @@ from typing import Any
 
 from greenprune.config import UserError, dump_config
 from greenprune.sweep.plan import Sweep
-from greenprune.tracking import RunFolder, write_atomically, write_json
+from greenprune.tracking import RunFolder, write_json
+from greenprune.whole_files import write_atomically
 
 _EXPECTED = "expected the folder of a sweep, as greenprune sweep FILE makes it"
 

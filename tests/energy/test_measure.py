@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,6 +101,24 @@ def test_a_report_that_cannot_be_written_does_not_change_the_exit_code(tmp_path:
     assert done.returncode == 5
     assert f"--output: {str(tmp_path)!r}: Is a directory" in done.stderr
     assert "total:" in done.stderr
+
+
+def test_a_report_that_does_not_fit_leaves_the_earlier_one(tmp_path: Path, files_of_at_most: Any) -> None:
+    output = tmp_path / "it.json"
+    output.write_text("the earlier report")
+    with files_of_at_most(100):
+        done = run("--output", str(output), "--", "true")
+    assert f"error: --output: {str(output)!r}: File too large\n" in done.stderr
+    assert output.read_text() == "the earlier report"
+    assert os.listdir(tmp_path) == ["it.json"]
+
+
+def test_a_report_goes_to_a_pipe() -> None:
+    done = run("--output", "/dev/stdout", "--", "echo", "its own")
+    assert done.returncode == 0
+    own, report = done.stdout.split("\n", 1)
+    assert own == "its own"
+    assert json.loads(report)["command"] == ["echo", "its own"]
 
 
 def test_gpus_that_should_be_there_and_are_not_are_unknown(nvml_stub: Path) -> None:

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -189,18 +188,11 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_no_rubbish(mounted: Any, tm
     assert load_newest(disk)[1].state == {"step": 1}
 
 
-def test_a_limit_on_files_is_told_as_the_system_tells_it(tmp_path: Path) -> None:
+def test_a_limit_on_files_is_told_as_the_system_tells_it(tmp_path: Path, files_of_at_most: Any) -> None:
     """The same without a file system of its own, for machines that allow no mounting."""
     save_checkpoint(tmp_path, 1, checkpoint_of(1), 2)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        with pytest.raises(OSError, match="File too large") as failed:
-            save_checkpoint(tmp_path, 2, checkpoint_of(2, 100_000), 2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
+    with files_of_at_most(100_000), pytest.raises(OSError, match="File too large") as failed:
+        save_checkpoint(tmp_path, 2, checkpoint_of(2, 100_000), 2)
     assert failed.value.errno == errno.EFBIG
     assert load_newest(tmp_path)[1].state == {"step": 1}
 

@@ -7,6 +7,7 @@ import csv
 import html
 import io
 import json
+import os
 import re
 import shutil
 import statistics
@@ -29,6 +30,8 @@ from greenprune.report.history import REMOVED, read_history
 from greenprune.report.page import render_page
 from greenprune.report.parts import Report
 from greenprune.report.words import render_csv, render_json, render_markdown
+from greenprune.report.writing import write_report, write_run_report
+from greenprune.tracking import RunFolder
 
 sys.path.insert(0, str(Path(__file__).parent))
 from recording import SOURCES, STEPS, config, damage_line, record_run, stop_before, write_events
@@ -514,9 +517,35 @@ def test_a_wrong_command_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from greenprune.report.writing import write_report
+def test_a_report_that_does_not_fit_leaves_the_earlier_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], files_of_at_most: Any
+) -> None:
+    record_run(tmp_path / "runs" / "it")
+    output = tmp_path / "out" / "report.md"
+    output.parent.mkdir()
+    output.write_text("the earlier report")
+    with files_of_at_most(100):
+        assert main(["report", str(tmp_path / "runs"), "-o", str(output)]) == 2
+        with pytest.raises(OSError, match="File too large"):
+            write_run_report(RunFolder(tmp_path / "runs" / "it"), output.parent)
+    assert capsys.readouterr().err == (
+        f"greenprune: error: -o: cannot write {str(output)!r} (File too large); expected a file in a folder\n"
+    )
+    assert output.read_text() == "the earlier report"
+    assert os.listdir(output.parent) == ["report.md"]
 
+
+def test_a_report_goes_to_what_is_no_file(tmp_path: Path) -> None:
+    record_run(tmp_path / "it")
+    command = [sys.executable, "-m", "greenprune.cli", "report", str(tmp_path / "it"), "--format", "md", "-o"]
+    piped = subprocess.run([*command, "/dev/stdout"], check=True, capture_output=True, text=True)
+    assert piped.stdout.startswith("# ")
+    assert piped.stdout.endswith("/dev/stdout is written: 0.0 MB\n")
+    subprocess.run([*command, "/dev/null"], check=True)
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record_run(tmp_path / "it")
     monkeypatch.delitem(sys.modules, "greenprune.report.page", raising=False)
     monkeypatch.delitem(sys.modules, "greenprune.report.figures", raising=False)
