@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import shlex
 import signal
+import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from greenprune.config import EnergyConfig, UserError
 from greenprune.energy import CarbonIntensity, Measurement, carbon_intensity, co2_g, open_local_meter
@@ -25,7 +27,7 @@ from greenprune.whole_files import write_output
 _DESCRIPTION = """\
 Run a command and say what energy the GPUs that it can see, the CPU and the memory of this machine took meanwhile.
 The figures include what other processes do on the same devices. The report goes to standard error, the command keeps
-its own input and output, and its exit code is passed on."""
+its own input and output, and its exit code is passed on; a report that cannot be written makes a 0 a 1."""
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -62,7 +64,7 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
 
     Returns:
         The command's exit code; 128 + n if signal n ended it, 126 or 127 if it could not be started, 2 if the
-        arguments are wrong.
+        arguments are wrong, 1 if all went well but the report cannot be written.
 
     Raises:
         SystemExit: Help was asked for (0), or the arguments are wrong (2).
@@ -79,7 +81,7 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
             message = message.replace(key, flag)
         print_error(message, environment, prog)
         return 2
-    told = [without_secrets(word, environment) for word in command]
+    shown = [without_secrets(word, environment) for word in command]
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # one that was inherited as ignored would never be told
     with (
         _blocked(signal.SIGCHLD, *_FORWARDED) as mask,
@@ -97,23 +99,49 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
                 return 127 if isinstance(error, FileNotFoundError) else 126
             code = _wait(process)
         notes = meter.notes
-    report = _report(window.measurement, told, code, carbon, notes)
-    _tell(report, options, environment, prog)
-    return code
+    report = _report(window.measurement, shown, code, carbon, notes)
+    told = _tell(report, options, environment, prog)
+    return code if told else code or 1
 
 
-def _tell(report: dict[str, Any], options: argparse.Namespace, environment: Mapping[str, str], prog: str) -> None:
-    """Write the report where it was asked for; a place that cannot be written does not change the exit code."""
+def _tell(report: dict[str, Any], options: argparse.Namespace, environment: Mapping[str, str], prog: str) -> bool:
+    """Write the report where it was asked for, and say where that was not possible; whether it was everywhere."""
+    failures = []
     if options.output is not None:
         try:
             write_output(options.output, json.dumps(report, indent=2) + "\n")
         except OSError as error:
-            print_error(f"--output: {str(options.output)!r}: {error.strerror}", environment, prog)
-    with contextlib.suppress(OSError):  # the terminal or pipe may be gone, and with it the reader
+            failures.append(f"--output: {str(options.output)!r}: {error.strerror}")
+    try:
         if options.json:
-            print(json.dumps(report), flush=True)
+            _print(json.dumps(report), sys.stdout)
         else:
-            print(_text(report), file=sys.stderr, flush=True)
+            _print(_text(report), sys.stderr)
+    except OSError as error:
+        where = "--json: cannot write to standard output" if options.json else "cannot write to standard error"
+        failures.append(f"{where}: {error.strerror}")
+    for failure in failures:
+        with contextlib.suppress(OSError):  # there is no other place to say it
+            print_error(failure, environment, prog)
+    return not failures
+
+
+def _print(text: str, stream: TextIO | None) -> None:
+    """Print a text now, unless nobody is there to read it: the stream is closed, or its pipe or terminal is gone.
+
+    Raises:
+        OSError: It cannot be written for another reason.
+    """
+    if stream is None:  # which print takes for standard output
+        return
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        is_terminal = stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
+        # What is left in the buffer would fail once more as Python ends, with an exit code of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if error.errno != errno.EPIPE and not (error.errno == errno.EIO and is_terminal):
+            raise
 
 
 def _parse(args: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]]:

@@ -96,7 +96,7 @@ def test_what_libraries_print_while_they_are_imported_is_not_in_the_output(tmp_p
     assert json.loads(done.stdout)["devices"]
 
 
-def test_a_report_that_cannot_be_written_does_not_change_the_exit_code(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_does_not_hide_the_commands_exit_code(tmp_path: Path) -> None:
     done = run("--output", str(tmp_path), "--", "sh", "-c", "exit 5")
     assert done.returncode == 5
     assert f"--output: {str(tmp_path)!r}: Is a directory" in done.stderr
@@ -119,6 +119,55 @@ def test_a_report_goes_to_a_pipe() -> None:
     own, report = done.stdout.split("\n", 1)
     assert own == "its own"
     assert json.loads(report)["command"] == ["echo", "its own"]
+
+
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize(("code", "passed_on"), [(0, 1), (5, 5)])
+def test_json_that_does_not_fit_is_told(code: int, passed_on: int, buffered: str) -> None:
+    command = [*MEASURE, "--json", "--", "sh", "-c", f"exit {code}"]
+    with Path("/dev/full").open("w") as full:
+        environment = {**os.environ, "PYTHONUNBUFFERED": buffered}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    reason = "--json: cannot write to standard output: No space left on device"
+    assert done.stderr == f"python -m greenprune.energy: error: {reason}\n"
+    assert done.returncode == passed_on
+
+
+@pytest.mark.parametrize(("code", "passed_on"), [(0, 1), (5, 5)])
+def test_a_lost_report_is_a_failure_unless_the_command_has_one(tmp_path: Path, code: int, passed_on: int) -> None:
+    command = ["--", "sh", "-c", f"exit {code}"]
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run([*MEASURE, *command], stderr=full, check=False).returncode == passed_on
+    assert run("--output", str(tmp_path), *command).returncode == passed_on
+
+
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_reader_that_has_gone_is_no_failure(buffered: str) -> None:
+    options: dict[str, Any] = {"text": True, "env": {**os.environ, "PYTHONUNBUFFERED": buffered}}
+    command = [*MEASURE, "--json", "--", "sleep", "0.2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+def test_a_terminal_that_has_gone_is_no_failure() -> None:
+    ours, its = pty.openpty()
+    command = [*MEASURE, "--json", "--", "sleep", "0.2"]
+    with subprocess.Popen(command, stdout=its, stderr=subprocess.PIPE, text=True) as process:
+        os.close(its)
+        os.close(ours)
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+def test_a_report_for_a_closed_standard_error_is_not_in_the_commands_output() -> None:
+    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh"]
+    done = run("--", "echo", "its own", program=[*closed, *MEASURE])
+    assert (done.returncode, done.stdout) == (0, "its own\n")
 
 
 def test_gpus_that_should_be_there_and_are_not_are_unknown(nvml_stub: Path) -> None:
