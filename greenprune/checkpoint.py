@@ -93,14 +93,14 @@ def save_checkpoint(
     temporary.mkdir(parents=True)
     try:
         files = {
-            _MODEL: _write(temporary / _MODEL, lambda file: _write_tensors(checkpoint.model, file)),
-            _TRAINING: _write(temporary / _TRAINING, lambda file: torch.save(checkpoint.training, file)),
-            _STATE: _write(
+            _MODEL: write_file(temporary / _MODEL, lambda file: _write_tensors(checkpoint.model, file)),
+            _TRAINING: write_file(temporary / _TRAINING, lambda file: torch.save(checkpoint.training, file)),
+            _STATE: write_file(
                 temporary / _STATE, lambda file: file.write(json.dumps(checkpoint.state, indent=1).encode())
             ),
         }
         text = manifest_text(files, score)
-        _write(temporary / _MANIFEST, lambda file: file.write(text.encode()))
+        write_file(temporary / _MANIFEST, lambda file: file.write(text.encode()))
         _flush(temporary)
         if flush_first is not None and flush_first.exists():
             _flush(flush_first)
@@ -143,8 +143,19 @@ class _HashingFile:
         """For serialisers that ask for it; what counts is the flush at the end."""
 
 
-def _write(path: Path, serialise: Callable[[Any], object]) -> dict[str, Any]:
-    """Write a file through to the disk; its size and checksum as they should be there."""
+def write_file(path: Path, serialise: Callable[[Any], object]) -> dict[str, Any]:
+    """Write a file through to the disk.
+
+    Args:
+        path: The file.
+        serialise: Writes the content to what it is given, which has ``write`` and ``flush``.
+
+    Returns:
+        Its size (``bytes``) and checksum (``sha256``) as they should be there.
+
+    Raises:
+        OSError: It cannot be written, in the system's words whatever the serialiser's are; it bears the file's name.
+    """
     with path.open("wb") as file:
         hashing = _HashingFile(file)
         try:

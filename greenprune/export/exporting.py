@@ -12,7 +12,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,15 @@ from greenprune.checkpoint import CheckpointCorrupt, list_checkpoints, load_chec
 from greenprune.config import Config, UserError, load_config
 from greenprune.data import ImageData, open_data, told_by_flags
 from greenprune.export.card import model_card
-from greenprune.export.formats import FILES, WITH_SOURCE, ExportError, check_format, load_written, write_network
+from greenprune.export.formats import (
+    FILES,
+    WITH_SOURCE,
+    ExportError,
+    check_format,
+    load_written,
+    write_network,
+    write_text,
+)
 from greenprune.export.plain import NoPlainForm, fold_batch_norm, plain_network
 from greenprune.gating import find_gates
 from greenprune.models import build_model
@@ -151,7 +159,7 @@ def export_run(
 
     Raises:
         UserError: The run is not finished or still has gates, the format cannot hold its network, or the output is
-            there. Nothing was written.
+            there or cannot be written. Nothing is left of it.
         CheckpointCorrupt: The run's files are damaged.
     """
     started = time.monotonic()
@@ -204,7 +212,8 @@ def export_network(
         opset: ONNX operator set; None: the exporter's own choice.
 
     Raises:
-        UserError: The network still has gates, the format cannot hold it, or the output is there. Nothing was written.
+        UserError: The network still has gates, the format cannot hold it, or the output is there or cannot be written.
+            Nothing is left of it.
     """
     started = time.monotonic()
     check_format(kind, opset)
@@ -255,7 +264,8 @@ def _export(  # noqa: PLR0913 -- what both ways in differ in
         expected = [model(images), model(images[:1])]
     versions = {"greenprune": importlib.metadata.version("greenprune"), "torch": torch.__version__}
     with _new_folder(target) as folder:
-        written = write_network(kind, network, images, folder, about=about, opset=opset)
+        with _naming_the_target(folder, target):
+            written = write_network(kind, network, images, folder, about=about, opset=opset)
         loaded = load_written(kind, folder)
         with torch.no_grad():
             found = [loaded.run(images), loaded.run(images[:1])]
@@ -283,8 +293,9 @@ def _export(  # noqa: PLR0913 -- what both ways in differ in
                 "engine": loaded.engine,
             },
         }
-        write_json(folder / RECORD, record)
-        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+        with _naming_the_target(folder, target):
+            write_json(folder / RECORD, record)
+            write_text(folder / "README.md", model_card(record))
     return Exported(target, record, time.monotonic() - started)
 
 
@@ -460,19 +471,40 @@ def _refuse_existing(target: Path) -> None:
 def _new_folder(target: Path) -> Iterator[Path]:
     """A folder under a temporary name, which gets the target's when all is well and goes otherwise.
 
+    Folders above it that were made for it go with it, unless something else is in them by then.
+
     Raises:
         ExportError: It cannot be written, or the target is there by now.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    made = [folder for folder in temporary.parents if not folder.exists()]
     try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise ExportError(
-            f"-o: cannot write {str(target)!r} ({error.strerror}); expected a folder you can write to"
-        ) from None
-    try:
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise ExportError(
+                f"-o: cannot write {str(target)!r} ({error.strerror}); expected a folder you can write to"
+            ) from None
         yield temporary
         _refuse_existing(target)
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def _naming_the_target(temporary: Path, target: Path) -> Iterator[None]:
+    """Have a failure to write name the file as it would have been.
+
+    Raises:
+        ExportError: A file cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        path = Path(error.filename or temporary)
+        path = target / path.relative_to(temporary) if path.is_relative_to(temporary) else path
+        raise ExportError(f"-o: cannot write {str(path)!r} ({error.strerror or error}); expected room for it") from None

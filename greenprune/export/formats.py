@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import logging
 import pickle
@@ -16,9 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from greenprune.checkpoint import write_file
 from greenprune.config import UserError
 from greenprune.export.reading import NotAnExport, layers_of
 from greenprune.export.source import module_source
@@ -142,28 +144,44 @@ def write_network(
 
     Raises:
         ExportError: The network has something that the format cannot express.
+        OSError: A file cannot be written, and which.
     """
     path = folder / FILES[kind]
     if kind == "torch.export":
-        torch.export.save(_traced(network, images), path)
+        _write_program(_traced(network, images), path)
         return {}
     if kind == "onnx":
         return _write_onnx(network, images, path, opset)
     assert isinstance(network, nn.Sequential)
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}
     if kind == "torch":
-        torch.save(tensors, path)
+        write_file(path, lambda file: torch.save(tensors, file))
     else:
-        save_file(tensors, path, metadata={"format": "pt"})
+        write_file(path, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
     with torch.no_grad():
         classes = network(images[:1]).shape[1]
     shapes = f"[B, {', '.join(map(str, images.shape[1:]))}]", f"[B, {classes}]"
     reader = "torch" if kind == "torch" else "safetensors"
-    (folder / _SOURCE).write_text(module_source(network, about, reader=reader, shapes=shapes), encoding="utf-8")
+    write_text(folder / _SOURCE, module_source(network, about, reader=reader, shapes=shapes))
     if kind == "hf":
-        (folder / _MODELING).write_text(_MODELING_TEXT, encoding="utf-8")
-        (folder / "config.json").write_text(json.dumps(_hf_config(images, classes), indent=2) + "\n")
+        write_text(folder / _MODELING, _MODELING_TEXT)
+        write_text(folder / "config.json", json.dumps(_hf_config(images, classes), indent=2) + "\n")
     return {}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file of an export.
+
+    Raises:
+        OSError: It cannot be written; it bears the file's name.
+    """
+    write_file(path, lambda file: file.write(text.encode()))
+
+
+def _write_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    archive = io.BytesIO()  # PyTorch ends the whole process where its own writing of a file fails
+    torch.export.save(program, archive)
+    write_file(path, lambda file: file.write(archive.getbuffer()))
 
 
 def _hf_config(images: Tensor, classes: int) -> dict[str, Any]:
@@ -204,9 +222,8 @@ def _write_onnx(network: nn.Module, images: Tensor, path: Path, opset: int | Non
         program = program.run_decompositions({attention: decompositions[attention]})
     try:
         with _quiet():
-            torch.onnx.export(
+            exported = torch.onnx.export(
                 program,
-                f=path,
                 input_names=["images"],
                 output_names=["logits"],
                 opset_version=opset,
@@ -219,10 +236,11 @@ def _write_onnx(network: nn.Module, images: Tensor, path: Path, opset: int | Non
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise ExportError(f"the network cannot be written as ONNX: {_first_line(cause)}") from None
-    proto = onnx.load(path)
+    assert exported is not None
+    proto = exported.model_proto
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
     proto.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "batch"
-    onnx.save(proto, path)
+    write_file(path, lambda file: file.write(proto.SerializeToString()))
     written = next(entry.version for entry in proto.opset_import if not entry.domain)
     if opset is not None and written != opset:
         raise ExportError(f"--opset: {opset} is not valid for this network, which needs {written}; expected {written}")

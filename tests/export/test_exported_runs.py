@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from greenprune.checkpoint import Checkpoint, list_checkpoints, load_checkpoint,
 from greenprune.cli import main
 from greenprune.export import ExportError, benchmark_inference, evaluate_file, export_network
 from greenprune.export.exporting import open_run
+from greenprune.export.formats import FILES
 from greenprune.export.inference import _LiveBytes
 from greenprune.models import ResidualBlock
 
@@ -381,6 +383,38 @@ SEModule.__module__ = "timm.layers"
 def small_network(extra: nn.Module) -> nn.Module:
     block = ResidualBlock(nn.Conv2d(4, 4, 3, padding=1), nn.Identity(), nn.ReLU(), input_activated=False)
     return nn.Sequential(nn.Conv2d(3, 4, 3), block, extra, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_an_export_that_does_not_fit_is_one_line_and_leaves_nothing(
+    kind: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], files_of_at_most: Any
+) -> None:
+    target = tmp_path / "export" / kind
+    with files_of_at_most(1000):
+        assert main(["export", str(run), "--format", kind, "-o", str(target)]) == 2
+    assert capsys.readouterr().err == (
+        f"greenprune: error: -o: cannot write {str(target / FILES[kind])!r} (File too large); expected room for it\n"
+    )
+    assert os.listdir(tmp_path) == []
+
+
+def test_each_file_of_an_export_that_does_not_fit_is_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ["model.safetensors", "network.py", "modeling_network.py", "config.json", "export.json", "README.md"]
+    for written, name in enumerate(files):
+        answers = iter([False] * written + [True])
+
+        def flush(_: int, answers: Iterator[bool] = answers) -> None:
+            if next(answers):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", flush)
+        assert main(["export", str(run), "--format", "hf", "-o", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert f"-o: cannot write {str(tmp_path / 'out' / name)!r} (No space left on device)" in error
+        assert error.count("\n") == 1
+        assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
