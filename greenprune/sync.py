@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ def sync_run(path: Path, tracker: str, environment: Mapping[str, str], *, offlin
 
     Raises:
         UserError: There is no run with events at the path, it still goes on, or the tracker cannot be reached.
+        OSError: What the tracker reads cannot be written; what it had is as it was.
     """
     folder = RunFolder(path.resolve())  # "." has no name, and a link may have another one
     if not folder.config.is_file() or not folder.events.is_file():
@@ -80,14 +82,22 @@ def _sync_tensorboard(config: Config, folder: RunFolder, events: list[Event]) ->
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
         raise UserError("--to: 'tensorboard' needs its package; expected wandb, or: pip install tensorboard") from None
-    from greenprune.tensorboard_mirror import TENSORBOARD_FOLDER, TensorBoardMirror
+    from greenprune.tensorboard_mirror import TENSORBOARD_FOLDER, TensorBoardMirror, failing_once
 
     target = folder.path / TENSORBOARD_FOLDER
-    if target.exists():
-        shutil.rmtree(target)  # its files would be read together with the new ones
-    writer: Any = SummaryWriter(str(target))
-    _tell(TensorBoardMirror(writer, config.to_dict()), events)
-    writer.close()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with failing_once():
+            writer: Any = SummaryWriter(str(temporary))
+            _tell(TensorBoardMirror(writer, config.to_dict()), events)
+            writer.close()
+        if target.exists():
+            shutil.rmtree(target)  # its files would be read together with the new ones
+        temporary.rename(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder.path.parent))}"
 
 

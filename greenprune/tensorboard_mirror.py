@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from greenprune.tracking import Event, numbers_of, plain_settings
@@ -46,3 +49,32 @@ class TensorBoardMirror:
         results = {f"result/{key}": summary[key] for key in wanted if summary.get(key) is not None}
         # In the same folder: one run, not two.
         self._writer.add_hparams(plain_settings(self._config), results, run_name=".")
+
+
+@contextmanager
+def failing_once() -> Iterator[None]:
+    """Have a TensorBoard writer that cannot write say so once.
+
+    Its thread keeps the error for the next call to the writer, which raises it, and then ends with it itself: Python
+    would print that as a traceback.
+    """
+    before = threading.excepthook
+
+    def tell(failed: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failed.exc_value, OSError) and _is_a_writers(failed.thread)):
+            before(failed)
+
+    threading.excepthook = tell
+    try:
+        yield
+    except OSError:
+        for thread in threading.enumerate():
+            if _is_a_writers(thread):
+                thread.join(1)  # one that has failed ends by itself, though maybe not yet
+        raise
+    finally:
+        threading.excepthook = before
+
+
+def _is_a_writers(thread: threading.Thread | None) -> bool:
+    return type(thread).__module__.startswith("tensorboard.")

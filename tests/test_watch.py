@@ -163,3 +163,22 @@ def test_watching_loads_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("size", [10, 3000], ids=["at once", "on the way"])
+def test_what_does_not_fit_in_a_tracker_is_one_line_and_leaves_what_it_had(
+    tmp_path: Path, files_of_at_most: Any, size: int
+) -> None:
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "it"
+    record_run(run)
+    (run / "tensorboard").mkdir()
+    (run / "tensorboard" / "earlier").touch()
+    before = sorted(run.iterdir())
+    with files_of_at_most(size):
+        command = [sys.executable, "-m", "greenprune.cli", "sync", str(run), "--to", "tensorboard"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr == f"greenprune: error: [Errno 27] File too large: {str(run / 'tensorboard')!r}\n"
+    assert done.returncode == 1
+    assert sorted(run.iterdir()) == before
+    assert [path.name for path in (run / "tensorboard").iterdir()] == ["earlier"]
