@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import Any
@@ -240,6 +241,12 @@ class Pruner:
         """
         if not self._policy.active:
             return []
+        if not self._batches:
+            warnings.warn(
+                "no penalty was ever taken (Pruner.penalty, or penalize_output): the gates have learnt nothing, and "
+                "what is removed now is chosen by its name",
+                stacklevel=2,
+            )
         return self._operate(self._policy.settle_now(), optimizer)
 
     def _operate(self, verdicts: list[Verdict], optimizer: Optimizer | None) -> list[Operation]:

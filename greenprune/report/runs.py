@@ -181,6 +181,8 @@ def _runs_at(path: Path) -> list[Path]:
     if _is_run(path):
         return [path]
     runs = sorted(child for child in path.iterdir() if child.is_dir() and _is_run(child))
+    if not runs and (path / "runs").is_dir():  # of a sweep, or where runs go by default
+        return _runs_at(path / "runs")
     if not runs:
         raise UserError(f"RUN: {str(path)!r} holds no run ({', '.join(_RUN_FILES)}); {_EXPECTED}")
     return runs

@@ -36,7 +36,7 @@ def print_summary(summary: dict[str, Any], path: Path) -> None:
 def summary_table(summary: dict[str, Any]) -> Table:
     """A run's result, one line for each thing that was gained or spent."""
     table = Table(
-        title=Text(f"{summary['run']}: {summary['model']} on {summary['data']}, {summary['epochs']} epochs"),
+        title=Text(f"{summary['run']}: {summary['model']} on {summary['data']}, {_epochs(summary['epochs'])}"),
         title_justify="left",
         show_header=False,
         box=None,
@@ -47,6 +47,10 @@ def summary_table(summary: dict[str, Any]) -> Table:
     for name, value in _rows(summary):
         table.add_row(name, Text(value))
     return table
+
+
+def _epochs(number: int) -> str:
+    return "1 epoch" if number == 1 else f"{number} epochs"
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -100,7 +104,8 @@ def _training(summary: dict[str, Any]) -> str:
     flops, dense = summary["flops_train"], summary["flops_train_dense"]
     if flops is None or not dense or flops == dense:
         return format_si(flops, "FLOPs")
-    saved = f"{format_percent(1 - flops / dense, 1)} saved"
+    share = 1 - flops / dense
+    saved = f"{format_percent(abs(share), 1)} {'saved' if share >= 0 else 'more'}"
     return f"{format_si(flops, 'FLOPs')}, the dense twin's {format_si(dense, 'FLOPs')} ({saved})"
 
 

@@ -377,6 +377,11 @@ def test_of_several_twins_the_one_whose_joules_can_be_compared_counts(tmp_path: 
     assert not comparison.notes
 
 
+def test_of_a_sweeps_folder_the_runs_are_meant(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "dense", DENSE)
+    assert [run.name for run in compare_runs([tmp_path]).runs] == ["dense"]
+
+
 def test_a_copy_of_a_run_is_left_out_and_named(tmp_path: Path) -> None:
     """The one that came further stays."""
     for name, summary in (("backup", DENSE), ("dense", DENSE), ("gated", GATED)):

@@ -84,6 +84,13 @@ def test_it_tells_what_was_gained_and_spent(printed: Any) -> None:
     assert "40.0 ms before the first removal, 15.0 ms after the last (0.38x)" in text
 
 
+def test_what_took_more_than_its_twin_claims_no_saving(printed: Any) -> None:
+    """Gates cost something, and a budget of 1 removes nothing."""
+    text = printed(flops_train=round(1.002 * 261_942_607_872), epochs=1)
+    assert "262 GFLOPs, the dense twin's 262 GFLOPs (0.2 % more)" in text
+    assert ", 1 epoch " in text
+
+
 def test_piped_it_has_no_control_characters_and_an_unbroken_path(printed: Any) -> None:
     path = Path("/a") / ("long" * 60)
     text = printed(path)
