@@ -188,8 +188,14 @@ def _with_measured_cost(
     def measure() -> UnitCost:
         # Not zeros, from which batch norm makes nothing but zeros: what they take is less than what images take.
         example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(engine.device)
-        layout = config.model.channels_last
-        return measure_unit_cost(unit, network.model, example, autocast=engine.autocast, channels_last=layout)
+        return measure_unit_cost(
+            unit,
+            network.model,
+            example,
+            autocast=engine.autocast,
+            channels_last=config.model.channels_last,
+            recorded=engine.records,
+        )
 
     return with_unit_cost(network, engine.together(measure, main_only=True), config.budget)
 

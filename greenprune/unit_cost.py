@@ -77,6 +77,7 @@ def measure_unit_cost(
     *,
     autocast: Autocast = nullcontext,
     channels_last: bool = False,
+    recorded: bool = False,
     powercap: Path = POWERCAP,
 ) -> UnitCost:
     """Measure a network and each of its blocks, forward and backward, on the device of an example.
@@ -98,6 +99,8 @@ def measure_unit_cost(
         example: A batch of its input as it is trained on, in size and on the device.
         autocast: Context of the run's precision.
         channels_last: Whether weights and images are laid out so.
+        recorded: Whether the run's steps are recorded as CUDA graphs (``model.cuda_graph``): then the passes are too.
+            Launched one by one, small kernels would cost what the host takes to start them, and all blocks alike.
         powercap: Where the kernel shows the counters of the CPU.
 
     Raises:
@@ -121,6 +124,8 @@ def measure_unit_cost(
             rest = block.without_branch()
             if not isinstance(rest, nn.Identity):
                 passes[_REST + kind] = _pass_of(rest, x, autocast)
+        if recorded:
+            passes = {name: _record(once, example.device) for name, once in passes.items()}
         costs = measure(passes)
     each = {kind: max(0.0, costs[kind] - costs.get(_REST + kind, 0.0)) for kind in first}
     of_blocks = {name: each[kind] for name, kind in kinds.items()}
@@ -193,6 +198,24 @@ def _pass_of(module: nn.Module, x: Tensor, autocast: Autocast) -> Callable[[], N
         go_back_from(out)
 
     return once
+
+
+def _record(once: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A pass as a CUDA graph to replay; as it is where it cannot be recorded, or has no room beside the others."""
+    here, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP):
+            once()
+    here.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            once()
+    except RuntimeError:
+        torch.cuda.set_stream(here)  # PyTorch leaves its own where a recording fails
+        return once
+    return graph.replay
 
 
 def _least_seconds(passes: Passes, device: torch.device, turns: int = _TURNS) -> dict[str, float]:

@@ -59,6 +59,9 @@ class Engine:
     Args:
         config: The run.
 
+    Attributes:
+        records: Whether the passes of a step are recorded as a CUDA graph.
+
     Raises:
         ConfigError: The precision is not to be had on this device.
         UserError: The launcher announced processes that did not come together.
@@ -92,7 +95,7 @@ class Engine:
         self._clip_norm = config.optim.clip_norm
         self._compile = config.model.compile
         alone = announced == 1 and stage is None and not on_cpu
-        self._records = config.model.cuda_graph and not config.model.compile and alone
+        self.records = config.model.cuda_graph and not config.model.compile and alone
         self._graph: StepGraph | None = None
         self._last = True
         self._peers: Peers | None = None
@@ -178,7 +181,7 @@ class Engine:
         Returns:
             The same with a third argument: whatever Python's part in the passes depends on.
         """
-        if not self._records:
+        if not self.records:
             return lambda images, labels, phase: passes(images, labels)
         self._graph = StepGraph(passes, self.module.parameters, self.device)
         return self._graph

@@ -20,6 +20,8 @@ import pytest
 import torch
 
 from greenprune.energy import Meter, open_meter, visible_gpu_uuids
+from greenprune.models import CifarResNet
+from greenprune.unit_cost import measure_unit_cost
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from launching import TRAIN, run
@@ -185,6 +187,16 @@ def test_a_command_is_measured_on_the_gpu(uuid: str) -> None:
     assert devices[uuid]["quality"] == "counter"
     assert devices[uuid]["energy_j"] > 0
     assert devices[uuid]["model"] == torch.cuda.get_device_name(0)
+
+
+def test_blocks_are_measured_as_steps_are_done() -> None:
+    """Recorded, not launch by launch: the host takes as long to start a block of the last stage as one of the first."""
+    batch = torch.randn(512, 3, 32, 32, device="cuda")
+    launched = measure_unit_cost("time", CifarResNet(20, 10), batch)
+    recorded = measure_unit_cost("time", CifarResNet(20, 10), batch, recorded=True)
+    print({name: round(1e6 * seconds) for name, seconds in recorded.blocks.items()})
+    assert recorded.whole < launched.whole
+    assert recorded.blocks["stages.0.1"] == recorded.blocks["stages.0.2"] > recorded.blocks["stages.2.1"] > 0
 
 
 def test_a_run_is_steered_by_the_joules_that_the_gpu_counts(tmp_path: Path) -> None:
