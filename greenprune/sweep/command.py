@@ -17,6 +17,7 @@ from rich.text import Text
 
 from greenprune.config import UserError
 from greenprune.formatting import format_joules, format_percent, format_seconds, leave_closed_pipe, open_console
+from greenprune.interrupt import InterruptRequest
 from greenprune.redaction import print_error, without_secrets
 from greenprune.sweep.collect import collect_report
 from greenprune.sweep.folder import (
@@ -266,16 +267,17 @@ def _submit(sweep: Sweep, folder: SweepFolder, runs: list[PlannedRun], site: Sit
         return 0
     for name, text in _jobs_of(sweep, site).items():
         (folder.path / name).write_text(text, encoding="utf-8")
-    array = submit(array_command(folder.path, folder.path / "array.sbatch", numbers, at_once))
-    try:
-        # Runs of earlier arrays that still go on belong into the report as well.
-        earlier = sorted({task.array for task in queue.values()})
-        collect = submit(collect_command(folder.path, folder.path / "collect.sbatch", [array, *earlier]))
-        record_submission(folder, {"time": time.time(), "array": array, "collect": collect, "runs": numbers})
-        release(array)
-    except (UserError, OSError):
-        cancel(array)
-        raise
+    with InterruptRequest():  # a Ctrl-C in between would leave jobs held that nobody knows of
+        array = submit(array_command(folder.path, folder.path / "array.sbatch", numbers, at_once))
+        try:
+            # Runs of earlier arrays that still go on belong into the report as well.
+            earlier = sorted({task.array for task in queue.values()})
+            collect = submit(collect_command(folder.path, folder.path / "collect.sbatch", [array, *earlier]))
+            record_submission(folder, {"time": time.time(), "array": array, "collect": collect, "runs": numbers})
+            release(array)
+        except (UserError, OSError):
+            cancel(array)
+            raise
     left_alone = len(runs) - len(numbers)
     print(
         f"job {array}: {len(numbers)} runs, {at_once} at once"

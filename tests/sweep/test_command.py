@@ -120,6 +120,27 @@ def test_without_slurm_submit_says_what_is_missing(place: Path, capsys: pytest.C
     assert not (place / "runs").exists()
 
 
+def test_a_ctrl_c_between_the_two_jobs_of_a_submission_leaves_none_held(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins for Slurm's commands, of which the first interrupts who has called it, as a terminal does."""
+    stubs = {
+        "sbatch": "kill -INT $PPID; echo 7",
+        "scontrol": f'echo "$@" >> {place}/asked; [ "$1" != ping ] || echo "Slurmctld(primary) at here is UP"',
+        "squeue": "true",
+        "scancel": "true",
+    }
+    (place / "bin").mkdir()
+    for name, script in stubs.items():
+        (place / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (place / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(place / "bin"), prepend=os.pathsep)
+    code, out, err = sweep(capsys, "two.yaml", "--submit")
+    assert code == 0, err
+    assert "job 7: 2 runs" in out
+    assert "release 7" in (place / "asked").read_text()
+
+
 WRONG = {
     "no file": (["nowhere.yaml"], "sweep 'nowhere.yaml': cannot be read"),
     "no site": (["two.yaml", "--dry-run", "--site", "nowhere.yaml"], "site 'nowhere.yaml': cannot be read"),
