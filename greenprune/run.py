@@ -352,6 +352,8 @@ def _numbered_folder(config: Config) -> tuple[RunFolder, bool]:
         with suppress(FileExistsError):
             folder.create(config)
             break
+        if config.resume == "auto" and not _differences(config, folder):
+            return folder, False  # begun since by the same command
     return folder, True
 
 

@@ -210,7 +210,7 @@ def _record(once: Callable[[], None], device: torch.device) -> Callable[[], None
     here.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # as the run's own
             once()
     except RuntimeError:
         torch.cuda.set_stream(here)  # PyTorch leaves its own where a recording fails

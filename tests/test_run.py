@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -17,6 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launching import ROOT, TRAIN, command, environment, run
 from safetensors.torch import load_file
 from torch import equal
+
+from greenprune.config import Config, load_config
+from greenprune.run import _new_or_same_folder
+from greenprune.tracking import RunFolder
 
 SMALL = """
 model: {name: resnet20}
@@ -281,6 +286,25 @@ def test_without_a_name_auto_goes_on_with_the_same_run_and_does_no_finished_one_
     done = run(TRAIN, [*args, "--resume", "auto"])
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}-2", f"{name}-3"}
+
+
+def test_two_of_one_config_that_begin_at_once_do_not_both_train(config: Path, tmp_path: Path) -> None:
+    """The one that looked before the other had its folder finds it as it makes its own, and goes on with it."""
+    wanted = dataclasses.replace(load_config(config), output_dir=str(tmp_path), run_name=None, resume="auto")
+    looked: list[Path] = []
+
+    def create(folder: RunFolder, config: Config) -> None:
+        if not looked:
+            looked.append(folder.path)
+            made(folder, config)  # the other one's
+        made(folder, config)
+
+    made = RunFolder.create
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "create", create)
+        folder, is_new = _new_or_same_folder(wanted)
+    assert (folder.path, is_new) == (looked[0], False)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 BAD_INPUT = {

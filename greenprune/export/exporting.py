@@ -7,12 +7,8 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
-import os
 import shlex
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +29,7 @@ from greenprune.export.formats import (
     write_text,
 )
 from greenprune.export.plain import NoPlainForm, fold_batch_norm, plain_network
+from greenprune.export.target import naming_the_target, new_folder, refuse_existing
 from greenprune.gating import find_gates
 from greenprune.models import build_model
 from greenprune.surgery import Structure, StructureMismatch, replay
@@ -165,7 +162,7 @@ def export_run(
     started = time.monotonic()
     check_format(kind, opset)
     target = Path(output) if output is not None else Path(run) / "export" / kind
-    _refuse_existing(target)
+    refuse_existing(target)
     trained = open_run(Path(run), data_root, default_root)
     mean, std = trained.data.normalisation
     record = {
@@ -217,7 +214,7 @@ def export_network(
     """
     started = time.monotonic()
     check_format(kind, opset)
-    _refuse_existing(Path(output))
+    refuse_existing(Path(output))
     gates = find_gates(model)
     if gates:
         raise ExportError(f"the network is undecided (gates left: {len(gates)}); expected a call of finalize first")
@@ -263,8 +260,8 @@ def _export(  # noqa: PLR0913 -- what both ways in differ in
     with torch.no_grad():
         expected = [model(images), model(images[:1])]
     versions = {"greenprune": importlib.metadata.version("greenprune"), "torch": torch.__version__}
-    with _new_folder(target) as folder:
-        with _naming_the_target(folder, target):
+    with new_folder(target) as folder:
+        with naming_the_target(folder, target):
             written = write_network(kind, network, images, folder, about=about, opset=opset)
         loaded = load_written(kind, folder)
         with torch.no_grad():
@@ -293,7 +290,7 @@ def _export(  # noqa: PLR0913 -- what both ways in differ in
                 "engine": loaded.engine,
             },
         }
-        with _naming_the_target(folder, target):
+        with naming_the_target(folder, target):
             write_json(folder / RECORD, record)
             write_text(folder / "README.md", model_card(record))
     return Exported(target, record, time.monotonic() - started)
@@ -460,51 +457,3 @@ def read_record(path: Path) -> tuple[Path, dict[str, Any]]:
     if record["format"] != _FORMAT:
         raise UserError(f"FILE: {str(folder / RECORD)!r} is of format {record['format']}; expected {_FORMAT}")
     return folder, record
-
-
-def _refuse_existing(target: Path) -> None:
-    if target.exists() or target.is_symlink():
-        raise ExportError(f"-o: {str(target)!r} is there already and is not overwritten; expected a new folder")
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder under a temporary name, which gets the target's when all is well and goes otherwise.
-
-    Folders above it that were made for it go with it, unless something else is in them by then.
-
-    Raises:
-        ExportError: It cannot be written, or the target is there by now.
-    """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    made = [folder for folder in temporary.parents if not folder.exists()]
-    try:
-        try:
-            temporary.mkdir(parents=True)
-        except OSError as error:
-            raise ExportError(
-                f"-o: cannot write {str(target)!r} ({error.strerror}); expected a folder you can write to"
-            ) from None
-        yield temporary
-        _refuse_existing(target)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()
-
-
-@contextmanager
-def _naming_the_target(temporary: Path, target: Path) -> Iterator[None]:
-    """Have a failure to write name the file as it would have been.
-
-    Raises:
-        ExportError: A file cannot be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        path = Path(error.filename or temporary)
-        path = target / path.relative_to(temporary) if path.is_relative_to(temporary) else path
-        raise ExportError(f"-o: cannot write {str(path)!r} ({error.strerror or error}); expected room for it") from None

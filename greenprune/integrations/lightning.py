@@ -48,9 +48,8 @@ class PrunerCallback(pl.Callback):  # type: ignore[misc]
 
         def take_up(checkpoint: dict[str, Any]) -> None:
             state = checkpoint.get("callbacks", {}).get(self.state_key)
-            if (
-                state is not None and self.pruner.batches == 0
-            ):  # a network that was trained without a pruner has none, and is pruned from here on
+            # A network that was trained without a pruner has none, and is pruned from here on.
+            if state is not None and self.pruner.batches == 0:
                 self.pruner.load_state_dict(state)
             asked(checkpoint)
 

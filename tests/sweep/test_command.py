@@ -240,6 +240,15 @@ def here(place: Path, *args: str, **more: str) -> subprocess.Popen[str]:
     )
 
 
+def wait_for(process: subprocess.Popen[str], text: str, *files: Path) -> None:
+    """Wait until a text is in all of the files that a sweep's runs write, while the sweep goes on."""
+    deadline = time.monotonic() + 100
+    while not all(file.exists() and text in file.read_text() for file in files):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_here_a_reader_that_leaves_leaves_no_run_behind(place: Path) -> None:
     command = [sys.executable, "-m", "greenprune.cli", "sweep", "two.yaml", "--local", "2"]
     env = environment() | {"PYTHONPATH": str(ROOT)}
@@ -263,11 +272,7 @@ def test_here_it_is_stopped_in_good_order_and_goes_on(place: Path) -> None:
     first = here(place, "two.yaml", "--local", "2")
     names = ["0000-digits-resnet20-dense-seed0", "0001-digits-resnet20-block-0.5-seed0"]
     events = [folder / "runs" / name / "events.jsonl" for name in names]
-    deadline = time.monotonic() + 100
-    while not all(path.exists() and '"train"' in path.read_text() for path in events):
-        assert first.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(first, '"train"', *events)
     first.send_signal(signal.SIGINT)
     out, err = first.communicate(timeout=60)
     assert first.returncode == 128 + signal.SIGINT
@@ -308,11 +313,7 @@ def test_here_runs_that_are_stopped_as_they_start_have_not_failed(place: Path, p
     folder = place / "runs" / "sweeps" / "two"
     process = here(place, "two.yaml", "--local", "1", PYTHONPATH=f"{place}{os.pathsep}{ROOT}")
     log = folder / "logs" / "0000.log"
-    deadline = time.monotonic() + 100
-    while not (log.exists() and "starting" in log.read_text()):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(process, "starting", log)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
