@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,27 +141,31 @@ def find_runs(paths: Sequence[Path]) -> tuple[dict[Path, str], list[str]]:
     """
     folders = {folder.resolve(): folder for path in paths for folder in _runs_at(path)}
     notes = []
-    for copies in _by_id(folders.values()):
-        whole, *others = sorted(copies, key=_progress, reverse=True)
+    for made, copies in _by_id(folders.values()).items():
+        whole, *others = sorted(copies, key=partial(_originality, made=made), reverse=True)
         for copy in others:
             del folders[copy.resolve()]
             notes.append(f"{copy} is left out: it is a copy of {whole}")
     return {path: _name_among(place, list(folders)) for place, path in folders.items()}, notes
 
 
-def _by_id(folders: Iterable[Path]) -> list[list[Path]]:
-    """The folders that were made as one and copied since; those of older versions have no id."""
+def _by_id(folders: Iterable[Path]) -> dict[str, list[Path]]:
+    """The folders that were made as one and copied since, by what id.txt holds: the name of the first, and more.
+
+    Those of older versions have no id.
+    """
     found: dict[str, list[Path]] = {}
     for folder in folders:
         with suppress(OSError, UnicodeDecodeError):
             found.setdefault(RunFolder(folder).id.read_text().strip(), []).append(folder)
-    return list(found.values())
+    return found
 
 
-def _progress(path: Path) -> tuple[bool, int]:
-    """How far a run came: finished before unfinished, then the longer log; the first of equals stays first."""
+def _originality(path: Path, made: str) -> tuple[bool, int, bool]:
+    """How far the run in a folder came, finished above all, and whether it has the name that it was made with."""
     folder = RunFolder(path)
-    return folder.summary.is_file(), folder.events.stat().st_size if folder.events.is_file() else 0
+    told = folder.events.stat().st_size if folder.events.is_file() else 0
+    return folder.summary.is_file(), told, made.startswith(f"{path.name}-")
 
 
 def _name_among(path: Path, paths: Sequence[Path]) -> str:

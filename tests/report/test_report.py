@@ -236,10 +236,12 @@ def test_a_killed_run_with_a_truncated_last_line_is_shown_as_far_as_it_came(tmp_
 def test_copies_of_a_run_are_no_seeds(tmp_path: Path) -> None:
     record_run(tmp_path / "a", gated=False)
     (tmp_path / "a" / "id.txt").write_text("a-1\n")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for name in ("0", "b"):  # the one that still has the name that it was made with is the original
+        shutil.copytree(tmp_path / "a", tmp_path / name)
     report = build_report([tmp_path])
     assert [run.name for run in report.runs] == ["a"]
     for text in forms(report):
+        assert "0 is left out: it is a copy of" in text
         assert "b is left out: it is a copy of" in text
 
 
