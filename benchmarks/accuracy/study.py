@@ -3,11 +3,11 @@
     python benchmarks/accuracy/study.py benchmarks/accuracy/digits.yaml --seeds 0 1 2 --jobs 2
 
 Every cell is trained for the same number of epochs on the same data with the same augmentation, each seed in a process
-of its own; only ``variants``, ours with other settings, may be trained for longer, which tells what the saving buys
-when it is spent on training. A cell's result is a file (``results/accuracy/<study>/<cell>-seed<n>.json``) with its
-config, its command, versions and hardware; what is there is not done again, and a run that was stopped goes on:
-Ctrl-C, SIGTERM or ``--minutes`` stop it in good order. The last networks are evaluated on the test set; nothing is
-chosen on it.
+of its own; only ``variants``, ours with other settings, and ``dense_variants`` may be trained for longer, which tells
+what the saving buys when it is spent on training. A cell's result is a file
+(``results/accuracy/<study>/<cell>-seed<n>.json``) with its config, its command, versions and hardware; what is there is
+not done again, and a run that was stopped goes on: Ctrl-C, SIGTERM or ``--minutes`` stop it in good order. The last
+networks are evaluated on the test set; nothing is chosen on it.
 
 What the peers' papers leave open for a run of another length, the strength of their sparsity term and the learning rate
 of their fine-tuning, is chosen for them on a part of the training set that is held out, or taken over from the study
@@ -50,7 +50,7 @@ PEERS = {
 }
 
 
-_OPTIONAL = "peer_targets, variants, choices, chosen_in, ablations, shared, note and flags"
+_OPTIONAL = "peer_targets, variants, dense_variants, choices, chosen_in, ablations, shared, note and flags"
 FINETUNE_LRS = (1.0, 0.3)
 """Shares of the config's learning rate that the peers' fine-tuning chooses from."""
 
@@ -70,6 +70,7 @@ class Study:
         targets: Shares of the FLOPs to keep.
         peer_targets: Those for which the peers are trained too.
         variants: Further fields of ours, by what they are called, for each of the targets.
+        dense_variants: Further fields of the dense twin, likewise.
         choices: By peer, the strengths of its sparsity term to choose from, on held-out training samples.
         chosen_in: Another study whose choices are taken over; None: this one makes its own.
         ablations: Target at which the parts of the method are exchanged one by one; None: they are not.
@@ -84,6 +85,7 @@ class Study:
     targets: list[float] = field(default_factory=list)
     peer_targets: list[float] = field(default_factory=list)
     variants: dict[str, list[str]] = field(default_factory=dict)
+    dense_variants: dict[str, list[str]] = field(default_factory=dict)
     choices: dict[str, list[float]] = field(default_factory=dict)
     chosen_in: str | None = None
     ablations: float | None = None
@@ -190,6 +192,10 @@ def cells_of(study: Study) -> list[Cell]:
         return ablations(study.ablations)
     dense = ("--gate.enabled", "false")
     cells = [Cell("dense", "dense twin", flags=dense)]
+    cells += [
+        Cell(_file_name(name), name, flags=(*flags, *dense), varied=True)
+        for name, flags in study.dense_variants.items()
+    ]
     for target in study.targets:
         at = f"{target:g}"
         for name, units in UNITS.items():
@@ -220,8 +226,12 @@ def cells_of(study: Study) -> list[Cell]:
 
 
 def _variant(name: str, target: float, flags: list[str]) -> Cell:
-    file = re.sub(r"[^a-z0-9.]+", "-", name.lower())
-    return Cell(f"{file}-{target:g}", f"ours, {name}", target, (*flags, "--budget.target", f"{target:g}"), varied=True)
+    at = f"{target:g}"
+    return Cell(f"{_file_name(name)}-{at}", f"ours, {name}", target, (*flags, "--budget.target", at), varied=True)
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower())
 
 
 def _words(name: str) -> str:

@@ -108,20 +108,26 @@ def test_the_table_compares_seed_by_seed_and_leaves_out_what_is_not_there() -> N
 
 def test_a_variant_that_is_trained_longer_is_set_against_the_dense_twin_of_the_study() -> None:
     variants = {"channel, 10 epochs": ["--gate.units", "[channel]", "--optim.epochs", "10"]}
-    named = study.Study("it", ROOT / "configs" / "digits.yaml", [0], targets=[0.5], variants=variants)
+    longer = {"dense, 10 epochs": ["--optim.epochs", "10"]}
+    config = ROOT / "configs" / "digits.yaml"
+    named = study.Study("it", config, [0], targets=[0.5], variants=variants, dense_variants=longer)
     cells = {cell.name: cell for cell in study.cells_of(named)}
-    command = study.Runner(named, Path("runs")).command(cells["channel-10-epochs-0.5"], 0)
-    assert command[command.index("--optim.epochs") + 1] == "10"
+    for name in ("channel-10-epochs-0.5", "dense-10-epochs"):
+        command = study.Runner(named, Path("runs")).command(cells[name], 0)
+        assert command[command.index("--optim.epochs") + 1] == "10"
+    assert command[command.index("--gate.enabled") + 1] == "false"
     dense = {"flops_train": 40, "flops_train_dense": 40}
     found = {name: {} for name in cells} | {
         "dense": {0: result(0.9, 1.0, **dense)},
         "channel-0.5": {0: result(0.89, 0.5)},
         "channel-10-epochs-0.5": {0: result(0.9, 0.5, flops_train=42, flops_train_dense=60), 1: result(0.9, 0.5)},
+        "dense-10-epochs": {0: result(0.91, 1.0, flops_train=60, flops_train_dense=60)},
     }
     rows = study.table(list(cells.values()), found)[2:]
     shown = {row.split(" | ")[0]: row.split(" | ")[6] for row in rows}
     assert shown["| ours, channel, 0.5"] == "0.750"
     assert shown["| ours, channel, 10 epochs, 0.5"] == "1.050"
+    assert shown["| dense, 10 epochs"] == "1.500"
 
 
 def test_settings_of_peers_are_chosen_on_held_out_training_samples(
