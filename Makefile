@@ -8,10 +8,10 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train   train a gated network on handwritten digits (about a minute after set-up)"
+	@echo "make train   train a gated network on handwritten digits (ten seconds, after a minute or two of set-up)"
 	@echo "make test    run the whole default test suite"
 	@echo "make check   format, lint, types, import contracts, tests"
-	@echo "make bench   the CPU benchmarks in one table (16 minutes); make bench-gpu: those for one GPU (2 minutes)"
+	@echo "make bench   the CPU benchmarks in one table (15 minutes); make bench-gpu: those for one GPU"
 
 setup: $(STAMP)
 
