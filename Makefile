@@ -4,12 +4,12 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train test check format lint types contracts bench bench-gpu clean
+.PHONY: help setup train test test-system check format lint types contracts bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train a gated network on handwritten digits (ten seconds, after a minute or two of set-up)"
-	@echo "make test    run the whole default test suite"
+	@echo "make test    run the default test suite; make test-system: Slurm, engines, kills, lost processes (CI runs both)"
 	@echo "make check   format, lint, types, import contracts, tests"
 	@echo "make bench   the CPU benchmarks in one table (15 minutes); make bench-gpu: those for one GPU"
 
@@ -28,6 +28,10 @@ train: $(STAMP)
 # Files side by side, one a core up to four: most of the time goes into starting processes.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# What starts many processes: Slurm, every launch file and engine, kills. It needs tests/slurm/install-slurm.sh.
+test-system: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'system and not slow' -n auto --maxprocesses 4 --dist loadfile
 
 check: format-check lint types contracts test
 

@@ -14,6 +14,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launching import ROOT, TRAIN, command, environment, run
 
+pytestmark = pytest.mark.system
+
 FILES = sorted((ROOT / "launch").glob("*.yaml"))
 CONFIG = """
 model: {name: resnet20}

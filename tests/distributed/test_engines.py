@@ -12,6 +12,8 @@ import torch
 from launching import TRAIN, run
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.system
+
 HERE = Path(__file__).parent
 ENGINES = {
     "cpu_2": "DDP",

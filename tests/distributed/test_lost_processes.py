@@ -17,6 +17,8 @@ import pytest
 from launching import TRAIN, command, environment, run
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.system
+
 CONFIG = """
 model: {name: resnet20}
 data: {name: digits, batch_size: 64}

@@ -11,6 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from killing import Runs
 
+pytestmark = pytest.mark.system
+
 
 @pytest.mark.parametrize(
     ("processes", "variant", "cases"), [(1, "blocks, sgd", 2), (1, "channels, adamw", 1), (2, "blocks, sgd", 1)]

@@ -25,6 +25,8 @@ from slurm_cluster import (
 from greenprune.report import compare_runs
 from greenprune.sweep.jobs import Shape
 
+pytestmark = pytest.mark.system
+
 # Long enough that a run is still going on when Slurm has taken in what was submitted after its first removal.
 BASE = """
 model: {name: resnet20}
