@@ -259,7 +259,7 @@ class CheckpointWriter:
         self._pending: Future[Written] | None = None
 
     def begin(self, step: int, checkpoint: Checkpoint, score: float | None) -> None:
-        """Copy a checkpoint's tensors, and write it from now on; the one before must have been taken.
+        """Copy a checkpoint, and write it from now on; the one before must have been taken.
 
         Args:
             step: Steps done.
@@ -267,7 +267,7 @@ class CheckpointWriter:
             score: How good it is, if that is known.
         """
         assert self._pending is None, "a checkpoint is still being written"
-        copied = Checkpoint(_copied(checkpoint.model), _copied(checkpoint.training), checkpoint.state)
+        copied = Checkpoint(_copied(checkpoint.model), _copied(checkpoint.training), _copied(checkpoint.state))
         self._pending = self._executor.submit(self._save, step, copied, score)
 
     def _save(self, step: int, checkpoint: Checkpoint, score: float | None) -> Written:

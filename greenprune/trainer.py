@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -460,8 +461,8 @@ class Trainer:
             "structure": self.structure.to_dict(),
             "unit_cost": None if self._unit_cost is None else self._unit_cost.to_dict(),
             "ledger": ledger.to_dict(),
-            "step_times": vars(self.step_times),
-            "evaluation": vars(self.last_evaluation) if self.last_evaluation else None,
+            "step_times": asdict(self.step_times),
+            "evaluation": asdict(self.last_evaluation) if self.last_evaluation else None,
         }
         return Checkpoint(self.engine.module.state_dict(), training, state)
 

@@ -35,6 +35,7 @@ from greenprune.checkpoint import (
 )
 from greenprune.config import UserError
 from greenprune.locking import FolderLock
+from greenprune.timing import StepTimes
 from greenprune.tracking import EventLog, read_events
 
 FLAGS = ["--model.name", "resnet20", "--optim.epochs", "3", "--optim.lr", "0.05", "--run_name", "it", "--device", "cpu"]
@@ -151,10 +152,13 @@ def test_the_best_stay_besides_the_newest(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_is_of_the_moment(tmp_path: Path) -> None:
-    """What training does to its tensors while they are being written is not in the checkpoint."""
-    weights, moments = torch.zeros(2_000_000), torch.zeros(2_000_000)
+    """What training does to its tensors and figures while they are being written is not in the checkpoint."""
+    weights, moments, step_times = torch.zeros(2_000_000), torch.zeros(2_000_000), StepTimes([1.0])
     writer = CheckpointWriter(tmp_path, 1, 0, tmp_path / "events.jsonl")
-    writer.begin(1, Checkpoint({"w": weights}, {"m": [moments]}, {"step": 1}), None)
+    state = {"step": 1, "step_times": vars(step_times)}
+    writer.begin(1, Checkpoint({"w": weights}, {"m": [moments]}, state), None)
+    step_times.add(2.0)
+    step_times.cut()
     for _ in range(20):
         weights += 1
         moments += 1
@@ -164,6 +168,7 @@ def test_a_snapshot_is_of_the_moment(tmp_path: Path) -> None:
     loaded = load_checkpoint(written.path)
     assert loaded.model["w"].abs().max() == 0
     assert loaded.training["m"][0].abs().max() == 0
+    assert StepTimes(**loaded.state["step_times"]) == StepTimes([1.0])
 
 
 def test_a_checkpoint_in_hand_is_finished_on_closing(tmp_path: Path) -> None:
