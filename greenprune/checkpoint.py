@@ -108,7 +108,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk it would stand in its own way
         raise
     if target.exists():  # the same step again, after a resume: the one on disk may be damaged
-        target.rename(folder / f".{target.name}.old.tmp")
+        _set_aside(target)
     temporary.rename(target)
     _flush(folder)
     if is_first:
@@ -212,9 +212,34 @@ def _delete_others(folder: Path, newest: Path, keep_last: int, keep_best: int) -
         known = sorted((score, path) for score, path in scores if score is not None)
         going -= {path for _, path in known[-keep_best:]}
     for path in going:
-        path.rename(folder / f".{path.name}.old.tmp")
+        _set_aside(path)
     for aside in folder.glob(".step-*.old.tmp"):
         shutil.rmtree(aside)
+
+
+def _set_aside(path: Path) -> None:
+    """Make a checkpoint none, to be deleted as the next one is written."""
+    path.rename(path.with_name(f".{path.name}.old.tmp"))
+
+
+def leave_later(folder: Path, chosen: Path) -> None:
+    """Set aside the checkpoints after the one that a run goes on from: they are of a course that it leaves.
+
+    An attempt that is killed before its first checkpoint would otherwise be followed by one that goes on from theirs.
+
+    Args:
+        folder: Folder of the run's checkpoints.
+        chosen: The checkpoint; of one that lies elsewhere none is after it.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    checkpoints = list_checkpoints(folder)
+    later = checkpoints[checkpoints.index(chosen) + 1 :] if chosen in checkpoints else []
+    for path in reversed(later):  # if it is cut short, the newest that is left is still one of its course
+        _set_aside(path)
+    if later:
+        _flush(folder)
 
 
 def _score(path: Path) -> float | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from greenprune.checkpoint import Checkpoint, CheckpointWriter, Written, list_checkpoints
+from greenprune.checkpoint import Checkpoint, CheckpointWriter, Written, leave_later, list_checkpoints
 from greenprune.config import CheckpointConfig
 from greenprune.engine import Engine
 from greenprune.tracking import RunFolder
@@ -46,8 +47,17 @@ class Saving:
         """Whether there is a checkpoint of this step, or there will be."""
         return self._steps == step
 
-    def goes_on_from(self, step: int) -> None:
-        """Take note of the checkpoint that the run was resumed from."""
+    def goes_on_from(self, path: Path, step: int) -> None:
+        """Take note of the checkpoint that the run was resumed from, and leave those after it; all ranks call it.
+
+        Args:
+            path: The checkpoint, which all ranks have taken up.
+            step: Steps done by then.
+
+        Raises:
+            OSError: Those after it cannot be set aside.
+        """
+        self._engine.together(lambda: leave_later(self._folder.checkpoints, path), main_only=True)
         self._steps = step
 
     def begin(self, step: int, snapshot: Checkpoint, score: float | None, since: float) -> None:

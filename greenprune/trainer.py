@@ -94,6 +94,8 @@ class Trainer:
             if resume is None:
                 raise
             raise CheckpointCorrupt(f"{resume[0]}: does not fit this run ({' '.join(str(error).split())})") from error
+        if resume is not None:  # once it is taken up whole, and before anything tells of it
+            self.saving.goes_on_from(resume[0], self.step)
         self.recorder.begin(self.step, self.structure, resume[0] if resume else None)
 
     # Setting up.
@@ -166,7 +168,6 @@ class Trainer:
             self._totals.copy_(torch.stack(totals).sum(0))
             self._totals[2] *= self.engine.world_size / len(totals)  # steps left out, which every rank counts
         self.step = self._told_at = state["step"]
-        self.saving.goes_on_from(self.step)
         self.accounts.ledger = Ledger(**state["ledger"])
         self.step_times = StepTimes(**state["step_times"])
         if state["evaluation"] is not None:

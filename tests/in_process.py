@@ -1,11 +1,11 @@
-"""Runs within the process of a test: one that is asked to stop at a step, and one on a folder of small images."""
+"""Runs within the process of a test: what ends them at a step, and one on a folder of small images."""
 
 from __future__ import annotations
 
 import io
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,20 +18,40 @@ from greenprune.run import RunResult, train
 from greenprune.trainer import Trainer
 
 
+class Killed(BaseException):
+    """Ends a run where it is, with nothing written any more."""
+
+
 @contextmanager
 def stopped_at(step: int) -> Iterator[None]:
     """Within, a run gets a SIGTERM after so many steps, and has to end by it."""
+    with _after_step(step, lambda: signal.raise_signal(signal.SIGTERM)), pytest.raises(Interrupted):
+        yield
+
+
+@contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    """Within, a run ends after so many steps, if it comes so far, as if it were killed."""
+
+    def kill() -> None:
+        raise Killed
+
+    with _after_step(step, kill), suppress(Killed):
+        yield
+
+
+@contextmanager
+def _after_step(step: int, act: Callable[[], None]) -> Iterator[None]:
     take_step = Trainer._train_step
 
-    def asked_to_stop(trainer: Trainer, images: Tensor, labels: Tensor) -> None:
+    def take_step_and_act(trainer: Trainer, images: Tensor, labels: Tensor) -> None:
         take_step(trainer, images, labels)
         if trainer.step == step:
-            signal.raise_signal(signal.SIGTERM)
+            act()
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Trainer, "_train_step", asked_to_stop)
-        with pytest.raises(Interrupted):
-            yield
+        patched.setattr(Trainer, "_train_step", take_step_and_act)
+        yield
 
 
 def train_on_images(root: Path, folder: Path, epochs: int) -> RunResult:

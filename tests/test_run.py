@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -15,13 +16,17 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+from in_process import killed_at
 from launching import ROOT, TRAIN, command, environment, run
 from safetensors.torch import load_file
 from torch import equal
 
-from greenprune.config import Config, load_config
-from greenprune.run import _new_or_same_folder
+from greenprune.checkpoint import CheckpointCorrupt, list_checkpoints, load_checkpoint, save_checkpoint
+from greenprune.config import Config, load_config, parse_config
+from greenprune.progress import Display
+from greenprune.run import _new_or_same_folder, train
 from greenprune.tracking import RunFolder
+from greenprune.verify import verify_run
 
 SMALL = """
 model: {name: resnet20}
@@ -210,6 +215,57 @@ def interrupt_after_removal(arguments: list[str], folder: Path) -> None:
         process.kill()
     assert process.returncode != 0, output
     assert "--resume auto" in output, output
+
+
+SHORT = ["--model.name", "resnet20", "--optim.epochs", "3", "--optim.lr", "0.05", "--device", "cpu"]
+SHORT += ["--removal.window", "5", "--removal.decide_by", "0.6"]
+
+
+def silent() -> Display:
+    return Display(io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run that was killed in its third epoch and has checkpoints of two, between which units went."""
+    config = parse_config([*SHORT, "--output_dir", str(tmp_path_factory.mktemp("runs")), "--run_name", "killed"])
+    with killed_at(50):
+        train(config, {}, silent)
+    return Path(config.output_dir) / "killed"
+
+
+def checkpoints_in(folder: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(folder / "checkpoints")]
+
+
+def test_a_course_that_was_left_for_an_older_checkpoint_is_not_gone_on_with(killed: Path, tmp_path: Path) -> None:
+    """Also if the new one is killed before it has a checkpoint of its own."""
+    folder = Path(shutil.copytree(killed, tmp_path / "it"))
+    assert checkpoints_in(folder) == ["step-000000022", "step-000000044"]
+    assert {event["step"] for event in read_events(folder) if event["kind"] == "removal"} & set(range(23, 45))
+    older = parse_config([*SHORT, "--resume", str(folder / "checkpoints" / "step-000000022")])
+    with killed_at(24):
+        train(older, {}, silent)
+    assert not [finding for finding in verify_run(folder) if finding.good is False]
+    train(parse_config([*SHORT, "--output_dir", str(tmp_path), "--run_name", "it", "--resume", "auto"]), {}, silent)
+    assert [event["step"] for event in read_events(folder) if event["kind"] == "start"] == [0, 22, 22]
+    assert not [finding for finding in verify_run(folder) if finding.good is False]
+
+
+@pytest.mark.parametrize("damage", ["a file cut short", "an optimizer of another network"])
+def test_an_older_checkpoint_that_cannot_be_used_costs_no_newer_one(killed: Path, tmp_path: Path, damage: str) -> None:
+    folder = Path(shutil.copytree(killed, tmp_path / "it"))
+    older = folder / "checkpoints" / "step-000000022"
+    if damage == "a file cut short":
+        (older / "training.pt").write_bytes(b"")
+    else:
+        whole = load_checkpoint(older)
+        whole.training["optimizer"]["param_groups"].pop()
+        shutil.rmtree(older)
+        save_checkpoint(tmp_path / "elsewhere", 22, whole, 1).rename(older)
+    with pytest.raises(CheckpointCorrupt, match="step-000000022"):
+        train(parse_config([*SHORT, "--resume", str(older)]), {}, silent)
+    assert checkpoints_in(folder) == ["step-000000022", "step-000000044"]
 
 
 def test_exit_code_and_advice_after_an_interrupt(config: Path, tmp_path: Path) -> None:
