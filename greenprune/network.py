@@ -122,10 +122,14 @@ class UnitTable:
         cost = part.cost
         return Cost(cost.flops_forward * now // dense, cost.flops_train * now // dense, cost.params * now // dense)
 
-    def rounding(self, config: SurgeryConfig, device: torch.device) -> dict[str, int]:
-        """Of how many units the size of each set is a multiple for its channels to be one of ``surgery.round_to``."""
-        round_to = config.round_to or (8 if device.type == "cuda" else 1)
+    def rounding(self, round_to: int) -> dict[str, int]:
+        """Of how many units the size of each set is a multiple for its channels to be one of ``round_to``."""
         return {name: round_to // math.gcd(round_to, width) for name, width in self.widths.items()}
+
+
+def round_to_on(config: SurgeryConfig, device: torch.device) -> int:
+    """``surgery.round_to``, or what a device likes if it is null."""
+    return config.round_to or (8 if device.type == "cuda" else 1)
 
 
 def _block_of(gate: str) -> str:
@@ -204,6 +208,17 @@ def with_unit_cost(network: Network, measured: UnitCost, budget: BudgetConfig) -
     return replace(network, costs=costs, measured=measured)
 
 
+def with_round_to(network: Network, round_to: int, budget: BudgetConfig) -> Network:
+    """The network with channels that go in pieces which leave a multiple of so many.
+
+    Raises:
+        ConfigError: The budget's target cannot be met so.
+    """
+    if network.table.gates and budget.unit not in MEASURED:  # in which no channels are counted
+        network.costs.check_target(budget.target, network.table.gates, network.table.rounding(round_to))
+    return replace(network, round_to=round_to)
+
+
 def _shares(table: UnitTable, measure: Callable[[Cost], int]) -> UnitCosts:
     whole = measure(table.dense)
     costs = UnitCosts.of({name: measure(cost) for name, cost in table.branches.items()}, whole)
@@ -246,6 +261,7 @@ class Network:
         costs: The same in the budget's unit, as shares of the whole.
         given: What is removed from it before training.
         measured: What its blocks take of a step, if the budget counts in seconds or joules.
+        round_to: Of how many channels what is left of a set is a multiple.
         notes: What the user should know of it, one line each.
     """
 
@@ -254,6 +270,7 @@ class Network:
     costs: UnitCosts
     given: Structure = field(default_factory=Structure)
     measured: UnitCost | None = None
+    round_to: int = 1
     notes: list[str] = field(default_factory=list)
 
 
@@ -279,7 +296,7 @@ def prepare_network(config: Config, data: ImageShape, device: torch.device = CPU
     Args:
         config: The run.
         data: The images.
-        device: Where it will be trained: the default of surgery.round_to depends on it.
+        device: Where it is first trained: the default of surgery.round_to depends on it.
 
     Raises:
         ConfigError: There is no such network or structure, it cannot take the images, has nothing to gate, its budget
@@ -299,10 +316,11 @@ def prepare_network(config: Config, data: ImageShape, device: torch.device = CPU
             f"{reason}"
         ) from None
     _check_fits(given, model, config)
-    costs = unit_costs(table, config.budget, rounding=table.rounding(config.surgery, device))
+    round_to = round_to_on(config.surgery, device)
+    costs = unit_costs(table, config.budget, rounding=table.rounding(round_to))
     if config.budget.unit not in MEASURED:
         _check_more_may_go(costs, table, given, config.budget)
-    return Network(model, table, costs, given, notes=notes)
+    return Network(model, table, costs, given, round_to=round_to, notes=notes)
 
 
 def _check_fits(given: Structure, model: nn.Module, config: Config) -> None:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from greenprune.config import BudgetConfig, ConfigError, GateConfig, RemovalConfig, SurgeryConfig, check_budget_unit
 from greenprune.gating import WINDOWS, GatePolicy, Verdict, attach_gates, find_gates, gate_parameters
 from greenprune.models import convert_blocks
-from greenprune.network import UnitTable, gating_notes, unit_costs, units_present
+from greenprune.network import UnitTable, gating_notes, round_to_on, unit_costs, units_present
 from greenprune.surgery import Operation, Structure, carry_out, refuse_wrapped, replay, update_optimizer
 from greenprune.unit_cost import MEASURED, MeasuredUnit, UnitCost, measure_unit_cost
 
@@ -87,7 +87,7 @@ class Pruner:
         self._measured = _measured_for_all(unit, model, example) if unit in MEASURED else None
         self._device = example.device
         self._surgery = surgery or SurgeryConfig()
-        self._rounding = self._table.rounding(self._surgery, self._device)
+        self._rounding = self._table.rounding(round_to_on(self._surgery, self._device))
         self._costs = unit_costs(self._table, self.budget, self._measured, rounding=self._rounding)
         self._accumulate = 1
         self._loss_scale: Tensor | None = None  # one tensor for good: a backward pass reads what it holds then
@@ -197,7 +197,7 @@ class Pruner:
             self._device = device
             self._batch = None
             self._loss_scale = None if self._loss_scale is None else self._loss_scale.to(device)
-            self._rounding = self._table.rounding(self._surgery, device)
+            self._rounding = self._table.rounding(round_to_on(self._surgery, device))
             self._costs = unit_costs(self._table, self.budget, self._measured, rounding=self._rounding)
             self._policy = self._new_policy()
             self._policy.load_state_dict(state)
@@ -318,6 +318,7 @@ class Pruner:
         return {
             "structure": self.structure.to_dict(),
             "unit_cost": None if self._measured is None else self._measured.to_dict(),
+            "round_to": round_to_on(self._surgery, self._device),
             "policy": self._policy.state_dict(),
             "loss_scale": None if self._loss_scale is None else self._loss_scale.item(),
             "batches": self._batches,
@@ -340,6 +341,9 @@ class Pruner:
         if self._measured is not None:
             self._measured = UnitCost.of_state(state)
             self._costs = unit_costs(self._table, self.budget, self._measured)
+        if self._surgery.round_to is None and "round_to" in state:  # the device may be another
+            self._surgery = SurgeryConfig(state["round_to"])
+            self._rounding = self._table.rounding(state["round_to"])
         if state.get("loss_scale") is not None:
             self._loss_scale = torch.tensor(state["loss_scale"], device=self._device)
         self._policy = self._new_policy()

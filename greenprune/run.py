@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from greenprune.energy import Meter, carbon_intensity, node_id, open_meter, shar
 from greenprune.engine import Engine
 from greenprune.late_files import PATIENCE_S, await_attempt, take_lock
 from greenprune.mirrors import start_mirrors
-from greenprune.network import Network, prepare_network, with_unit_cost
+from greenprune.network import Network, prepare_network, round_to_on, with_round_to, with_unit_cost
 from greenprune.progress import Display
 from greenprune.provenance import collect_provenance
 from greenprune.report.writing import write_run_report
@@ -87,7 +88,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
             data = _open_data(config, environment.get("GREENPRUNE_DATA"), engine)
         config = _resolve_structure(config, engine)
         with meter.window("setup"):
-            network = engine.together(lambda: prepare_network(config, data, engine.device))
+            network = engine.together(lambda: prepare_network(config, data))
         engine.together(lambda: _check_passes(config, network, data, engine))
         claim = engine.together(lambda: _claim(config, network, stack, environment), main_only=True)
         folder = RunFolder(claim.path)
@@ -97,6 +98,11 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         if claim.checkpoint is not None:
             path = claim.checkpoint
             resume = path, engine.together(lambda: _load(path, data))
+        round_to = round_to_on(config.surgery, engine.device)
+        if resume is not None:  # which may have begun on another device; older checkpoints do not tell
+            round_to = resume[1].state.get("round_to", round_to)
+        with _left_as_found(claim, engine):
+            network = engine.together(partial(with_round_to, network, round_to, config.budget))
         if config.budget.unit in MEASURED and config.gate.enabled:
             if resume is not None:  # what was measured first counts to the end
                 network = with_unit_cost(network, UnitCost.of_state(resume[1].state), config.budget)

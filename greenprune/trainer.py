@@ -88,6 +88,7 @@ class Trainer:
         self.unit_table = network.table
         self.costs = network.costs
         self._unit_cost = network.measured
+        self._round_to = network.round_to
         try:
             self._build(network.model, resume[1] if resume else None)
         except (LookupError, TypeError, ValueError) as error:
@@ -139,7 +140,7 @@ class Trainer:
             self.engine.module,
             self.costs,
             units_present(self.costs, self.structure),
-            rounding=self.unit_table.rounding(self.config.surgery, self.engine.device),
+            rounding=self.unit_table.rounding(self._round_to),
             total_steps=self.total_steps,
             window=self.config.removal.window
             or default_window(self.data.steps_per_epoch, self.total_steps, self.config.data.batch_size),
@@ -461,6 +462,7 @@ class Trainer:
             "data": self.data.digest,
             "structure": self.structure.to_dict(),
             "unit_cost": None if self._unit_cost is None else self._unit_cost.to_dict(),
+            "round_to": self._round_to,
             "ledger": ledger.to_dict(),
             "step_times": asdict(self.step_times),
             "evaluation": asdict(self.last_evaluation) if self.last_evaluation else None,

@@ -391,6 +391,9 @@ def check_fits(checkpoint: Checkpoint, config: Config, model: nn.Module) -> Stru
             Evaluation(**state["evaluation"])
         if isinstance(state["step"], bool) or not isinstance(state["step"], int) or state["step"] < 0:
             raise CheckpointCorrupt(f"step {state['step']!r} is no number of steps")
+        round_to = state.get("round_to", 1)
+        if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+            raise CheckpointCorrupt(f"round_to {round_to!r} is no number of channels")
         network = copy.deepcopy(model)
         replay(structure, network)
     except (LookupError, TypeError, AttributeError, StructureMismatch) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -370,6 +371,18 @@ def test_channels_are_rounded_where_asked() -> None:
     assert any(width < full for width, full in zip(widths, [16] * 3 + [32] * 3 + [64] * 3, strict=False))
     assert all(width % 4 == 0 for width in widths)
     assert 0.45 < pruner.report()["kept_cost"] <= 0.5
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 4), (2, 2)])
+def test_channels_are_rounded_as_they_were_before_it_went_on(asked: int | None, expected: int) -> None:
+    """Where nothing is asked for the device says, and that may be another."""
+    _, begun = make_pruner(["channel"], surgery=SurgeryConfig(round_to=4))
+    model, pruner = make_pruner(["channel"], surgery=SurgeryConfig(round_to=asked))
+    pruner.load_state_dict(begun.state_dict())
+    with pytest.warns(UserWarning, match="the gates have learnt nothing"):
+        pruner.finalize()
+    widths = [block.branch[0].out_channels for block in model.modules() if isinstance(block, ResidualBlock)]
+    assert math.gcd(*widths) == expected
 
 
 # What is refused.

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
-from in_process import killed_at
+from in_process import killed_at, stopped_at
 from launching import ROOT, TRAIN, command, environment, run
 from safetensors.torch import load_file
 from torch import equal
 
 from greenprune.checkpoint import CheckpointCorrupt, list_checkpoints, load_checkpoint, save_checkpoint
-from greenprune.config import Config, load_config, parse_config
+from greenprune.config import Config, ConfigError, load_config, parse_config
 from greenprune.progress import Display
 from greenprune.run import _new_or_same_folder, train
 from greenprune.tracking import RunFolder
@@ -252,7 +252,7 @@ def test_a_course_that_was_left_for_an_older_checkpoint_is_not_gone_on_with(kill
     assert not [finding for finding in verify_run(folder) if finding.good is False]
 
 
-@pytest.mark.parametrize("damage", ["a file cut short", "an optimizer of another network"])
+@pytest.mark.parametrize("damage", ["a file cut short", "an optimizer of another network", "channels by halves"])
 def test_an_older_checkpoint_that_cannot_be_used_costs_no_newer_one(killed: Path, tmp_path: Path, damage: str) -> None:
     folder = Path(shutil.copytree(killed, tmp_path / "it"))
     older = folder / "checkpoints" / "step-000000022"
@@ -260,12 +260,39 @@ def test_an_older_checkpoint_that_cannot_be_used_costs_no_newer_one(killed: Path
         (older / "training.pt").write_bytes(b"")
     else:
         whole = load_checkpoint(older)
-        whole.training["optimizer"]["param_groups"].pop()
+        if damage == "channels by halves":
+            whole.state["round_to"] = 0.5
+        else:
+            whole.training["optimizer"]["param_groups"].pop()
         shutil.rmtree(older)
         save_checkpoint(tmp_path / "elsewhere", 22, whole, 1).rename(older)
-    with pytest.raises(CheckpointCorrupt, match="step-000000022"):
+    with pytest.raises(CheckpointCorrupt, match=r"step-000000022|round_to 0\.5"):
         train(parse_config([*SHORT, "--resume", str(older)]), {}, silent)
     assert checkpoints_in(folder) == ["step-000000022", "step-000000044"]
+
+
+# Of MobileNet's blocks some have no shortcut and keep a piece of their channels: one of 8 channels is too much.
+ROUNDED = ["--model.name", "mobilenet_v2", "--gate.units", "[channel]", "--budget.target", "0.196", "--device", "cpu"]
+ROUNDED += ["--data.batch_size", "512", "--optim.epochs", "2", "--removal.window", "2", "--run_name", "it"]
+
+
+def test_a_run_rounds_to_the_end_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where surgery.round_to is null it is 8 on a GPU, on which a run may go on that was begun on a CPU."""
+    config = parse_config([*ROUNDED, "--output_dir", str(tmp_path), "--resume", "auto"])
+    with stopped_at(2):
+        train(config, {}, silent)
+    monkeypatch.setattr("greenprune.run.round_to_on", lambda *_: 8)
+    train(config, {}, silent)
+    assert read_summary(tmp_path / "it")["kept_cost"] <= 0.196
+
+
+def test_a_budget_that_rounding_puts_out_of_reach_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("greenprune.run.round_to_on", lambda *_: 8)
+    with pytest.raises(ConfigError, match=r"is kept by surgery\.round_to"):
+        train(parse_config([*ROUNDED, "--output_dir", str(tmp_path)]), {}, silent)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_exit_code_and_advice_after_an_interrupt(config: Path, tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def training(tmp_path: Path, **changes: Any) -> Iterator[tuple[Trainer, list[tup
     engine = Engine(config)
     try:
         data = open_data(config.data, None, 0).to(engine.device)
-        network = prepare_network(config, data)
+        network = prepare_network(config, data, engine.device)
         with open_meter(gpu_uuids=[], host=False) as meter:
             engine.rank = 1  # writes no files
             trainer = Trainer(config, data, engine, network, Records(RunFolder(tmp_path), meter, None, [], []), None)
