@@ -370,8 +370,12 @@ class Trainer:
 
     def _check_skipped(self) -> None:
         """Stop, on every rank alike, where skipping steps does not help; the device is read beside it anyway."""
-        if self.skipper is not None and self.skipper.in_a_row >= min(self.total_steps, MOST_IN_A_ROW):
-            self._diverged(math.nan)
+        skipped = 0 if self.skipper is None else self.skipper.in_a_row
+        if skipped >= min(self.total_steps, MOST_IN_A_ROW):
+            self._give_up(
+                f"the gradients of {skipped} steps in a row, up to step {self.step}, were not finite, and all of them "
+                "were skipped (optim.nonfinite skip)"
+            )
 
     def _read(self) -> Told:
         """What all ranks have to tell since the epoch began, in one collective; waits for the device.
@@ -408,10 +412,10 @@ class Trainer:
         self._totals.zero_()
 
     def _diverged(self, loss: float) -> None:
-        raise TrainingDiverged(
-            f"the loss, a weight or a statistic of it is {loss} after step {self.step}; {self.saving.last()}. "
-            "A smaller optim.lr or optim.clip_norm may help"
-        )
+        self._give_up(f"the loss, a weight or a statistic of it is {loss} after step {self.step}")
+
+    def _give_up(self, why: str) -> None:
+        raise TrainingDiverged(f"{why}; {self.saving.last()}. A smaller optim.lr or optim.clip_norm may help")
 
     # Saving and stopping.
 

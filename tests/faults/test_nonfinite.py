@@ -87,7 +87,8 @@ def test_skipping_what_does_not_pass_ends_in_a_stop(tmp_path: Path) -> None:
     flags = ("--optim.nonfinite", "skip", "--removal.window", "100")
     done, _ = broken(tmp_path, "weight:nan:1:2", flags=flags)
     assert done.returncode != 0
-    assert "is nan after step 22; there is no checkpoint yet" in done.stderr
+    said = "the gradients of 20 steps in a row, up to step 22, were not finite, and all of them were skipped"
+    assert f"{said} (optim.nonfinite skip); there is no checkpoint yet" in done.stderr
 
 
 class Step:
