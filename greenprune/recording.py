@@ -31,6 +31,7 @@ class Told(NamedTuple):
         hits: The same of those that were recognised.
         skipped: Steps of the epoch that were left out.
         price: The price of kept cost, if there are gates.
+        loss_scale: What the loss is multiplied by in fp16; None in other precisions.
         signal: A signal that asks to stop, or 0.
         loads: The load of each rank's process.
     """
@@ -39,6 +40,7 @@ class Told(NamedTuple):
     hits: float
     skipped: int
     price: float | None
+    loss_scale: float | None
     signal: int
     loads: list[float]
 

@@ -33,6 +33,9 @@ from greenprune.timing import IntervalClock, StepTimes
 from greenprune.tracking import Ledger
 
 _ASK_S = 1.0  # a question to all ranks, or a look at the loss, waits for the device: once a second cannot be seen
+# A loss scaler halves its scale with each gradient that is not finite, from 2^16 on: below this it is not the scale's
+# fault (our choice). It knows no end, and with a scale of 0 nothing is finite.
+_LEAST_LOSS_SCALE = 2.0**-14
 _LOG_EVERY = 10  # steps between two train events at least, where the config does not say
 
 
@@ -360,6 +363,11 @@ class Trainer:
         samples = self._samples_in_epoch(told.skipped)
         if not math.isfinite(told.loss):
             self._diverged(told.loss / samples)
+        if told.loss_scale is not None and told.loss_scale < _LEAST_LOSS_SCALE:
+            self._give_up(
+                f"the gradients are not finite whatever the loss is scaled by (fp16; the scale has come down to "
+                f"{told.loss_scale:.1e}, and steps are left out) after step {self.step}"
+            )
         self.recorder.train(self.step, told, samples, step_s, float(self.schedule.get_last_lr()[0]))
         clock.restart()
         return told.signal
@@ -386,17 +394,19 @@ class Trainer:
         engine = self.engine
         price = self.policy.controller.price if self.policy is not None else torch.zeros((), device=engine.device)
         loads = self._load_of_process.among(engine.rank, engine.world_size, engine.device_memory)
+        scale = engine.loss_scale
+        scales = self._totals[:0] if scale is None else scale.double().view(1)  # alike on all ranks
         told = [self.interrupt.signal, self._step_s, self.saving.failed, *loads]
         mine = torch.tensor(told, dtype=torch.float64, device=engine.device)
         shared = engine.sum(torch.cat([self._totals, mine]))
-        loss, hits, skipped, stop, step_s, failed, *loads, price_now = torch.cat(
-            [shared, price.double().view(1)]
-        ).tolist()
+        values = torch.cat([scales, price.double().view(1), shared]).tolist()
+        loss_scale = None if scale is None else values.pop(0)
+        price_now, loss, hits, skipped, stop, step_s, failed, *loads = values
         if failed:
             self.saving.wait()
         self._ask_again_after(step_s)
         price_known = price_now if self.policy is not None else None
-        return Told(loss, hits, round(skipped / engine.world_size), price_known, int(stop), loads)
+        return Told(loss, hits, round(skipped / engine.world_size), price_known, loss_scale, int(stop), loads)
 
     def _ask_again_after(self, step_s: float) -> None:
         """Set after how many steps ranks look up again; ``step_s`` is the sum over the ranks, alike on all."""

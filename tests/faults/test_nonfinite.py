@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -17,10 +18,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from launching import run
 
 from greenprune.checkpoint import list_checkpoints, load_checkpoint
-from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, RemovalConfig
+from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, RemovalConfig, parse_config
+from greenprune.engine import Engine
 from greenprune.gating import GatePolicy, UnitCosts, find_gates
+from greenprune.progress import Display
+from greenprune.run import train
 from greenprune.skipping import StepSkipper
 from greenprune.tracking import read_events
+from greenprune.trainer import TrainingDiverged
 
 WORKER = Path(__file__).with_name("nonfinite_worker.py")
 FLAGS = ["--model.name", "resnet20", "--optim.epochs", "2", "--optim.lr", "0.05", "--removal.window", "11"]
@@ -89,6 +94,38 @@ def test_skipping_what_does_not_pass_ends_in_a_stop(tmp_path: Path) -> None:
     assert done.returncode != 0
     said = "the gradients of 20 steps in a row, up to step 22, were not finite, and all of them were skipped"
     assert f"{said} (optim.nonfinite skip); there is no checkpoint yet" in done.stderr
+
+
+def test_gradients_that_no_loss_scale_makes_finite_end_in_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fp16 has it: the scaler halves its scale and leaves the step out, of which the loss tells nothing.
+
+    In the run's precision on a CPU, with the scaler that it has on a GPU.
+    """
+
+    def with_scaler(config: Config) -> Engine:
+        engine = Engine(config)
+        engine._accelerator.scaler = torch.amp.GradScaler("cpu")
+        return engine
+
+    def backward(engine: Engine, loss: torch.Tensor) -> None:
+        plain(engine, loss)
+        passes.append(1)
+        if 4 <= len(passes) < 10 or len(passes) > 24:  # a passing fault, and one that stays
+            gradient = next(engine.module.parameters()).grad
+            assert gradient is not None
+            gradient.view(-1)[0] = torch.nan
+
+    plain, passes = Engine.backward, list[int]()
+    monkeypatch.setattr(Engine, "backward", backward)
+    monkeypatch.setattr("greenprune.run._open_engine", with_scaler)
+    config = parse_config([*FLAGS, "--optim.epochs", "3", "--output_dir", str(tmp_path)])
+    said = r"finite whatever the loss is scaled by .* after step 52; the last good checkpoint is .*step-000000044"
+    with pytest.raises(TrainingDiverged, match=said):
+        train(config, {}, lambda: Display(io.StringIO()))
+    losses = [event["train/loss"] for event in read_events(tmp_path / "it" / "events.jsonl") if "train/loss" in event]
+    assert None not in losses
 
 
 class Step:
