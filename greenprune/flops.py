@@ -72,7 +72,7 @@ def go_back_from(output: object) -> None:
     Raises:
         TypeError: There is nothing in it that training goes back through.
     """
-    tensors = list(_tensors(output))
+    tensors = list(trained_tensors(output))
     if not tensors:
         raise TypeError(
             f"the network gives a {type(output).__name__} without a tensor that training goes back through; expected a "
@@ -81,13 +81,14 @@ def go_back_from(output: object) -> None:
     torch.autograd.backward(tensors, [torch.ones_like(tensor) for tensor in tensors])
 
 
-def _tensors(output: object) -> Iterator[Tensor]:
+def trained_tensors(output: object) -> Iterator[Tensor]:
+    """The tensors that training goes back through in a network's output, in tuples, lists and dicts of any depth."""
     if isinstance(output, Tensor):
         if output.requires_grad:
             yield output
     elif isinstance(output, Mapping | tuple | list):
         for item in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(item)
+            yield from trained_tensors(item)
 
 
 def count_costs(

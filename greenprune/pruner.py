@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import Any
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from greenprune.config import BudgetConfig, ConfigError, GateConfig, RemovalConfig, SurgeryConfig, check_budget_unit
+from greenprune.flops import trained_tensors
 from greenprune.gating import WINDOWS, GatePolicy, Verdict, attach_gates, find_gates, gate_parameters
 from greenprune.models import convert_blocks
 from greenprune.network import UnitTable, gating_notes, round_to_on, unit_costs, units_present
@@ -279,7 +281,10 @@ class Pruner:
     def penalize_output(self, accumulate: int = 1) -> RemovableHandle:
         """Add the penalty to whatever loss is made from the network's output, for loops that hide their loss.
 
-        In place of calling :meth:`penalty`. Not for fp16 with a scaled loss.
+        In place of calling :meth:`penalty`. Not for fp16 with a scaled loss. Of an output with several tensors, in
+        tuples, lists and dicts, the loss may be made from any of them; the penalty counts once for a forward pass, in
+        the first backward pass that reaches the gates. A loop that goes back from several losses of one forward pass,
+        each for itself, keeps the graph (``retain_graph=True``) until the last.
 
         Args:
             accumulate: Batches whose gradients are averaged for one step of the optimizer.
@@ -367,32 +372,82 @@ def _check_settings(total_steps: object, gate: object, budget: object, removal: 
         raise ConfigError(f"total_steps: {total_steps!r} is not valid; expected a whole number of at least 1")
 
 
+class _Once(torch.autograd.Function):
+    """Passes a penalty on; the first backward pass gives it the gradient that a term of the loss has, others nothing.
+
+    What goes back from several outputs comes here together, as one gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, penalty: Tensor) -> Tensor:
+        ctx.given = False
+        return penalty.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor | None:
+        if ctx.given:  # of one pass, whose parts of the loss go back one after the other
+            return None
+        ctx.given = True
+        return torch.ones_like(grads[0])
+
+
 class _PenaltyBeside(torch.autograd.Function):
-    """Passes an output on; in the backward pass the penalty gets the gradient that a term of the loss has."""
+    """Passes an output on; what goes back from it asks for the penalty's gradient too.
+
+    Without ``as_view`` it is a tensor of its own to PyTorch, though of the same storage, so that it may be changed in
+    place. A view may not, which PyTorch tells.
+    """
 
     @staticmethod
-    def forward(_: Any, output: Tensor, penalty: Tensor) -> Tensor:
-        return output.view_as(output)
+    def forward(_: Any, output: Tensor, penalty: Tensor, as_view: bool) -> Tensor:
+        return output.view_as(output) if as_view else output.detach()
 
     @staticmethod
-    def backward(_: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(_: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad,) = grads
-        return grad, torch.ones((), device=grad.device)
+        return grad, torch.ones((), device=grad.device), None
 
 
 def _with_penalty(output: object, penalty: Tensor) -> object:
-    """The output with the penalty beside its first tensor that training goes back through."""
+    """The output with the penalty beside every tensor that training may go back through, counted once for all."""
+    once = _Once.apply(penalty)
     if isinstance(output, Tensor):
-        return _PenaltyBeside.apply(output, penalty)
-    changed: Any = output if isinstance(output, dict) else list(output) if isinstance(output, tuple | list) else {}
-    places = changed.items() if isinstance(changed, dict) else enumerate(changed)
-    for place, item in places:
-        if isinstance(item, Tensor) and item.requires_grad:
-            changed[place] = _PenaltyBeside.apply(item, penalty)
-            if not isinstance(output, tuple):
-                return changed
-            return type(output)(*changed) if hasattr(output, "_fields") else tuple(changed)
-    raise TypeError(f"the network gives a {type(output).__name__}; expected a tensor, or a tuple or dict of tensors")
+        return _PenaltyBeside.apply(output, once, False)
+    tensors = {id(tensor): tensor for tensor in trained_tensors(output)}.values()
+    # Of two views of the same, the one would not notice that the other is changed in place.
+    roots = Counter(_root(tensor) for tensor in tensors)
+    beside = {tensor: _PenaltyBeside.apply(tensor, once, roots[_root(tensor)] > 1) for tensor in tensors}
+    changed = _exchange(output, beside)
+    if changed is None:
+        raise TypeError(
+            f"the network gives a {type(output).__name__}; expected a tensor, or a tuple or dict of tensors"
+        )
+    return changed
+
+
+def _root(tensor: Tensor) -> int:
+    """Equal for tensors that autograd knows as views of the same."""
+    return id(tensor if tensor._base is None else tensor._base)
+
+
+def _exchange(output: object, beside: Mapping[Tensor, Tensor]) -> Any:
+    """An output with some of its tensors exchanged, dicts in place; None if there is none of them in it."""
+    if isinstance(output, Tensor):
+        return beside.get(output)
+    if not isinstance(output, dict | tuple | list):
+        return None
+    places = list(output.items() if isinstance(output, dict) else enumerate(output))
+    changes = {place: changed for place, item in places if (changed := _exchange(item, beside)) is not None}
+    if not changes:
+        return None
+    if isinstance(output, dict):
+        for key, item in changes.items():
+            output[key] = item
+        return output
+    items = [changes.get(place, item) for place, item in places]
+    if isinstance(output, list):
+        return items
+    return type(output)(*items) if hasattr(output, "_fields") else tuple(items)
 
 
 def _check_holds_gates(optimizer: Optimizer, model: nn.Module) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -238,6 +238,115 @@ def test_the_penalty_beside_the_output_is_the_penalty_in_the_loss(shape: str) ->
         return [parameter.grad for parameter in model.parameters()]
 
     assert all(torch.equal(one, other) for one, other in zip(gradients(True), gradients(False), strict=True))
+
+
+class Parted(nn.Module):
+    """Gives features and what two heads make of them, one deep inside; all of the blocks lie before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = CifarResNet(8, 10, channels=1)
+        self.heads = nn.ModuleList(nn.Linear(10, 10) for _ in range(2))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, object]]:
+        features = self.network(images)
+        first, second = (head(features) for head in self.heads)
+        return features, {"first": first, "rest": (None, [second])}
+
+
+def parts_of(output: tuple[Tensor, dict[str, Any]]) -> dict[str, Tensor]:
+    features, logits = output
+    return {"features": features, "first": logits["first"], "second": logits["rest"][1][0]}
+
+
+@pytest.mark.parametrize("used", [["features"], ["first"], ["second"], ["features", "first", "second"]], ids="-".join)
+def test_the_penalty_is_in_the_loss_whatever_part_of_the_output_that_is_made_of(used: list[str]) -> None:
+    def gradients(hidden: bool) -> list[Tensor | None]:
+        model = Parted()
+        pruner = Pruner(model, torch.randn(2, 1, 8, 8), total_steps=STEPS, gate=GateConfig(warmup=0.0))
+        images, labels = batch_of(0)
+        if hidden:
+            pruner.penalize_output()
+        parts = parts_of(model(images))
+        loss = torch.stack([functional.cross_entropy(parts[name], labels) for name in used]).sum()
+        (loss if hidden else loss + pruner.penalty()).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    for mine, expected in zip(gradients(True), gradients(False), strict=True):
+        assert (mine is None) == (expected is None)  # what the loss does not use stays without a gradient
+        assert mine is None or torch.equal(mine, expected)
+
+
+def test_the_penalty_counts_once_for_a_forward_pass() -> None:
+    """However often, and through whatever, a loop goes back from its output."""
+    model = Parted()
+    pruner = Pruner(model, torch.randn(2, 1, 8, 8), total_steps=STEPS)
+    weight = nn.Parameter(torch.ones(()))
+    pruner.penalty = lambda: 3 * weight  # type: ignore[method-assign, assignment, misc]
+    pruner.penalize_output()
+    images = batch_of(0)[0].requires_grad_()
+
+    def added_by(go_back: Callable[[dict[str, Tensor]], object]) -> float:
+        weight.grad = None
+        go_back({name: part.square().sum() for name, part in parts_of(model(images)).items()})
+        return 0.0 if weight.grad is None else weight.grad.item()
+
+    def one_after_the_other(losses: dict[str, Tensor]) -> None:
+        losses["first"].backward(retain_graph=True)
+        losses["second"].backward()
+
+    def by_the_images_before(losses: dict[str, Tensor]) -> None:
+        (slope,) = torch.autograd.grad(losses["first"], images, create_graph=True)
+        (losses["first"] + slope.square().sum()).backward()
+
+    assert added_by(lambda losses: None) == 0
+    assert added_by(lambda losses: losses["second"].backward()) == 3
+    assert added_by(lambda losses: sum(losses.values()).backward()) == 3  # type: ignore[union-attr]
+    assert added_by(lambda losses: (losses["features"] * losses["features"]).backward()) == 3
+    assert added_by(one_after_the_other) == 3
+    assert added_by(by_the_images_before) == 3
+    assert added_by(lambda losses: torch.autograd.grad(losses["first"], images)) == 0
+
+
+def test_an_output_beside_which_the_penalty_stands_may_be_changed_in_place() -> None:
+    def gradients(hidden: bool) -> list[Tensor | None]:
+        model = Parted()
+        pruner = Pruner(model, torch.randn(2, 1, 8, 8), total_steps=STEPS, gate=GateConfig(warmup=0.0))
+        images, labels = batch_of(0)
+        if hidden:
+            pruner.penalize_output()
+        logits = parts_of(model(images))["second"]
+        logits.div_(2.0)
+        logits[:, 0] = 0.0
+        loss = functional.cross_entropy(logits, labels)
+        (loss if hidden else loss + pruner.penalty()).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    for mine, expected in zip(gradients(True), gradients(False), strict=True):
+        assert (mine is None) == (expected is None)
+        assert mine is None or torch.equal(mine, expected)
+
+
+def test_outputs_that_are_views_of_each_other_are_not_changed_in_place_unnoticed() -> None:
+    """The gradient of the one would not know of the change of the other."""
+
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = CifarResNet(8, 10, channels=1)
+
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.network(images)
+            return logits, logits[:, 0]
+
+    model = Views()
+    pruner = Pruner(model, torch.randn(2, 1, 8, 8), total_steps=STEPS)
+    pruner.penalize_output()
+    logits, first = model(batch_of(0)[0])
+    with pytest.raises(RuntimeError, match="view and is being modified inplace"):
+        logits.mul_(2.0)
+    first.sum().backward()
 
 
 @pytest.mark.parametrize(("unit", "target"), [("flops", 0.4), ("time", 0.6)])
