@@ -95,6 +95,7 @@ class Pruner:
         self._loss_scale: Tensor | None = None  # one tensor for good: a backward pass reads what it holds then
         self._policy = self._new_policy()
         self._batch: tuple[int, Tensor] | None = None  # samples of the last one, also on the device
+        self._beside_output: RemovableHandle | None = None
         self._batches = 0  # for which a penalty was given
         self._looked = 0  # of these, how many had been when a boundary was last looked for
 
@@ -286,6 +287,8 @@ class Pruner:
         the first backward pass that reaches the gates. A loop that goes back from several losses of one forward pass,
         each for itself, keeps the graph (``retain_graph=True``) until the last.
 
+        Asked for again, it takes the place of what was asked for before.
+
         Args:
             accumulate: Batches whose gradients are averaged for one step of the optimizer.
 
@@ -299,7 +302,10 @@ class Pruner:
                 return output
             return _with_penalty(output, self.penalty() / accumulate)
 
-        return self.model.register_forward_hook(hook)
+        if self._beside_output is not None:  # of a training that failed, perhaps: two would ask the gates twice
+            self._beside_output.remove()
+        self._beside_output = self.model.register_forward_hook(hook)
+        return self._beside_output
 
     # What came of it.
 

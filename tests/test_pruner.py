@@ -349,6 +349,21 @@ def test_outputs_that_are_views_of_each_other_are_not_changed_in_place_unnoticed
     first.sum().backward()
 
 
+def test_asking_again_for_the_penalty_beside_the_output_does_not_add_it_twice() -> None:
+    model, pruner = make_pruner(["block"])
+    first = pruner.penalize_output()
+    second = pruner.penalize_output(accumulate=2)
+    images, _ = batch_of(0)
+    model(images)
+    assert (pruner.batches, pruner.accumulate) == (1, 2)
+    first.remove()  # was replaced
+    model(images)
+    assert pruner.batches == 2
+    second.remove()
+    model(images)
+    assert pruner.batches == 2
+
+
 @pytest.mark.parametrize(("unit", "target"), [("flops", 0.4), ("time", 0.6)])
 def test_processes_of_a_data_parallel_loop_agree(unit: str, target: float) -> None:
     """Each on its own part of the data, with other last batches; what is measured is measured by one of them."""

@@ -85,8 +85,7 @@ class PrunerCallback(pl.Callback):  # type: ignore[misc]
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Follow a GradientAccumulationScheduler; the gates' learning rate stays that of the start."""
-        if self._handle is not None and trainer.accumulate_grad_batches != self.pruner.accumulate:
-            self._handle.remove()
+        if trainer.accumulate_grad_batches != self.pruner.accumulate:
             self._handle = self.pruner.penalize_output(trainer.accumulate_grad_batches)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -97,9 +96,17 @@ class PrunerCallback(pl.Callback):  # type: ignore[misc]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Settle what is undecided and leave a network without gates."""
+        self._take_penalty_off()
+        self.pruner.finalize(trainer.optimizers[0])
+
+    def on_exception(self, *_: Any) -> None:
+        """Leave the network's output as it is where a fit fails; the gates stay, for another fit to go on with."""
+        self._take_penalty_off()
+
+    def _take_penalty_off(self) -> None:
         if self._handle is not None:
             self._handle.remove()
-        self.pruner.finalize(trainer.optimizers[0])
+            self._handle = None
 
     def state_dict(self) -> dict[str, Any]:
         """The pruner's state, for Lightning's checkpoints."""

@@ -142,6 +142,36 @@ def test_a_fit_that_did_not_start_leaves_nothing_to_the_next(digits: tuple[Tenso
     assert fresh.report() == done.report()
 
 
+class Mishap(Exception):
+    """What goes wrong in the middle of a training."""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_can_fit_again_after_a_fit_that_failed(digits: tuple[Tensor, Tensor]) -> None:
+    pytest.importorskip("lightning.pytorch")
+    from greenprune.integrations.lightning import PrunerCallback
+
+    images, labels = digits
+    model = CifarResNet(20, 10, channels=1)
+    pruner = prune(model, images, ["block"])
+    callback, loader = PrunerCallback(pruner), DataLoader(TensorDataset(images, labels), batch_size=BATCH)
+    failing = iter(range(3))
+
+    def fail(_: object) -> None:
+        if next(failing, None) is None:
+            raise Mishap
+
+    with pytest.raises(Mishap):
+        lightning_trainer(callback, enable_checkpointing=False).fit(lightning_module(pruner, fail), loader)
+    model.train()(images[:2])  # no part of a fit, and adds nothing
+    trainer = lightning_trainer(callback, enable_checkpointing=False)
+    before, module = pruner.batches, lightning_module(pruner)
+    trainer.fit(module, loader)
+    assert before == 4
+    assert len(module.losses) == EPOCHS * BATCHES
+    check_outcome(pruner, trainer.optimizers[0], model, images)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_may_accumulate_more_from_some_epoch_on(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
     pl = pytest.importorskip("lightning.pytorch")
@@ -282,6 +312,39 @@ def test_transformers_that_go_on_from_a_checkpoint_are_refused(digits: tuple[Ten
     make_trainer().train()
     with pytest.raises(UserError, match=r"^resume_from_checkpoint: going on after 1 steps is not valid"):
         make_trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_can_train_again_after_a_training_that_failed(
+    digits: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    from greenprune.integrations.transformers import PrunerCallback
+
+    class Failing(Samples):
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            raise Mishap
+
+    images, labels = digits
+    network = CifarResNet(20, 10, channels=1)
+    pruner = prune(network, images, ["block"])
+    callback = PrunerCallback(pruner)
+
+    def train(samples: Dataset[dict[str, Tensor]]) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(pruner.parameter_groups(), lr=0.05)
+        trainer = transformers.Trainer(
+            model=Classifier(network),
+            args=arguments(transformers, tmp_path),
+            train_dataset=samples,
+            optimizers=(optimizer, None),
+            callbacks=[callback],
+        )
+        trainer.train()
+        return optimizer
+
+    with pytest.raises(Mishap):
+        train(Failing(images, labels))
+    check_outcome(pruner, train(Samples(images, labels)), network, images)
 
 
 @pytest.mark.filterwarnings("ignore")
