@@ -19,7 +19,15 @@ from greenprune.flops import trained_tensors
 from greenprune.gating import WINDOWS, GatePolicy, Verdict, attach_gates, find_gates, gate_parameters
 from greenprune.models import convert_blocks
 from greenprune.network import UnitTable, gating_notes, round_to_on, unit_costs, units_present
-from greenprune.surgery import Operation, Structure, carry_out, refuse_wrapped, replay, update_optimizer
+from greenprune.surgery import (
+    Operation,
+    Structure,
+    carry_out,
+    refuse_uncuttable,
+    refuse_wrapped,
+    replay,
+    update_optimizer,
+)
 from greenprune.unit_cost import MEASURED, MeasuredUnit, UnitCost, measure_unit_cost
 
 
@@ -98,6 +106,7 @@ class Pruner:
         self._beside_output: RemovableHandle | None = None
         self._batches = 0  # for which a penalty was given
         self._looked = 0  # of these, how many had been when a boundary was last looked for
+        self._stepped = False
 
     def _new_policy(self) -> GatePolicy:
         policy = GatePolicy(
@@ -220,14 +229,20 @@ class Pruner:
 
         Raises:
             ValueError: The gates are not in the optimizer.
+            TypeError: Channels have gates, and the optimizer keeps something that cannot follow their removal, as
+                Adafactor's rows and columns. Told at the first call, while the network is whole.
         """
         if not self._policy.active:
             return []
+        if not self._stepped:
+            refuse_uncuttable(optimizer, self.model)
+            self._stepped = True
         self._policy.after_step()
         first, self._looked = self._looked + 1, self._batches
         if not any(self._policy.at_boundary(step) for step in range(first, self._batches + 1)):
             return []
         _check_holds_gates(optimizer, self.model)
+        refuse_uncuttable(optimizer, self.model)  # again: its first steps may have been left out
         _, verdicts = self._policy.close_window(self._batches)
         return self._operate(verdicts, optimizer)
 
@@ -241,9 +256,14 @@ class Pruner:
 
         Returns:
             What was removed and frozen.
+
+        Raises:
+            TypeError: The optimizer cannot follow, as in :meth:`step`.
         """
         if not self._policy.active:
             return []
+        if optimizer is not None:
+            refuse_uncuttable(optimizer, self.model)
         if not self._batches:
             warnings.warn(
                 "no penalty was ever taken (Pruner.penalty, or penalize_output): the gates have learnt nothing, and "

@@ -540,6 +540,41 @@ def test_an_optimizer_without_the_gates_is_refused() -> None:
         train(model, pruner, optimizer, range(STEPS))
 
 
+def step_of(model: nn.Module, pruner: Pruner, optimizer: Optimizer) -> None:
+    images, labels = batch_of(0)
+    (functional.cross_entropy(model(images), labels) + pruner.penalty()).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("when", ["at its first step", "at the end, having begun late"])
+def test_an_optimizer_that_cannot_follow_channels_is_refused_before_any_is_removed(when: str) -> None:
+    model, pruner = make_pruner(["channel"])
+    optimizer = torch.optim.Adafactor(pruner.parameter_groups(), lr=0.01)
+    if when == "at its first step":
+        step_of(model, pruner, optimizer)
+    else:
+        assert pruner.step(optimizer) == []  # as after a step that a GradScaler has left out
+        step_of(model, pruner, optimizer)
+    before, structure = model.state_dict(), str(model)
+    with pytest.raises(TypeError, match=r"Adafactor keeps 'row_var' of shape .*; expected an optimizer whose state"):
+        pruner.step(optimizer) if when == "at its first step" else pruner.finalize(optimizer)
+    assert str(model) == structure
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert pruner.structure.operations == []
+    pruner.finalize(None)  # without it the same pruner goes on
+    assert pruner.report()["gates_left"] == 0
+
+
+def test_an_optimizer_that_cannot_follow_channels_may_follow_blocks() -> None:
+    model, pruner = make_pruner(["block"])
+    optimizer = torch.optim.Adafactor(pruner.parameter_groups(), lr=0.01)
+    step_of(model, pruner, optimizer)
+    pruner.step(optimizer)
+    assert pruner.finalize(optimizer)
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert set(held) == set(model.parameters())
+
+
 def test_a_penalty_without_a_forward_pass_is_refused() -> None:
     _, pruner = make_pruner()
     with pytest.raises(RuntimeError, match="run the network in training"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -104,12 +104,7 @@ class Surgeon:
             advice = "remove its block" if channels.removable else "its block has no shortcut, keep at least one"
             raise KeyError(f"{name!r} would have no unit left; {advice}")
         keep = [position for position, index in enumerate(left) if index not in gone]
-        slices = list(channels.slices)
-        gate_path = self._gate_path(channels)
-        if gate_path is not None:
-            gate = self.model.get_submodule(gate_path)
-            slices += [Slice(gate_path, tensor, 0) for tensor, _ in gate.named_parameters()]
-        for piece in slices:
+        for piece in self._slices(channels):
             self._keep_entries(piece, keep, channels.units)
         for path, attribute in channels.sizes:
             module = self.model.get_submodule(path)
@@ -181,6 +176,23 @@ class Surgeon:
         is_gated = child == "inner" and isinstance(self.model.get_submodule(slot_path), ChannelSlot)
         return f"{slot_path}.gate" if is_gated else None
 
+    def _slices(self, channels: ChannelSet) -> list[Slice]:
+        """Where a set's units lie, in the network and in their gate."""
+        gate_path = self._gate_path(channels)
+        if gate_path is None:
+            return channels.slices
+        gate = self.model.get_submodule(gate_path)
+        return channels.slices + [Slice(gate_path, tensor, 0) for tensor, _ in gate.named_parameters()]
+
+    def gated_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that lose entries when a unit goes from a set of channels that has a gate, by their path."""
+        for channels in self._channel_sets().values():
+            if self._gate_path(channels) is not None:
+                for piece in self._slices(channels):
+                    tensor = getattr(self.model.get_submodule(piece.module), piece.tensor)
+                    if isinstance(tensor, nn.Parameter):
+                        yield f"{piece.module}.{piece.tensor}", tensor
+
     def _keep_entries(self, piece: Slice, keep: Sequence[int], units: int) -> None:
         """Exchange a tensor for one with the entries of the units that are kept."""
         module = self.model.get_submodule(piece.module)
@@ -226,7 +238,12 @@ def update_optimizer(optimizer: Optimizer, surgeon: Surgeon) -> None:
         TypeError: The optimizer keeps something for a parameter in another shape, which cannot be cut.
     """
     alive = {parameter: name for name, parameter in surgeon.model.named_parameters()}
-    _refuse_uncuttable(optimizer, surgeon.replacements, alive)
+    for parameter in surgeon.replacements:  # before anything of it is changed
+        survivor = parameter
+        while survivor in surgeon.replacements:
+            survivor = surgeon.replacements[survivor].parameter
+        if survivor in alive:
+            _refuse_uncuttable(optimizer, parameter, alive[survivor])
     for group in optimizer.param_groups:
         kept = []
         for parameter in group["params"]:
@@ -238,26 +255,37 @@ def update_optimizer(optimizer: Optimizer, surgeon: Surgeon) -> None:
         group["params"] = kept
 
 
-def _refuse_uncuttable(
-    optimizer: Optimizer, replacements: dict[nn.Parameter, Replacement], alive: dict[nn.Parameter, str]
-) -> None:
-    """Refuse an optimizer that keeps what cannot follow a removal of channels, before anything of it is changed.
+def refuse_uncuttable(optimizer: Optimizer, model: nn.Module) -> None:
+    """Check that an optimizer could follow the removal of any channels that have a gate, before any is removed.
+
+    It knows no more than what the optimizer keeps by now: a fresh one keeps nothing.
+
+    Args:
+        optimizer: A torch optimizer, unwrapped.
+        model: The unwrapped network.
 
     Raises:
-        TypeError: It does; the message names the first parameter.
+        TypeError: It keeps something for a parameter in another shape, which cannot be cut; the message names the
+            first such parameter. Or the network is wrapped.
     """
-    for parameter in replacements:
-        survivor = parameter
-        while survivor in replacements:
-            survivor = replacements[survivor].parameter
-        for name, value in optimizer.state.get(parameter, {}).items():
-            if survivor in alive and not _has_shape(value, parameter) and not _is_single(value):
-                kept = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"as a {type(value).__name__}"
-                raise TypeError(
-                    f"{type(optimizer).__name__} keeps {name!r} {kept} for {alive[survivor]!r} of shape "
-                    f"{tuple(parameter.shape)}, which cannot follow the removal of channels; expected an optimizer "
-                    "whose state has the parameters' shapes, such as SGD or AdamW"
-                )
+    for name, parameter in Surgeon(model).gated_parameters():
+        _refuse_uncuttable(optimizer, parameter, name)
+
+
+def _refuse_uncuttable(optimizer: Optimizer, parameter: nn.Parameter, path: str) -> None:
+    """Refuse an optimizer that keeps what cannot be cut for a parameter.
+
+    Raises:
+        TypeError: It does.
+    """
+    for name, value in optimizer.state.get(parameter, {}).items():
+        if not _has_shape(value, parameter) and not _is_single(value):
+            kept = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"as a {type(value).__name__}"
+            raise TypeError(
+                f"{type(optimizer).__name__} keeps {name!r} {kept} for {path!r} of shape {tuple(parameter.shape)}, "
+                "which cannot follow the removal of channels; expected an optimizer whose state has the parameters' "
+                "shapes, such as SGD or AdamW"
+            )
 
 
 def _has_shape(value: object, parameter: nn.Parameter) -> bool:
