@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from greenprune.config import BudgetConfig, ConfigError, GateConfig, RemovalConfig, SurgeryConfig, check_budget_unit
 from greenprune.flops import trained_tensors
 from greenprune.gating import WINDOWS, GatePolicy, Verdict, attach_gates, find_gates, gate_parameters
-from greenprune.models import convert_blocks
+from greenprune.models import convert_blocks, put_back_on_failure
 from greenprune.network import UnitTable, gating_notes, round_to_on, unit_costs, units_present
 from greenprune.surgery import (
     Operation,
@@ -47,7 +47,7 @@ class Pruner:
         pruner.finalize(optimizer)
 
     The network is changed in place: its blocks are taken apart into branch and shortcut (its parameters stay the same
-    objects), and at the end it is a smaller network without gates.
+    objects), and at the end it is a smaller network without gates. A pruner that cannot be made leaves it as it was.
 
     Args:
         model: The unwrapped network, built of blocks that greenprune knows (:func:`greenprune.register_block`).
@@ -89,19 +89,20 @@ class Pruner:
         self.removal = removal or RemovalConfig()
         self.structure = Structure()
         check_budget_unit(self.budget, self.gate)
-        convert_blocks(model, example)
-        attach_gates(model, self.gate)
-        self.notes = gating_notes(model, self.gate)
-        self._table = UnitTable.of(model, tuple(example.shape[1:]), dtype=example.dtype)
-        unit = self.budget.unit
-        self._measured = _measured_for_all(unit, model, example) if unit in MEASURED else None
-        self._device = example.device
         self._surgery = surgery or SurgeryConfig()
-        self._rounding = self._table.rounding(round_to_on(self._surgery, self._device))
-        self._costs = unit_costs(self._table, self.budget, self._measured, rounding=self._rounding)
+        self._device = example.device
         self._accumulate = 1
         self._loss_scale: Tensor | None = None  # one tensor for good: a backward pass reads what it holds then
-        self._policy = self._new_policy()
+        with put_back_on_failure(model):
+            convert_blocks(model, example)
+            attach_gates(model, self.gate)
+            self.notes = gating_notes(model, self.gate)
+            self._table = UnitTable.of(model, tuple(example.shape[1:]), dtype=example.dtype)
+            unit = self.budget.unit
+            self._measured = _measured_for_all(unit, model, example) if unit in MEASURED else None
+            self._rounding = self._table.rounding(round_to_on(self._surgery, self._device))
+            self._costs = unit_costs(self._table, self.budget, self._measured, rounding=self._rounding)
+            self._policy = self._new_policy()
         self._batch: tuple[int, Tensor] | None = None  # samples of the last one, also on the device
         self._beside_output: RemovableHandle | None = None
         self._batches = 0  # for which a penalty was given

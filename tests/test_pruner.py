@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.nn.parallel import DataParallel
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
-from torchvision.models import VisionTransformer
+from torchvision.models import VisionTransformer, mobilenet_v3_small, resnet18
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launching import run
@@ -627,6 +627,49 @@ def test_a_network_without_blocks_is_refused() -> None:
 def test_a_budget_that_cannot_be_met_is_refused() -> None:
     with pytest.raises(UserError, match=r"budget\.target: 0\.001 cannot be met; 0\.\d+ "):
         make_pruner(target=0.001)
+
+
+def out_of_reach(_: pytest.MonkeyPatch) -> BudgetConfig:
+    return BudgetConfig(target=0.001)
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> BudgetConfig:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("greenprune.pruner.measure_unit_cost", interrupt)
+    return BudgetConfig(unit="time")
+
+
+@pytest.mark.parametrize(
+    ("make", "units"),
+    [
+        (lambda: CifarResNet(8, 10, channels=3), ["block", "channel"]),
+        (lambda: resnet18(num_classes=10), ["block", "channel"]),
+        (lambda: mobilenet_v3_small(num_classes=10), ["channel"]),  # of which slots stand in the blocks' own sequences
+    ],
+    ids=["our own blocks", "blocks to be taken apart", "blocks in sequences"],
+)
+@pytest.mark.parametrize("fail", [out_of_reach, interrupted])
+def test_a_pruner_that_is_refused_leaves_the_network_as_it_was(
+    make: Callable[[], nn.Module],
+    units: list[str],
+    fail: Callable[[pytest.MonkeyPatch], BudgetConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model, images = make(), torch.randn(2, 3, 16, 16)
+    before, names, logits = str(model), list(model.state_dict()), model.eval()(images)
+    budget = fail(monkeypatch)
+    gate = GateConfig(units=units if budget.unit == "flops" else ["block"])  # type: ignore[arg-type]
+    with pytest.raises((UserError, KeyboardInterrupt)):
+        Pruner(model, images, total_steps=STEPS, gate=gate, budget=budget)
+    assert str(model) == before
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(images), logits)
+    another = Pruner(model, images, total_steps=STEPS, gate=gate, budget=BudgetConfig(0.9))
+    assert another.report()["gates_left"] > 0
+    assert torch.allclose(model(images), logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("unit", ["blocks", "time", "energy"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,9 @@ Block = TypeVar("Block", bound=nn.Module)
 Split = Callable[[Any], nn.Module]
 
 _SPLITS: dict[type[nn.Module], Split] = {}
+
+# What gating changes of a block, besides its modules; a gate that is not there is no module.
+_GATING = ("gate", "every", "slots", "channels_left")
 
 # Largest relative difference between a block and its taken-apart form, both run on the same input in fp32.
 _TOLERANCE = 1e-4
@@ -91,6 +95,28 @@ def convert_blocks(model: nn.Module, example: Tensor | None = None) -> list[str]
             raise BlockError(f"{inner} lies inside the block {name}; expected a chain of blocks, not one in another")
     _refuse_shared(model)
     return blocks
+
+
+@contextmanager
+def put_back_on_failure(model: nn.Module) -> Iterator[None]:
+    """Within, a network is taken apart and gated; if that fails, however, its modules are again what they were.
+
+    Args:
+        model: The unwrapped network.
+    """
+    children = [(module, dict(module._modules.items())) for module in model.modules()]
+    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock | PlainBlock)]
+    gating = [{name: copy.copy(vars(block)[name]) for name in _GATING if name in vars(block)} for block in blocks]
+    try:
+        yield
+    except BaseException:
+        for module, before in children:
+            if dict(module._modules.items()) != before:
+                module._modules.clear()
+                module._modules.update(before)
+        for block, kept in zip(blocks, gating, strict=True):
+            vars(block).update(kept)
+        raise
 
 
 def _outermost(blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
