@@ -16,7 +16,7 @@ from torchvision.models import swin_transformer as swin
 
 from greenprune.config import GateConfig
 from greenprune.gating import attach_gates, find_gates
-from greenprune.models import CifarResNet, convert_blocks, find_channels, residual_blocks
+from greenprune.models import CifarResNet, ResidualBlock, convert_blocks, find_channels, residual_blocks
 from greenprune.surgery import Operation, Surgeon
 
 BATCH = 6
@@ -183,6 +183,38 @@ FAMILIES: dict[str, Family] = {
         lambda: _timm("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3), 16
     ),
 }
+
+
+def sharing(act: nn.Module, order: str) -> nn.Module:
+    """A network with one activation at all places of its branches, as in blocks with one ``self.relu``.
+
+    Args:
+        act: The activation.
+        order: Of a branch: ``basic``, ``bottleneck`` or ``pre-activation``.
+    """
+
+    def branch() -> nn.Module:
+        if order == "basic":
+            return nn.Sequential(nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6), act, nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8))
+        if order == "bottleneck":
+            first, last = (nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6)), (nn.Conv2d(10, 8, 1), nn.BatchNorm2d(8))
+            return nn.Sequential(*first, act, nn.Conv2d(6, 10, 3, 1, 1), nn.BatchNorm2d(10), act, *last)
+        return nn.Sequential(
+            nn.BatchNorm2d(8), act, nn.Conv2d(8, 6, 3, 1, 1), nn.BatchNorm2d(6), act, nn.Conv2d(6, 8, 1)
+        )
+
+    blocks = [ResidualBlock(branch(), nn.Identity(), nn.Identity(), input_activated=True) for _ in range(2)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES))
+    wake(model, torch.randn(BATCH, 3, 8, 8))
+    return model
+
+
+ONE_ACTIVATION = pytest.mark.parametrize(
+    "act",
+    [lambda: nn.ReLU(inplace=True), nn.ReLU, nn.Sigmoid, lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Tanh())],
+    ids=["ReLU in place", "ReLU", "Sigmoid", "chain"],
+)
+EVERY_ORDER = pytest.mark.parametrize("order", ["basic", "bottleneck", "pre-activation"])
 
 
 def build(name: str) -> nn.Module:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from greenprune.config import UserError
 from greenprune.export import layers
 from greenprune.models.attention import SelfAttention, WindowAttention
+from greenprune.models.channels import named_steps
 
 
 class NoPlainForm(UserError):
@@ -38,7 +39,7 @@ def plain_network(model: nn.Module) -> nn.Sequential:
     if parts is not None:
         named = parts(model)
     elif _is_chain(model):
-        named = {name if name.isidentifier() else f"part{name}": child for name, child in model.named_children()}
+        named = {name if name.isidentifier() else f"part{name}": step for name, step in named_steps(model)}
     else:
         raise NoPlainForm(
             f"the network ({type(model).__name__}) has a forward of its own; expected torch.nn.Sequential, or a "
@@ -61,7 +62,7 @@ def fold_batch_norm(network: nn.Sequential) -> int:
     folded = 0
     for chain in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
         there: list[tuple[str, nn.Module]] = []
-        for name, module in chain.named_children():
+        for name, module in named_steps(chain):
             conv = there[-1][1] if there else None
             if isinstance(module, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d):
                 # In double precision, so that each weight is rounded once.
@@ -69,7 +70,7 @@ def fold_batch_norm(network: nn.Sequential) -> int:
                 folded += 1
             else:
                 there.append((name, module))
-        for name, _ in list(chain.named_children()):
+        for name, _ in list(named_steps(chain)):
             delattr(chain, name)
         for index, (name, module) in enumerate(there):
             chain.add_module(str(index) if name.isdigit() else name, module)
@@ -106,14 +107,14 @@ def _plain(module: nn.Module, path: str) -> nn.Module | None:
         converted: nn.Module | None = convert(module, path)
         return converted
     if _is_chain(module):
-        return _chain(list(module.children()), path)
+        return _chain([step for _, step in named_steps(module)], path)
     leaf = _leaf(module)
     if leaf is None:
         raise NoPlainForm(f"{path} is a {kind}, which has no plain form")
     return leaf
 
 
-def _is_chain(module: nn.Module) -> bool:
+def _is_chain(module: nn.Module) -> TypeGuard[nn.Sequential]:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from greenprune.export.plain import constructor_arguments
+from greenprune.models.channels import named_steps
 
 _WIDTH = 120
 _READERS = {
@@ -33,7 +34,7 @@ def module_source(network: nn.Sequential, about: str, *, reader: str, shapes: tu
         shapes: Shape of the images and of the logits, as text.
     """
     import_reader, read = _READERS[reader]
-    parts = [_render(_expression(part), f"self.{name} = ", "", indent=8) for name, part in network.named_children()]
+    parts = [_render(_expression(part), f"self.{name} = ", "", indent=8) for name, part in named_steps(network)]
     body = "\n\n\n".join(definitions(network))
     needs = [
         "import math\n\n" if "math." in body else "",

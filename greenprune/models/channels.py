@@ -10,7 +10,8 @@ All that a removal has to do follows from one description: the tensors that hold
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -145,23 +146,45 @@ def find_channels(model: nn.Module) -> ChannelMap:
     """Find the sets of channels inside the blocks of an unwrapped network, gated or not."""
     sets: dict[str, ChannelSet] = {}
     notes: list[str] = []
+    shared = _chains_in_several_places(model)
     for name, block in model.named_modules():
         if isinstance(block, ResidualBlock | PlainBlock):
             walk = _Walk(name, removable=isinstance(block, ResidualBlock))
-            for path, module in _chain(f"{name}.branch", block.branch):
+            for path, module in _chain(f"{name}.branch", block.branch, shared):
                 walk.pass_through(path, module)
             sets.update((found.name, found) for found in walk.named_sets())
             notes += walk.notes
     return ChannelMap(sets, notes)
 
 
-def _chain(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a chain in the order in which they are called, nested sequences taken apart."""
+def named_steps(chain: nn.Sequential) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that a chain calls, by name and in order; ``named_children`` tells of one that comes twice once."""
+    for name, module in chain._modules.items():
+        if module is not None:
+            yield name, module
+
+
+def _chains_in_several_places(model: nn.Module) -> set[nn.Module]:
+    """Chains without tensors that stand in more than one place, such as several activations in a row."""
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    found = {module for module, count in places.items() if count > 1 and isinstance(module, nn.Sequential)}
+    return {module for module in found if not any(True for _ in itertools.chain(module.parameters(), module.buffers()))}
+
+
+def _chain(path: str, module: nn.Module, shared: Collection[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a chain in the order in which they are called, nested sequences taken apart.
+
+    Each comes with its path, where a gate can be put around it. What is put into a chain that is shared would be in all
+    of its places: the path of the modules in there is that of the whole chain. So it is with what a gate stands around,
+    which may have been shared when it got the gate.
+    """
     if isinstance(module, ChannelSlot):
-        yield from _chain(f"{path}.inner", module.inner)
+        inner = f"{path}.inner"
+        yield from ((inner, step) for _, step in _chain(inner, module.inner, shared))
     elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        for name, child in module.named_children():
-            yield from _chain(f"{path}.{name}", child)
+        for name, child in named_steps(module):
+            for inner, step in _chain(f"{path}.{name}", child, shared):
+                yield (path if module in shared else inner), step
     else:
         yield path, module
 

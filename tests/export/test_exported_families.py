@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from families import FAMILIES, build, patterns
+from families import BATCH, EVERY_ORDER, FAMILIES, ONE_ACTIVATION, build, patterns, sharing
 
 from greenprune.export import export_network
 from greenprune.export.formats import read_network
@@ -82,6 +83,21 @@ def test_whatever_was_removed(name: str, pattern: str, tmp_path: Path) -> None:
     model = pruned(name, pattern)
     exported = export_network(model, FAMILIES[name].images(), "safetensors", tmp_path / "out")
     assert exported.max_relative_logit_difference <= 1e-5
+
+
+@ONE_ACTIVATION
+@EVERY_ORDER
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "as it is"])
+def test_an_activation_that_a_branch_uses_twice_is_written_twice(
+    act: Callable[[], nn.Module], order: str, fold: bool, tmp_path: Path
+) -> None:
+    shared = act()
+    model = sharing(shared, order).append(shared)  # and a third time at the end
+    carry_out(patterns(model)["one-left"].operations(model), model)
+    images = torch.randn(BATCH, 3, 8, 8)
+    export_network(model, images, "torch", tmp_path / "out", fold_batch_norm=fold)
+    with torch.no_grad():
+        assert relative_difference(logits("torch", tmp_path / "out", images), model.eval()(images)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not any(kind in name for kind in ("vit", "swin"))])

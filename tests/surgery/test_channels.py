@@ -12,7 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from families import BATCH, CLASSES, FAMILIES, Pattern, build, difference, follow, gated, patterns
+from families import (
+    BATCH,
+    CLASSES,
+    EVERY_ORDER,
+    FAMILIES,
+    ONE_ACTIVATION,
+    Pattern,
+    build,
+    difference,
+    follow,
+    gated,
+    patterns,
+    sharing,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
@@ -596,6 +609,44 @@ def test_chains_of_all_kinds_are_cut_exactly(chain: Callable[[], list[nn.Module]
         # What is left is still found for what it was.
         twins = Twins.of(dense, pattern)
         assert find_channels(twins.removed).sets.keys() <= find_channels(dense).sets.keys()
+
+
+@ONE_ACTIVATION
+@EVERY_ORDER
+def test_an_activation_that_a_branch_uses_twice_is_gated_at_both_places(
+    act: Callable[[], nn.Module], order: str
+) -> None:
+    dense, images = sharing(act(), order).double(), torch.randn(BATCH, 3, 8, 8).double()
+    attach_gates(dense, GateConfig(units=["block", "channel"], kind="static"))
+    sets = find_channels(dense).sets
+    assert [found.units for found in sets.values()] == ([6, 10] if order == "bottleneck" else [6]) * 2
+    assert list(find_gates(dense)) == [name for block in "12" for name in (block, *(s for s in sets if s[0] == block))]
+    for pattern in patterns(dense).values():
+        assert max(measure(dense, images, pattern).values()) <= 1e-9
+
+
+@ONE_ACTIVATION
+@EVERY_ORDER
+@pytest.mark.parametrize("freeze_first", [True, False])
+def test_an_activation_that_a_branch_uses_twice_keeps_its_gates_apart(
+    act: Callable[[], nn.Module], order: str, freeze_first: bool
+) -> None:
+    """A block goes, then channels and gates of the other, one by one: what is left is found anew each time."""
+    model, images = sharing(act(), order), torch.randn(BATCH, 3, 8, 8)
+    attach_gates(model, GateConfig(units=["block", "channel"]))
+    sets = find_channels(model).sets.values()
+    pattern = Pattern(frozenset("2"), {found.name: (0, 2) for found in sets if found.block == "1"})
+    *channels, block = pattern.operations(model)
+    freezes = [Operation("freeze", key, 3, 0.5, "on") for key in find_gates(model) if key.startswith("1")]
+    pattern.mask(model)
+    train_pass(model, images)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    masked = evaluate(model, images)
+    for operation in (block, *freezes, *channels) if freeze_first else (block, *channels, *freezes):
+        carry_out([operation], model)
+    assert not find_gates(model)
+    assert not any(isinstance(module, ChannelSlot) for module in model.modules())
+    assert difference(masked, evaluate(model, images)) <= TOLERANCE
 
 
 def test_half_of_a_resnet50_goes_within_a_second_with_its_optimizer_on_one_core() -> None:
