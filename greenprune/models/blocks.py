@@ -7,6 +7,7 @@ A network is converted in place: each block of a known class is exchanged for th
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -64,13 +65,14 @@ def convert_blocks(model: nn.Module, example: Tensor | None = None) -> list[str]
 
     Args:
         model: An unwrapped network on any device.
-        example: An input of the network, on its device. With it, every converted block is run beside the original.
+        example: An input of the network, on its device. With it, every converted block is run beside the original, and
+            the calls of every block are counted.
 
     Returns:
         Paths of the blocks, those that were there in this form already included, in the order of the network.
 
     Raises:
-        BlockError: There is no block to gate, or one cannot be taken apart, or is used in two places.
+        BlockError: There is no block to gate, or one cannot be taken apart, or is used in two places or called twice.
     """
     _load_timm_splits(model)
     if type(model) in _SPLITS or isinstance(model, ResidualBlock | PlainBlock):
@@ -78,7 +80,7 @@ def convert_blocks(model: nn.Module, example: Tensor | None = None) -> list[str]
             f"the network is itself a block ({type(model).__name__}); put it into a torch.nn.Sequential first"
         )
     found = _outermost({name: module for name, module in model.named_modules() if type(module) in _SPLITS})
-    inputs = _record_inputs(model, found, example)
+    inputs = {} if example is None else _record_inputs(model, found, example)
     for name, block in found.items():
         split = _take_apart(name, block)
         if name in inputs:
@@ -152,14 +154,20 @@ def _take_apart(name: str, block: nn.Module) -> nn.Module:
     return split
 
 
-def _record_inputs(model: nn.Module, blocks: dict[str, nn.Module], example: Tensor | None) -> dict[str, Tensor]:
-    """What each block is given when the network runs on the example, in evaluation mode."""
-    if example is None:
-        return {}
+def _record_inputs(model: nn.Module, blocks: dict[str, nn.Module], example: Tensor) -> dict[str, Tensor]:
+    """What each block is given when the network runs on the example, in evaluation mode.
+
+    Raises:
+        BlockError: One of them, or one that has been taken apart before, is not called as a block.
+    """
     inputs: dict[str, Tensor] = {}
+    calls: Counter[str] = Counter()
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def keep(block: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            calls[name] += 1
+            if isinstance(block, ResidualBlock | PlainBlock):
+                return
             if len(args) != 1 or options:
                 raise BlockError(
                     f"{name}: a {type(block).__name__} that is called with more than its input cannot be taken apart; "
@@ -169,7 +177,9 @@ def _record_inputs(model: nn.Module, blocks: dict[str, nn.Module], example: Tens
 
         return keep
 
-    handles = [block.register_forward_pre_hook(hook(name), with_kwargs=True) for name, block in blocks.items()]
+    ready = {name: module for name, module in model.named_modules() if isinstance(module, ResidualBlock | PlainBlock)}
+    watched = blocks | ready
+    handles = [block.register_forward_pre_hook(hook(name), with_kwargs=True) for name, block in watched.items()]
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
@@ -179,6 +189,13 @@ def _record_inputs(model: nn.Module, blocks: dict[str, nn.Module], example: Tens
             handle.remove()
         for module, training in modes.items():
             module.training = training
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    for name, count in calls.items():
+        if count > places[watched[name]]:  # of one that stands in several places, those are named (_refuse_shared)
+            raise BlockError(
+                f"{name}: the network calls it {count} times in one pass, and a gate would count what it decides in the "
+                "last call alone; expected a block called once, or one for each call"
+            )
     return inputs
 
 

@@ -423,6 +423,32 @@ def test_a_block_in_two_places_is_refused(register: Any, example: Tensor | None)
         convert_blocks(network(block, block), example)
 
 
+class Twice(nn.Module):
+    """Calls its one block two times."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.block, self.other = conv(3, 8), block, PlainBlock(conv(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.block(self.block(self.stem(x))))
+
+
+@pytest.mark.parametrize("split", [split_of, lambda block: nn.Sequential(split_of(block))], ids=["block", "chain"])
+@pytest.mark.parametrize("taken_apart", [True, False])
+def test_a_block_that_is_called_twice_is_refused(register: Any, split: Any, taken_apart: bool) -> None:
+    """It is registered once, and a gate would know of its last call alone."""
+    register(split)
+    block = split(Block()) if taken_apart else Block()
+    name = "block.0" if taken_apart and isinstance(block, nn.Sequential) else "block"
+    model = Twice(block).train()
+    before = str(model)
+    with pytest.raises(BlockError, match=rf"^{name}: the network calls it 2 times in one pass.*expected a block called once"):
+        convert_blocks(model, IMAGES)
+    assert str(model) == before
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+
+
 def test_a_tensor_of_two_branches_is_refused(register: Any) -> None:
     register(split_of)
     one, other = Block(), Block()
