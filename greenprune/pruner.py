@@ -159,7 +159,8 @@ class Pruner:
                 forward pass, it comes too late for that pass, which teaches the gates nothing.
 
         Raises:
-            RuntimeError: Nothing has passed through the network in training since the last call.
+            RuntimeError: Nothing has passed through the network in training since the last call, or two passes have of
+                which a loss is made.
         """
         self._follow_device()
         nothing = torch.zeros((), device=self._device)

@@ -613,6 +613,106 @@ def test_checkpoints_of_activations_that_keep_no_gradient_are_refused() -> None:
     forward(False).penalty()
 
 
+def test_two_passes_that_are_learnt_from_with_one_penalty_are_refused() -> None:
+    """Of two views of a batch the gates would count what they decided for the second alone."""
+    model, pruner = make_pruner()
+    (images, _), (others, _) = batch_of(0), batch_of(1)
+    one, other = model(images), model(others)
+    with pytest.raises(RuntimeError, match=r"passed twice .*after each forward pass .*views in one batch"):
+        pruner.penalty()
+    del one, other
+    loss = model(images).square().mean() + pruner.penalty()
+    (loss + model(others).square().mean() + pruner.penalty()).backward()  # with one for each
+    model(torch.cat([images, others]))
+    pruner.penalty()
+
+
+def test_a_part_that_training_alone_calls_twice_is_refused() -> None:
+    class Rehearsing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = CifarResNet(20, 10, channels=1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = self.inner(images)
+            return logits + self.inner(images.flip(3)) if self.training else logits
+
+    torch.manual_seed(0)
+    model = Rehearsing().eval()
+    pruner = Pruner(model, torch.randn(2, 1, 8, 8), total_steps=STEPS)
+    logits = model.train()(batch_of(0)[0])
+    with pytest.raises(RuntimeError, match="passed twice since decisions were last taken"):
+        pruner.penalty()
+    assert logits.requires_grad
+
+
+def losses_with(extra: Callable[[nn.Module, Tensor], object], steps: int = 4) -> list[float]:
+    """Losses of a loop that does something more with the network before the pass that the penalty is for."""
+    model, pruner = make_pruner(removal=RemovalConfig(window=2, decide_by=0.05))
+    optimizer = make_optimizer(pruner)
+    losses, kept = [], None
+    for step in range(steps):
+        images, labels = batch_of(step)
+        kept = extra(model, images)
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model.train()(images), labels) + pruner.penalty()
+        loss.backward()
+        optimizer.step()
+        pruner.step(optimizer)
+        losses.append(loss.item())
+    del kept
+    assert find_gates(model)
+    return losses
+
+
+def without_statistics(model: nn.Module, run: Callable[[], object]) -> object:
+    """What comes of a pass in training that leaves the statistics of batch norms as they are."""
+    before = copy.deepcopy(model.state_dict())
+    found = run()
+    model.load_state_dict(before)
+    return found
+
+
+def evaluated(model: nn.Module, images: Tensor) -> Tensor:
+    return model.eval()(images)  # with gradients
+
+
+def looked_at(model: nn.Module, images: Tensor) -> object:
+    with torch.no_grad():
+        return without_statistics(model, lambda: model.train()(images))
+
+
+def thrown_away(model: nn.Module, images: Tensor) -> None:
+    without_statistics(model, lambda: model.train()(images))
+
+
+def gone_back_from(model: nn.Module, images: Tensor) -> object:
+    """As methods do that take a first gradient at one place and a second at another."""
+
+    def run() -> Tensor:
+        loss = model.train()(images).square().mean()
+        loss.backward()
+        return loss
+
+    return without_statistics(model, run)
+
+
+@pytest.mark.parametrize("extra", [evaluated, looked_at, thrown_away, gone_back_from])
+def test_a_pass_that_no_loss_is_made_of_may_come_between(extra: Callable[[nn.Module, Tensor], object]) -> None:
+    assert losses_with(extra) == losses_with(lambda *_: None)
+
+
+def test_activations_computed_anew_in_the_backward_pass_are_no_second_pass() -> None:
+    def losses(checkpoints: bool) -> list[float]:
+        model, pruner = make_pruner()
+        run_stages = model.stages.forward
+        if checkpoints:
+            model.stages.forward = lambda x: checkpoint(run_stages, x, use_reentrant=False)
+        return train(model, pruner, make_optimizer(pruner), range(2 * WINDOW))
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-3)
+
+
 def test_a_wrapped_network_is_refused() -> None:
     with pytest.raises(TypeError, match="unwrapped network, not DataParallel"):
         Pruner(DataParallel(CifarResNet(20, 10)), torch.randn(2, 3, 8, 8), total_steps=STEPS)

@@ -6,6 +6,7 @@ Everything in here stays in fp32, whatever the precision of the network around i
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -67,6 +68,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        _mark_learnt_from(ctx)
         task, counted = grads
         logit, pull, decision = ctx.saved_tensors
         bent = task * decision
@@ -101,6 +103,7 @@ class _FusedDecision(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, Tensor, None]:
+        _mark_learnt_from(ctx)
         logit, direction = ctx.saved_tensors
         weight, bias = ctx.kernels.decide_backward(
             grads[0],
@@ -115,6 +118,12 @@ class _FusedDecision(torch.autograd.Function):
             loss_scale=ctx.loss_scale,
         )
         return None, None, weight, bias, None
+
+
+def _mark_learnt_from(node: Any) -> None:
+    """Remember at a decision's node in the graph that a backward pass has come by."""
+    if not torch.compiler.is_compiling():
+        node.learnt_from = True
 
 
 def _pull_of_one(samples: int, every: int, parts: int) -> tuple[float, float]:
@@ -203,10 +212,12 @@ class Gate(nn.Module):
         self.gain = 1.0
         self.parts = self.every = 1
         self._pulls: tuple[tuple[object, ...], tuple[Tensor, float]] | None = None
+        self._replaced: weakref.ref[Any] | None = None  # node of decisions that others took the place of
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a gate has made no decisions yet (and tensors of a graph cannot be copied)."""
-        return {**self.__dict__, "decision": None, "logit": None, "loss_scale": None, "_pulls": None}
+        gone = ("decision", "logit", "loss_scale", "_pulls", "_replaced")
+        return {**self.__dict__, **dict.fromkeys(gone)}
 
     def _pull_of(self, logit: Tensor) -> tuple[Tensor, float]:
         """The pull of a batch's samples, which is the same from batch to batch."""
@@ -239,8 +250,24 @@ class Gate(nn.Module):
         return decision  # type: ignore[no-any-return]
 
     def _remember(self, counted: Tensor, logit: Tensor) -> None:
-        if self.training:
-            self.decision, self.logit = counted, logit.detach()
+        if not self.training:
+            return
+        if not torch.compiler.is_compiling() and self.decision is not None and self.decision.grad_fn is not None:
+            self._replaced = weakref.ref(self.decision.grad_fn)
+        self.decision, self.logit = counted, logit.detach()
+
+    @property
+    def passed_twice(self) -> bool:
+        """Whether decisions that nobody has taken were replaced by those of another pass, and are to be learnt from.
+
+        The graph tells: that of a pass that was thrown away is no more, and a backward pass marks where it has been.
+        """
+        node = None if self._replaced is None else self._replaced()
+        return node is not None and not hasattr(node, "learnt_from")
+
+    def forget(self) -> None:
+        """Let go of the decisions."""
+        self.decision = self.logit = self._replaced = None
 
 
 def _pool(x: Tensor, dim: int) -> Tensor:
@@ -429,7 +456,8 @@ def take_decisions(gates: list[Gate]) -> tuple[Tensor, Tensor]:
         gates one after the other.
 
     Raises:
-        RuntimeError: A gate has decided nothing since its decisions were last taken, or nothing that could teach it.
+        RuntimeError: A gate has decided nothing since its decisions were last taken, or nothing that could teach it, or
+            in two passes that are both to teach it.
     """
     decisions = [gate.decision for gate in gates if gate.decision is not None]
     logits = [gate.logit for gate in gates if gate.logit is not None]
@@ -440,10 +468,17 @@ def take_decisions(gates: list[Gate]) -> tuple[Tensor, Tensor]:
             "gates decided where no gradient is kept, and would learn nothing; expected activation checkpoints with "
             "use_reentrant=False, and gates that require gradients"
         )
+    if any(gate.passed_twice for gate in gates):
+        raise RuntimeError(
+            "the network has passed twice since decisions were last taken, and the gates would count those of the "
+            "second pass alone; expected a penalty after each forward pass in training (Pruner.penalty()), or all "
+            "views in one batch; of a pass that goes into no loss, delete what is left of its output, or make it under "
+            "torch.no_grad()"
+        )
     rates = torch.cat(decisions, dim=1).mean(0)
     openness = torch.cat(logits, dim=1).sigmoid_().mean(0)
     for gate in gates:
-        gate.decision = gate.logit = None
+        gate.forget()
     return rates, openness
 
 

@@ -193,8 +193,8 @@ def _record_inputs(model: nn.Module, blocks: dict[str, nn.Module], example: Tens
     for name, count in calls.items():
         if count > places[watched[name]]:  # of one that stands in several places, those are named (_refuse_shared)
             raise BlockError(
-                f"{name}: the network calls it {count} times in one pass, and a gate would count what it decides in the "
-                "last call alone; expected a block called once, or one for each call"
+                f"{name}: the network calls it {count} times in one pass, and a gate would count what it decides in "
+                "the last call alone; expected a block called once, or one for each call"
             )
     return inputs
 

@@ -443,7 +443,9 @@ def test_a_block_that_is_called_twice_is_refused(register: Any, split: Any, take
     name = "block.0" if taken_apart and isinstance(block, nn.Sequential) else "block"
     model = Twice(block).train()
     before = str(model)
-    with pytest.raises(BlockError, match=rf"^{name}: the network calls it 2 times in one pass.*expected a block called once"):
+    with pytest.raises(
+        BlockError, match=rf"^{name}: the network calls it 2 times in one pass.*expected a block called once"
+    ):
         convert_blocks(model, IMAGES)
     assert str(model) == before
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())
