@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -177,6 +178,21 @@ def test_an_old_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch_finding = by_name(diagnose({}))["torch"]
     assert torch_finding.state == "missing"
     assert "1.13.1+cu117 is older than 2." in torch_finding.detail
+
+
+def test_a_codecarbon_whose_reads_block_training_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By pyproject.toml as it is: the metadata is that of the last installation."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    (required,) = re.findall(r'"(codecarbon>=[^"]*)"', text)
+    requires, version = importlib.metadata.requires, importlib.metadata.version
+    lines = [line for line in requires("greenprune") or [] if not line.startswith("codecarbon")]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: [*lines, required])
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.3.1" if name == "codecarbon" else version(name))
+    findings = diagnose({})
+    codecarbon = by_name(findings)["codecarbon"]
+    assert (codecarbon.state, codecarbon.detail) == ("missing", "3.3.1 is older than 3.3.2")
+    assert codecarbon.advice == "pip install --upgrade 'codecarbon>=3.3.2'"
+    assert not is_fit(findings)
 
 
 def test_a_torch_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
