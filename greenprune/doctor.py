@@ -49,7 +49,8 @@ def diagnose(environment: Mapping[str, str]) -> list[Finding]:
     """Look over everything that a run may use; trains nothing, writes nothing and needs no network.
 
     Args:
-        environment: The process's environment: GREENPRUNE_DATA, and where W&B keeps its key, which is never told.
+        environment: The process's environment: GREENPRUNE_DATA, what memory a Slurm job has, and where W&B keeps its
+            key, which is never told.
     """
     findings = [_python(), *_packages()]
     if is_fit(findings):
@@ -61,7 +62,7 @@ def diagnose(environment: Mapping[str, str]) -> list[Finding]:
         *findings,
         _processor(),
         *_gpus(),
-        *_meters(),
+        *_meters(environment),
         _carbon(),
         *_engines(),
         _wandb(environment),
@@ -191,7 +192,7 @@ def _gpus() -> list[Finding]:
 # Energy.
 
 
-def _meters() -> list[Finding]:
+def _meters(environment: Mapping[str, str]) -> list[Finding]:
     from greenprune.energy import SourceRow, describe_sources
 
     def finding(row: SourceRow) -> Finding:
@@ -202,7 +203,7 @@ def _meters() -> list[Finding]:
         state: State = "ok" if row.quality == "counter" else "note"
         return Finding("energy", name, state, f"{row.quality}: {row.source}{because}", row.advice)
 
-    return [finding(row) for row in describe_sources()]
+    return [finding(row) for row in describe_sources(environment=environment)]
 
 
 def _carbon() -> Finding:

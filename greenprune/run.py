@@ -83,7 +83,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
     with ExitStack() as stack:
         stack.callback(engine.finish)
         engine.check_trackers(config.tracking.trackers)
-        meter = stack.enter_context(_open_meter(config, engine))
+        meter = stack.enter_context(_open_meter(config, engine, environment))
         with meter.window("data"):
             data = _open_data(config, environment.get("GREENPRUNE_DATA"), engine)
         config = _resolve_structure(config, engine)
@@ -229,7 +229,7 @@ def _open_data(config: Config, data_root: str | None, engine: Engine) -> ImageDa
     return data
 
 
-def _open_meter(config: Config, engine: Engine) -> Meter:
+def _open_meter(config: Config, engine: Engine, environment: Mapping[str, str]) -> Meter:
     """A meter of this process's share: each GPU is read by one rank, each machine by one rank of it."""
     gpu = engine.gpu_uuid
     claims = engine.gather_objects((node_id(), [] if gpu is None else [gpu]))
@@ -239,6 +239,7 @@ def _open_meter(config: Config, engine: Engine) -> Meter:
         host=share.host,
         interval_s=config.energy.interval_s,
         synchronize=engine.synchronize,
+        environment=environment,
     )
 
 

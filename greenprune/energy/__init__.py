@@ -6,6 +6,7 @@ Nothing here imports torch, and importing this package touches no hardware.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,7 @@ def open_meter(
     interval_s: float = 1.0,
     synchronize: Callable[[], None] | None = None,
     powercap: Path = POWERCAP,
+    environment: Mapping[str, str] = os.environ,
 ) -> Meter:
     """Open a meter with the best source for each device; one that has none is metered as unknown.
 
@@ -112,10 +114,11 @@ def open_meter(
         interval_s: Seconds between two samples of sources that have no counter.
         synchronize: Waits for the work queued on the device; called at the edges of windows.
         powercap: Where the kernel shows the counters of the CPU.
+        environment: The process's environment: what memory a Slurm job has here.
     """
     choices = [_choose_gpu(uuid, interval_s) for uuid in dict.fromkeys(gpu_uuids)]
     if host:
-        choices += _choose_host(powercap)
+        choices += _choose_host(powercap, environment)
     return _meter(choices, [], interval_s, synchronize)
 
 
@@ -129,7 +132,7 @@ def open_local_meter(
     """Open a meter of all that a process sees: its visible GPUs, and the CPU and memory of the machine.
 
     Args:
-        environment: The process's environment: CUDA_VISIBLE_DEVICES.
+        environment: The process's environment: CUDA_VISIBLE_DEVICES, and what memory a Slurm job has here.
         interval_s: Seconds between two samples of sources that have no counter.
         synchronize: Waits for the work queued on the device; called at the edges of windows.
         powercap: Where the kernel shows the counters of the CPU.
@@ -149,7 +152,7 @@ def open_local_meter(
                     choices = [_Choice(UnreadableSource("gpu", error), error)]
                 else:
                     notes = [f"gpu: none found, because {error}"]
-        return _meter([*choices, *_choose_host(powercap)], notes, interval_s, synchronize)
+        return _meter([*choices, *_choose_host(powercap, environment)], notes, interval_s, synchronize)
 
 
 def open_counters(gpu_uuid: str | None, *, powercap: Path = POWERCAP) -> list[Source]:
@@ -182,18 +185,19 @@ def _meter(
     return Meter(sources, interval_s=interval_s, synchronize=synchronize, notes=[*notes, *own_notes])
 
 
-def describe_sources(powercap: Path = POWERCAP) -> list[SourceRow]:
+def describe_sources(powercap: Path = POWERCAP, environment: Mapping[str, str] = os.environ) -> list[SourceRow]:
     """What can be read on this machine: each GPU that NVML lists, the CPU and the memory.
 
     Args:
         powercap: Where the kernel shows the counters of the CPU.
+        environment: The process's environment: what memory a Slurm job has here.
     """
     choices: list[_Choice] = []
     try:
         choices += [_choose_gpu(uuid, 1.0) for uuid in all_gpu_uuids()]
     except MeterUnavailable as error:
         choices.append(_Choice(UnreadableSource("gpu", error), error))
-    choices += _choose_host(powercap)
+    choices += _choose_host(powercap, environment)
     for choice in choices:
         choice.source.close()
     return [choice.row for choice in choices]
@@ -209,25 +213,14 @@ def _choose_gpu(uuid: str, interval_s: float) -> _Choice:
     return _Choice(source, MeterUnavailable(*_NO_COUNTER))
 
 
-def _choose_host(powercap: Path) -> list[_Choice]:
+def _choose_host(powercap: Path, environment: Mapping[str, str]) -> list[_Choice]:
     """RAPL where it can be read, CodeCarbon's estimate for what RAPL does not tell."""
     try:
         counters = open_rapl(powercap)
     except MeterUnavailable as error:
-        return [
-            _choose_estimate("cpu", open_cpu_estimate, error),
-            _choose_estimate("dram", open_ram_estimate, error),
-        ]
+        return [_Choice(open_cpu_estimate(), error), _Choice(open_ram_estimate(environment), error)]
     choices = [_Choice(source) for source in counters]
     if not any(source.device.startswith("dram") for source in counters):
         missing = MeterUnavailable("RAPL of this CPU does not tell the memory's energy", "mostly server CPUs tell it")
-        choices.append(_choose_estimate("dram", open_ram_estimate, missing))
+        choices.append(_Choice(open_ram_estimate(environment), missing))
     return choices
-
-
-def _choose_estimate(device: str, open_estimate: Callable[[], Source], why_not: MeterUnavailable) -> _Choice:
-    try:
-        return _Choice(open_estimate(), why_not)
-    except MeterUnavailable as error:
-        both = MeterUnavailable(f"{why_not.reason}, and {error.reason}", f"{why_not.advice}, or {error.advice}")
-        return _Choice(UnreadableSource(device, both), both)

@@ -10,15 +10,18 @@ import contextlib
 import csv
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
 
-from greenprune.energy.source import MeterUnavailable, PowerSource, Source
+from greenprune.energy.slurm import slurm_memory_gib
+from greenprune.energy.source import PowerSource, Source
 
 # The kernel counts CPU time in ticks of 10 ms; below ten of them the load of two cores is mostly chance.
 _MIN_SPAN_S = 0.1
+
+_GIB = 2**30
 
 
 @contextlib.contextmanager
@@ -36,6 +39,21 @@ def _quiet() -> Iterator[None]:
         logger.disabled = before
 
 
+@contextlib.contextmanager
+def _outside_slurm() -> Iterator[None]:
+    """Keep CodeCarbon from running scontrol, which may hang, be missing, or tell of all tasks of an array.
+
+    It asks for a job's processors to follow one process; here it follows the machine.
+    """
+    from codecarbon.core import util
+
+    job, util.SLURM_JOB_ID = util.SLURM_JOB_ID, None
+    try:
+        yield
+    finally:
+        util.SLURM_JOB_ID = job
+
+
 def open_cpu_estimate(model: str | None = None) -> Source:
     """The CPU power of the whole machine by CodeCarbon's load model, as device ``cpu``.
 
@@ -45,9 +63,6 @@ def open_cpu_estimate(model: str | None = None) -> Source:
 
     Args:
         model: The CPU as its maker calls it; None: as the system names it.
-
-    Raises:
-        MeterUnavailable: CodeCarbon cannot tell what the machine has.
     """
     with _quiet():
         from codecarbon.core.util import count_physical_cpus, detect_cpu_model
@@ -62,29 +77,29 @@ def open_cpu_estimate(model: str | None = None) -> Source:
         else:
             full_w = _default_power_w()
             name = f"CodeCarbon: load of {full_w:g} W (guessed: {model} is not in its table)"
-        try:
+        with _outside_slurm():
             cpu = CPU(output_dir="", mode=MODE_CPU_LOAD, model=model, tdp=full_w, tracking_mode="machine")
-        except OSError as error:
-            # Within a Slurm job CodeCarbon runs scontrol, which a container may lack.
-            raise MeterUnavailable(f"CodeCarbon: {error}", "make scontrol available in the job") from error
         cpu.start()
     return PowerSource("cpu", name, "estimate", lambda: float(cpu.total_power().W), mean=True, min_span_s=_MIN_SPAN_S)
 
 
-def open_ram_estimate() -> Source:
+def open_ram_estimate(environment: Mapping[str, str]) -> Source:
     """The power of the machine's memory by CodeCarbon's count of modules, a constant, as device ``dram``.
 
-    Within a Slurm job CodeCarbon counts the memory of the job.
+    Within a Slurm job it is that of the memory which the job has on this machine. Its nodes then add up to the job,
+    where CodeCarbon's own figure is that of all nodes, on each of them.
 
-    Raises:
-        MeterUnavailable: CodeCarbon cannot tell how much memory there is.
+    Args:
+        environment: The process's environment, in which Slurm tells what the job has.
     """
+    size_gib = psutil.virtual_memory().total / _GIB
+    of_job_gib = slurm_memory_gib(environment)
+    if of_job_gib is not None:
+        size_gib = min(size_gib, of_job_gib)
     with _quiet():
         from codecarbon.external.ram import RAM
 
-        power_w = float(RAM(tracking_mode="machine").total_power().W)
-    if power_w <= 0:  # CodeCarbon logs its own failures and goes on with 0 W.
-        raise MeterUnavailable("CodeCarbon cannot tell the size of the memory", "make scontrol available in the job")
+        power_w = float(RAM(tracking_mode="machine")._calculate_ram_power(size_gib))
     name = f"CodeCarbon: constant {power_w:g} W"
     return PowerSource("dram", name, "estimate", lambda: power_w, mean=True, min_span_s=_MIN_SPAN_S)
 

@@ -1,7 +1,7 @@
-"""Slurm's own figure for a job's energy, to check the meter's against; it is never added to anything.
+"""What Slurm tells of a job: its number, its memory here, and a figure for its energy to check the meter's against.
 
-Slurm counts whole nodes, from the job's first second on, by whatever the cluster has set up
-(``AcctGatherEnergyType``), and brings the figure up to date when a step ends.
+That figure is never added to anything: it is of whole nodes, from the job's first second on, by whatever the cluster
+has set up (``AcctGatherEnergyType``), and is brought up to date when a step ends.
 Reference: https://slurm.schedmd.com/sacct.html (ConsumedEnergyRaw)
 """
 
@@ -15,6 +15,13 @@ _TIMEOUT_S = 10.0
 
 # Slurm's words for "no value": the two largest 64-bit numbers, and the largest 32-bit ones.
 _NO_VALUES = {2**64 - 1, 2**64 - 2, 2**32 - 1, 2**32 - 2}
+
+# Of --mem, --mem-per-cpu and --mem-per-gpu a job has one: its MiB, and what on this node there is of what it counts.
+_MEMORY = (
+    ("SLURM_MEM_PER_NODE", None),
+    ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"),
+    ("SLURM_MEM_PER_GPU", "SLURM_GPUS_ON_NODE"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,24 @@ def slurm_job(environment: Mapping[str, str]) -> str | None:
     """
     array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID")
+
+
+def slurm_memory_gib(environment: Mapping[str, str]) -> float | None:
+    """GiB that a job has on this node, by what Slurm wrote into its environment, the same for every task of an array.
+
+    Args:
+        environment: The process's environment.
+
+    Returns:
+        The size; None outside of jobs, and for a job that may use all of the node.
+    """
+    if not environment.get("SLURM_JOB_ID"):
+        return None
+    for name, per in _MEMORY:
+        size, count = environment.get(name, ""), "1" if per is None else environment.get(per, "")
+        if size.isdecimal() and count.isdecimal() and int(size) * int(count):  # 0 stands for the whole node
+            return int(size) * int(count) / 1024
+    return None
 
 
 def slurm_energy(job_id: str) -> SlurmEnergy:

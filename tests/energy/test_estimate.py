@@ -96,7 +96,7 @@ def test_idle_takes_a_tenth_of_full_power(tmp_path: Path) -> None:
 def test_memory_takes_codecarbons_constant_power() -> None:
     from codecarbon.external.ram import RAM
 
-    with Meter([open_ram_estimate()], interval_s=60) as meter:
+    with Meter([open_ram_estimate({})], interval_s=60) as meter:
         time.sleep(0.1)
         measured = meter.total()
     assert measured.readings[0].device == "dram"
@@ -121,19 +121,50 @@ def test_rapl_is_preferred_and_the_estimate_fills_in(powercap: Any) -> None:
     assert len(meter.notes) == 1
 
 
-def test_a_slurm_job_without_scontrol_leaves_the_host_unknown(
+@pytest.mark.parametrize(
+    ("job", "power_w"),
+    [
+        ({}, 38),  # the machine's 512 GiB
+        ({"SLURM_JOB_ID": "7", "SLURM_MEM_PER_NODE": "65536"}, 20),  # 64 GiB of it
+        ({"SLURM_JOB_ID": "7", "SLURM_MEM_PER_NODE": "65536", "SLURM_NNODES": "8"}, 20),  # not that of all nodes
+        ({"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "2048", "SLURM_CPUS_ON_NODE": "32"}, 20),
+        ({"SLURM_JOB_ID": "7", "SLURM_MEM_PER_GPU": "16384", "SLURM_GPUS_ON_NODE": "4"}, 20),
+        ({"SLURM_JOB_ID": "7", "SLURM_MEM_PER_NODE": "0"}, 38),  # all of the node's
+        ({"SLURM_JOB_ID": "7", "SLURM_MEM_PER_NODE": "4194304"}, 38),  # no more than there is
+        ({"SLURM_JOB_ID": "7", "SLURM_MEM_PER_NODE": "64G"}, 38),  # not a size that Slurm writes
+        ({"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "2048"}, 38),
+        ({"SLURM_JOB_ID": "7"}, 38),
+        ({"SLURM_MEM_PER_NODE": "65536"}, 38),  # a default for jobs, outside of one
+    ],
+)
+def test_a_job_counts_the_memory_that_it_has_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job: dict[str, str], power_w: float
+) -> None:
+    sizes_kb = dict.fromkeys(("MemFree", "MemAvailable", "Buffers", "Cached", "Shmem", "Active", "Inactive"), 1024)
+    sizes_kb["MemTotal"] = 512 * 2**20
+    (tmp_path / "meminfo").write_text("".join(f"{name}: {size} kB\n" for name, size in sizes_kb.items()))
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    assert open_ram_estimate(job).name == f"CodeCarbon: constant {power_w} W"
+
+
+def test_every_task_of_an_array_is_estimated_alike_and_slurm_is_not_asked(
     run_python: Callable[[str, dict[str, str]], Any], tmp_path: Path
 ) -> None:
+    """The last task has the number of the whole array: Slurm would tell all of its tasks, or hang, or not be there."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho >> {tmp_path}/asked\nexec sleep 5\n")
+    scontrol.chmod(0o755)
     code = f"""
 from pathlib import Path
 from greenprune.energy import open_meter
 with open_meter(gpu_uuids=[], host=True, powercap=Path({str(tmp_path)!r})) as meter:
-    result = [meter.total().energy_j, meter.notes]
+    result = [[reading.device, reading.source] for reading in meter.total().readings]
 """
-    energy_j, notes = run_python(code, {"SLURM_JOB_ID": "7", "PATH": str(tmp_path)})
-    assert energy_j is None
-    assert len(notes) == 2
-    assert all("scontrol" in note for note in notes)
+    memory = {"SLURM_MEM_PER_NODE": "2048", "SLURM_ARRAY_JOB_ID": "42", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    sources = [run_python(code, {**memory, "SLURM_JOB_ID": job}) for job in ("43", "42")]
+    assert sources[0] == sources[1]
+    assert sources[0][1] == ["dram", "CodeCarbon: constant 10 W"]
+    assert not (tmp_path / "asked").exists()
 
 
 def test_nothing_is_left_behind(run_python: Callable[[str, dict[str, str]], Any], tmp_path: Path) -> None:
@@ -162,6 +193,11 @@ result = [opened_s, threads, "pandas" in sys.modules, threading.active_count()]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_codecarbons_log_is_the_users_again_afterwards() -> None:
-    open_ram_estimate()
+def test_codecarbon_is_the_users_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    from codecarbon.core import util
+
+    monkeypatch.setattr(util, "SLURM_JOB_ID", "7")
+    open_cpu_estimate(KNOWN)
+    open_ram_estimate({})
     assert not logging.getLogger("codecarbon").disabled
+    assert util.SLURM_JOB_ID == "7"
