@@ -235,8 +235,7 @@ def _open_counter_or_power(uuid: str, handle: Any, interval_s: float) -> Source:
             model=model,
             period_s=_COUNTER_PERIOD_S,
             limit_w=limit_w,
-            # Capping is slow: short peaks above the limit are real.
-            implausible_w=_MOST_W if limit_w is None else 2 * limit_w,
+            implausible_w=_implausible_w(handle, limit_w),
             release=_users.leave,
         )
     except _NotSupported:
@@ -268,6 +267,17 @@ def _limit_w(handle: Any) -> float | None:
             return float(pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)) / 1000 or None
     except MeterUnavailable:
         return None  # then the highest power that was seen stands in for it
+
+
+def _implausible_w(handle: Any, limit_w: float | None) -> float:
+    """Power that the GPU cannot take: twice the highest limit that it may be given while it is metered."""
+    try:
+        with _translated("nvmlDeviceGetPowerManagementLimitConstraints"):
+            highest_w = float(pynvml.nvmlDeviceGetPowerManagementLimitConstraints(handle)[1]) / 1000
+    except MeterUnavailable:
+        highest_w = 0.0
+    # Twice, because capping is slow: short peaks above the limit are real.
+    return 2 * max(highest_w, limit_w or 0.0) or _MOST_W
 
 
 def _is_divided(handle: Any) -> bool:

@@ -4,6 +4,7 @@
  *     uuid=GPU-...  name=H100  watts=200  limit=700  counter=0|1  power=0|1  mig=0|1  instance=MIG-...
  *     to=100 at=0.5            the power becomes `to` watts `at` seconds after the start
  *     wave=50 cycle=2          a sine of `wave` watts and `cycle` seconds on top
+ *     most=700                 what the power limit may be raised to
  *     period=0.1               the energy counter is brought up to date only so often
  *     sampled=0.02             the power is brought up to date only so often
  *     still=1                  the energy counter never moves
@@ -31,7 +32,7 @@ static const double NEVER = 1e9;
 
 typedef struct {
     char uuid[96], instance[96], name[64];
-    double watts, limit, to, at, wave, cycle, period, sampled, jump, restart, lost, back, reload;
+    double watts, limit, most, to, at, wave, cycle, period, sampled, jump, restart, lost, back, reload;
     int counter, power, mig, still, code, hidden, is_instance;
 } Gpu;
 
@@ -59,6 +60,7 @@ static void parse(const char *scenario) {
             sscanf(field, "name=%63s", g->name);
             sscanf(field, "watts=%lf", &g->watts);
             sscanf(field, "limit=%lf", &g->limit);
+            sscanf(field, "most=%lf", &g->most);
             sscanf(field, "to=%lf", &g->to);
             sscanf(field, "at=%lf", &g->at);
             sscanf(field, "wave=%lf", &g->wave);
@@ -166,6 +168,14 @@ int nvmlDeviceGetEnforcedPowerLimit(Gpu *gpu, unsigned *milliwatts) {
     if (!is_initialized()) return UNINITIALIZED;
     if (!gpu->limit) return NOT_SUPPORTED;
     *milliwatts = 1000 * gpu->limit;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetPowerManagementLimitConstraints(Gpu *gpu, unsigned *least_mw, unsigned *most_mw) {
+    if (!is_initialized()) return UNINITIALIZED;
+    if (!gpu->most) return NOT_SUPPORTED;
+    *least_mw = 1000;
+    *most_mw = 1000 * gpu->most;
     return SUCCESS;
 }
 

@@ -430,6 +430,19 @@ with open_meter(gpu_uuids=["{A}"], host=False) as meter:
     assert any("more than the device can take" in note for note in notes)
 
 
+def test_joules_above_the_limit_at_opening_count_for_it_may_be_raised(with_nvml: RunNvml) -> None:
+    code = f"""{METER}{DETAILS}
+with open_meter(gpu_uuids=["{A}"], host=False) as meter:
+    with meter.window("train") as window:
+        time.sleep(0.6)
+    result = [window.measurement.seconds, *details(window.measurement)[0]]
+"""
+    # The limit was 100 W as the meter was opened, and is 900 W since.
+    seconds, joules, _, _, complete, reason, _ = with_nvml(f"uuid={A} watts=900 limit=100 most=1000", code)
+    assert joules == pytest.approx(900 * seconds, rel=0.02)
+    assert (complete, reason) == (True, None)
+
+
 @pytest.mark.parametrize("trouble", ["reload=0.45", "lost=0.45", "lost=0.45 code=4", "lost=0.45 code=999"])
 @pytest.mark.parametrize("counter", [0, 1])
 def test_a_driver_that_goes_away_marks_what_follows_and_the_total(
