@@ -148,7 +148,8 @@ class Meter:
 
     Args:
         sources: What is read; the meter owns and closes them.
-        interval_s: Seconds between two samples of sources that need them; one daemon thread takes them.
+        interval_s: Seconds between two samples of sources that need them; one daemon thread takes them. They are
+            taken more often where a counter could else wrap unseen.
         synchronize: Called at both edges of a window, so that work queued on a device falls into the window
             that queued it. Not called when a window is left by an exception: a broken device would raise
             again and hide the first error.
@@ -192,8 +193,9 @@ class Meter:
         self._thread: threading.Thread | None = None
         polled = [source for source in self._sources if source.polled]
         if polled:
+            every_s = min(interval_s, *(source.poll_within_s for source in polled))
             self._thread = threading.Thread(
-                target=_sample, args=(polled, interval_s, self._stop), name="greenprune-meter", daemon=True
+                target=_sample, args=(polled, every_s, self._stop), name="greenprune-meter", daemon=True
             )
             self._thread.start()
 
@@ -375,8 +377,8 @@ def _reading(source: Source, seconds: float, joules: float | None, missing: str 
     )
 
 
-def _sample(sources: Sequence[Source], interval_s: float, stop: threading.Event) -> None:
-    while not stop.wait(interval_s):
+def _sample(sources: Sequence[Source], every_s: float, stop: threading.Event) -> None:
+    while not stop.wait(every_s):
         for source in sources:
             source.poll()
 

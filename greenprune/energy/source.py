@@ -18,6 +18,9 @@ Quality = Literal["counter", "integrated power", "estimate"]
 
 BEST_FIRST: tuple[Quality, ...] = ("counter", "integrated power", "estimate")
 
+# So many polls fall into the time in which a counter could wrap: a wrap is then told from a restart by its size.
+_POLLS_PER_WRAP = 10
+
 # How long a counter may jump ahead of the clock: reads are late, and counters are brought up to date in steps.
 _SLACK_S = 1.0
 
@@ -47,11 +50,13 @@ class Source(ABC):
         period_s: Seconds between two updates of what is read; None if a model estimates it.
         limit_w: Most watts that the device draws by its own limit; None if it tells none.
         polled: Whether :meth:`poll` must be called at regular intervals.
+        poll_within_s: Most seconds between two polls; infinite where any interval will do.
         gaps: How often joules were lost since opening, so that later figures are lower bounds.
         last_gap: Why they were lost the last time.
     """
 
     polled = False
+    poll_within_s = math.inf
 
     def __init__(
         self,
@@ -134,7 +139,7 @@ class CounterSource(Source):
         limit_w: Most watts that the device draws by its own limit.
         implausible_w: Power above which a step of the counter is not believed; None: all are.
         wraps_at_j: Value at which the counter starts again from zero; None if it does not wrap. A counter
-            that wraps is polled, so that no two wraps fall between two reads.
+            that wraps is polled, so often that not even ``implausible_w`` wraps it twice between two reads.
         release: Called once when the source is closed.
         clock: Gives seconds.
     """
@@ -155,6 +160,8 @@ class CounterSource(Source):
     ) -> None:
         super().__init__(device, name, "counter", model=model, period_s=period_s, limit_w=limit_w, release=release)
         self.polled = wraps_at_j is not None
+        if wraps_at_j is not None and implausible_w is not None:
+            self.poll_within_s = wraps_at_j / implausible_w / _POLLS_PER_WRAP
         self._read = read
         self._implausible_w = implausible_w
         self._wraps_at_j = wraps_at_j

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,17 @@ def test_wraps_between_two_reads_are_seen_by_the_sampling_thread(powercap: Any) 
             set_j(package, joules)
             sources[0].poll()
         assert meter.total().energy_j == 60 + 50 + 70 + 50
+
+
+def test_wraps_are_seen_however_seldom_samples_are_taken(powercap: Any) -> None:
+    package = powercap.zone("intel-rapl:0", "package-0", 0, max_uj=1_000_000_000)  # 5 kW wrap it in 0.2 s
+    with Meter(open_rapl(powercap.root), interval_s=3600) as meter:
+        for joules in (600, 200, 800, 400):
+            set_j(package, joules)
+            time.sleep(0.2)
+        measured = meter.total()
+    assert measured.energy_j == 600 + 600 + 600 + 600
+    assert measured.complete
 
 
 def test_counters_that_only_root_may_read_are_unavailable_with_advice() -> None:
