@@ -52,9 +52,6 @@ __all__ = [
 _DRIVER = Path("/dev/nvidiactl")
 
 
-_NO_COUNTER = "the GPU has no energy counter", "GPUs from the Volta generation on have a counter"
-
-
 @dataclass(frozen=True)
 class SourceRow:
     """What can be read of one device on this machine."""
@@ -170,10 +167,10 @@ def open_counters(gpu_uuid: str | None, *, powercap: Path = POWERCAP) -> list[So
     """
     if gpu_uuid is None:
         return open_rapl(powercap)
-    source = open_gpu(gpu_uuid)
-    if source.quality != "counter":
+    source, why_not = open_gpu(gpu_uuid)
+    if why_not is not None:
         source.close()
-        raise MeterUnavailable(*_NO_COUNTER)
+        raise why_not
     return [source]
 
 
@@ -205,12 +202,9 @@ def describe_sources(powercap: Path = POWERCAP, environment: Mapping[str, str] =
 
 def _choose_gpu(uuid: str, interval_s: float) -> _Choice:
     try:
-        source = open_gpu(uuid, interval_s)
+        return _Choice(*open_gpu(uuid, interval_s))
     except MeterUnavailable as error:
         return _Choice(UnreadableSource(uuid, error), error)
-    if source.quality == "counter":
-        return _Choice(source)
-    return _Choice(source, MeterUnavailable(*_NO_COUNTER))
 
 
 def _choose_host(powercap: Path, environment: Mapping[str, str]) -> list[_Choice]:

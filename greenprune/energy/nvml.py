@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pynvml
@@ -22,6 +23,9 @@ _MIN_SPAN_S = 0.02
 
 # NVIDIA does not say how often the counter is brought up to date; 20 to 100 ms were seen by others.
 _COUNTER_PERIOD_S = 0.1
+
+# A counter at 0 is one that counts nothing, unless the driver was loaded just now: then it moves within its period.
+_ZERO_PERIODS = 3
 
 # nvmlDeviceGetPowerUsage: "On Ampere (except GA100) or newer GPUs, the API returns power averaged over 1 sec".
 _POWER_AVERAGE_S = 1.0
@@ -39,6 +43,9 @@ _ADVICE = {
     pynvml.NVML_ERROR_GPU_IS_LOST: "the GPU fell off the bus; see dmesg, and reboot",
     pynvml.NVML_ERROR_NOT_SUPPORTED: "this GPU, or its virtualisation, shows no power sensor",
 }
+
+
+_NO_COUNTER = "the GPU has no energy counter", "GPUs from the Volta generation on have a counter"
 
 
 class _NotSupported(MeterUnavailable):
@@ -178,8 +185,8 @@ def _mig_parent(entry: str, known: list[str]) -> str | None:
         return None
 
 
-def open_gpu(uuid: str, interval_s: float = 1.0) -> Source:
-    """The energy of one physical GPU, from its counter or, where that is not supported, from power samples.
+def open_gpu(uuid: str, interval_s: float = 1.0) -> tuple[Source, MeterUnavailable | None]:
+    """The energy of one physical GPU, from its counter or, where that is of no use, from power samples.
 
     The counter is ``nvmlDeviceGetTotalEnergyConsumption`` (millijoules since the driver was loaded), the
     power ``nvmlDeviceGetPowerUsage`` (milliwatts). NVML stays initialized until the source is closed.
@@ -187,6 +194,9 @@ def open_gpu(uuid: str, interval_s: float = 1.0) -> Source:
     Args:
         uuid: The GPU's UUID, with or without the leading ``GPU-``.
         interval_s: Seconds between two power samples.
+
+    Returns:
+        The source, and why it is not the counter; None if it is.
 
     Raises:
         MeterUnavailable: NVML cannot be used, knows no such GPU, cannot read it, or the GPU is divided by
@@ -205,9 +215,9 @@ def open_gpu(uuid: str, interval_s: float = 1.0) -> Source:
                 raise _divided() from None
         if _is_divided(handle):
             raise _divided()
-        source = _open_counter_or_power(uuid, handle, interval_s)
+        opened = _open_counter_or_power(uuid, handle, interval_s)
         stack.pop_all()  # The source keeps NVML initialized, and shuts it down when it is closed.
-    return source
+    return opened
 
 
 def _divided() -> MeterUnavailable:
@@ -217,7 +227,7 @@ def _divided() -> MeterUnavailable:
     )
 
 
-def _open_counter_or_power(uuid: str, handle: Any, interval_s: float) -> Source:
+def _open_counter_or_power(uuid: str, handle: Any, interval_s: float) -> tuple[Source, MeterUnavailable | None]:
     def energy_j() -> float:
         with _translated("nvmlDeviceGetTotalEnergyConsumption"):
             return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
@@ -228,7 +238,8 @@ def _open_counter_or_power(uuid: str, handle: Any, interval_s: float) -> Source:
 
     model, limit_w = _name(handle), _limit_w(handle)
     try:
-        return CounterSource(
+        _check_counts(energy_j)
+        counter = CounterSource(
             uuid,
             "NVML energy counter",
             energy_j,
@@ -238,18 +249,37 @@ def _open_counter_or_power(uuid: str, handle: Any, interval_s: float) -> Source:
             implausible_w=_implausible_w(handle, limit_w),
             release=_users.leave,
         )
-    except _NotSupported:
-        return PowerSource(
-            uuid,
-            "NVML power samples",
-            "integrated power",
-            power_w,
-            model=model,
-            period_s=max(interval_s, _POWER_AVERAGE_S),
-            limit_w=limit_w,
-            mean=False,
-            min_span_s=_MIN_SPAN_S,
-            release=_users.leave,
+        return counter, None
+    except MeterUnavailable as error:
+        why_not = MeterUnavailable(*_NO_COUNTER) if isinstance(error, _NotSupported) else error
+    power = PowerSource(
+        uuid,
+        "NVML power samples",
+        "integrated power",
+        power_w,
+        model=model,
+        period_s=max(interval_s, _POWER_AVERAGE_S),
+        limit_w=limit_w,
+        mean=False,
+        min_span_s=_MIN_SPAN_S,
+        release=_users.leave,
+    )
+    return power, why_not
+
+
+def _check_counts(energy_j: Callable[[], float]) -> None:
+    """Wait until a counter at 0 moves.
+
+    Raises:
+        MeterUnavailable: It does not within a few periods, or cannot be read.
+    """
+    for _ in range(_ZERO_PERIODS):
+        if energy_j() > 0:
+            return
+        time.sleep(_COUNTER_PERIOD_S)
+    if energy_j() <= 0:
+        raise MeterUnavailable(
+            "the energy counter stands at 0", "another driver may count; nvidia-smi tells the version of this one"
         )
 
 
@@ -284,5 +314,5 @@ def _is_divided(handle: Any) -> bool:
     try:
         with _translated("nvmlDeviceGetMigMode"):
             return bool(pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
-    except _NotSupported:
-        return False
+    except MeterUnavailable:
+        return False  # GPUs that know no MIG give various errors, and one that is lost is told when it is read

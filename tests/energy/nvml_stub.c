@@ -8,6 +8,9 @@
  *     period=0.1               the energy counter is brought up to date only so often
  *     sampled=0.02             the power is brought up to date only so often
  *     still=1                  the energy counter never moves
+ *     zero=1                   the energy counter shows 0 at all times
+ *     refuses=999              the error that the energy counter gives
+ *     mute=999                 the error that the question for MIG gives
  *     jump=0.3                 the energy counter is a million joules ahead from then on
  *     restart=0.5              the energy counter restarts from zero then
  *     lost=0.5 back=0.8        the GPU cannot be read between these times
@@ -33,7 +36,7 @@ static const double NEVER = 1e9;
 typedef struct {
     char uuid[96], instance[96], name[64];
     double watts, limit, most, to, at, wave, cycle, period, sampled, jump, restart, lost, back, reload;
-    int counter, power, mig, still, code, hidden, is_instance;
+    int counter, power, mig, still, zero, refuses, mute, code, hidden, is_instance;
 } Gpu;
 
 static Gpu gpus[MAX_GPUS], instances[MAX_GPUS];
@@ -76,6 +79,9 @@ static void parse(const char *scenario) {
             sscanf(field, "power=%d", &g->power);
             sscanf(field, "mig=%d", &g->mig);
             sscanf(field, "still=%d", &g->still);
+            sscanf(field, "zero=%d", &g->zero);
+            sscanf(field, "refuses=%d", &g->refuses);
+            sscanf(field, "mute=%d", &g->mute);
             sscanf(field, "code=%d", &g->code);
             sscanf(field, "hidden=%d", &g->hidden);
         }
@@ -159,6 +165,7 @@ int nvmlDeviceGetName(Gpu *gpu, char *name, unsigned length) {
 
 int nvmlDeviceGetMigMode(Gpu *gpu, unsigned *current, unsigned *pending) {
     if (!is_initialized()) return UNINITIALIZED;
+    if (gpu->mute) return gpu->mute;
     if (!gpu->mig && !*gpu->instance) return NOT_SUPPORTED;
     *current = *pending = gpu->mig;
     return SUCCESS;
@@ -203,7 +210,9 @@ static double integral(const Gpu *gpu, double t) {
 int nvmlDeviceGetTotalEnergyConsumption(Gpu *gpu, unsigned long long *millijoules) {
     double t = now(), held = 1e6;
     if (state(gpu)) return state(gpu);
+    if (gpu->refuses) return gpu->refuses;
     if (!gpu->counter) return NOT_SUPPORTED;
+    if (gpu->zero) { *millijoules = 0; return SUCCESS; }
     if (gpu->period) t = floor(t / gpu->period) * gpu->period;
     if (gpu->still) t = 0;
     double joules = integral(gpu, t);

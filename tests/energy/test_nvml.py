@@ -178,6 +178,56 @@ result["users"] = ctypes.CDLL("libnvidia-ml.so.1").stub_users()
     assert result["users"] == 0
 
 
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        ("refuses=2", "nvmlDeviceGetTotalEnergyConsumption: Invalid Argument"),
+        ("refuses=4", "nvmlDeviceGetTotalEnergyConsumption: Insufficient Permissions"),
+        ("refuses=999", "nvmlDeviceGetTotalEnergyConsumption: Unknown Error"),
+        ("zero=1", "the energy counter stands at 0"),
+    ],
+)
+def test_a_counter_that_is_of_no_use_gives_way_to_power(with_nvml: RunNvml, trouble: str, reason: str) -> None:
+    code = f"""{METER}
+import ctypes
+from greenprune.energy import MeterUnavailable, open_counters
+with open_meter(gpu_uuids=["{A}"], host=False, interval_s=0.02) as meter:
+    result = measure(meter, 0.3)
+try:
+    open_counters("{A}")
+except MeterUnavailable as error:
+    result["refused"] = str(error)
+result["users"] = ctypes.CDLL("libnvidia-ml.so.1").stub_users()
+"""
+    result = with_nvml(f"uuid={A} watts=200 {trouble}", code)
+    assert result["quality"] == "integrated power"
+    assert result["energy_j"] == pytest.approx(200 * result["seconds"], rel=0.05)
+    assert result["notes"][0].startswith(f"{A}: integrated power by NVML power samples, because {reason}; ")
+    assert result["refused"].startswith(f"{reason}; ")
+    assert result["users"] == 0
+
+
+def test_a_counter_that_starts_from_zero_is_a_counter(with_nvml: RunNvml) -> None:
+    """The driver may be loaded as the meter is opened."""
+    code = f"""{METER}
+with open_meter(gpu_uuids=["{A}"], host=False) as meter:
+    result = measure(meter, 0.3)
+"""
+    result = with_nvml(f"uuid={A} watts=200 restart=0 period=0.1", code)
+    assert (result["quality"], result["notes"]) == ("counter", [])
+
+
+@pytest.mark.parametrize("code", [2, 4, 999])
+def test_only_mig_that_is_on_refuses_a_gpu(with_nvml: RunNvml, code: int) -> None:
+    program = f"""{METER}
+with open_meter(gpu_uuids=["{A}"], host=False) as meter:
+    result = measure(meter, 0.3)
+"""
+    result = with_nvml(f"uuid={A} watts=200 mute={code}", program)
+    assert (result["quality"], result["notes"]) == ("counter", [])
+    assert result["energy_j"] == pytest.approx(200 * result["seconds"], rel=0.05)
+
+
 def test_without_the_library_there_is_advice_and_no_crash(
     run_python: Callable[[str, dict[str, str]], Any], tmp_path: Path
 ) -> None:
