@@ -14,8 +14,8 @@ from pathlib import Path
 from greenprune.energy.carbon import CarbonIntensity, carbon_intensity, co2_g
 from greenprune.energy.estimate import open_cpu_estimate, open_ram_estimate
 from greenprune.energy.meter import IDLE, Measurement, Meter, Reading, Window
+from greenprune.energy.nvml import doubtful_order, nvml_session, open_gpu, visible_gpu_uuids
 from greenprune.energy.nvml import gpu_uuids as all_gpu_uuids
-from greenprune.energy.nvml import nvml_session, open_gpu, visible_gpu_uuids
 from greenprune.energy.rapl import POWERCAP, open_rapl
 from greenprune.energy.sharing import Share, node_id, share_devices
 from greenprune.energy.slurm import SlurmEnergy, slurm_energy, slurm_job
@@ -129,7 +129,8 @@ def open_local_meter(
     """Open a meter of all that a process sees: its visible GPUs, and the CPU and memory of the machine.
 
     Args:
-        environment: The process's environment: CUDA_VISIBLE_DEVICES, and what memory a Slurm job has here.
+        environment: The process's environment: CUDA_VISIBLE_DEVICES and the order that it is in, and what memory a
+            Slurm job has here.
         interval_s: Seconds between two samples of sources that have no counter.
         synchronize: Waits for the work queued on the device; called at the edges of windows.
         powercap: Where the kernel shows the counters of the CPU.
@@ -142,6 +143,8 @@ def open_local_meter(
             try:
                 stack.enter_context(nvml_session())
                 choices = [_choose_gpu(uuid, interval_s) for uuid in visible_gpu_uuids(visible)]
+                doubt = doubtful_order(visible, environment.get("CUDA_DEVICE_ORDER"))
+                notes = [] if doubt is None else [doubt]
                 if not choices:
                     notes = [f"gpu: none, for CUDA_VISIBLE_DEVICES={visible!r} names none of this machine"]
             except MeterUnavailable as error:

@@ -165,6 +165,41 @@ def visible_gpu_uuids(visible: str | None) -> list[str]:
     return chosen
 
 
+def doubtful_order(visible: str | None, device_order: str | None) -> str | None:
+    """Why a ``CUDA_VISIBLE_DEVICES`` string may mean other GPUs to CUDA than to :func:`visible_gpu_uuids`.
+
+    CUDA numbers the fastest GPU first if it is not told to count in PCI order, and does not say what is fast.
+
+    Args:
+        visible: The variable's value; None if it is not set.
+        device_order: The value of ``CUDA_DEVICE_ORDER``; None if it is not set.
+
+    Returns:
+        One line for people; None if both mean the same.
+
+    Raises:
+        MeterUnavailable: NVML cannot be used here.
+    """
+    if visible is None or device_order == "PCI_BUS_ID":
+        return None
+    if not any(entry.strip().isdecimal() for entry in visible.split(",")):
+        return None
+    known = gpu_uuids()
+    models = {_model(uuid) for uuid in known}
+    if len(models) < 2 or set(visible_gpu_uuids(visible)) == set(known):
+        return None
+    return (
+        f"gpu: CUDA_VISIBLE_DEVICES={visible!r} is read in PCI order, and CUDA may count GPUs of several models "
+        f"({', '.join(sorted(models))}) in another; set CUDA_DEVICE_ORDER=PCI_BUS_ID, or name GPUs by UUID, to have "
+        "those metered that are used"
+    )
+
+
+def _model(uuid: str) -> str:
+    with nvml_session(), _translated(f"nvmlDeviceGetHandleByUUID({uuid})"):
+        return _name(pynvml.nvmlDeviceGetHandleByUUID(uuid)) or "unknown"
+
+
 def _whole_gpu(entry: str, known: list[str]) -> str | None:
     if entry.isdecimal():
         return known[int(entry)] if int(entry) < len(known) else None

@@ -145,6 +145,26 @@ result = [visible_gpu_uuids(form) for form in {forms!r}]
     return dict(zip(forms, run_python(code, environment), strict=True))
 
 
+def test_indices_of_mixed_models_are_told_to_depend_on_cudas_order(with_nvml: RunNvml) -> None:
+    """CUDA numbers the fastest GPU first unless it is told otherwise; NVML does not tell which that is."""
+    code = f"""
+from greenprune.energy import open_local_meter
+def notes(visible, **order):
+    with open_local_meter({{"CUDA_VISIBLE_DEVICES": visible, **order}}) as meter:
+        return [note for note in meter.notes if "CUDA_DEVICE_ORDER" in note]
+pci, fastest = {{"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}}, {{"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}}
+result = [notes("1"), notes("GPU-c,0", **fastest), notes("1", **pci), notes("{B}"), notes("1,0,2"), notes("")]
+"""
+    told, with_uuid, *clear = with_nvml(f"uuid={A} name=T4;uuid={B} name=H100;uuid={C} name=T4", code)
+    assert told == [
+        "gpu: CUDA_VISIBLE_DEVICES='1' is read in PCI order, and CUDA may count GPUs of several models (H100, T4) in "
+        "another; set CUDA_DEVICE_ORDER=PCI_BUS_ID, or name GPUs by UUID, to have those metered that are used"
+    ]
+    assert len(with_uuid) == 1
+    assert clear == [[], [], [], []]
+    assert with_nvml(f"uuid={A} name=T4;uuid={B} name=T4;uuid={C} name=T4", code) == [[]] * 6
+
+
 def test_a_divided_gpu_is_unknown_rather_than_wrong(with_nvml: RunNvml) -> None:
     code = f"""{METER}
 from greenprune.energy import visible_gpu_uuids
