@@ -80,14 +80,26 @@ def slurm_energy(job_id: str) -> SlurmEnergy:
     except (OSError, subprocess.TimeoutExpired) as error:
         return SlurmEnergy(None, f"sacct: {error}")
     rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 1]
-    # The first row of an attempt is the job's own; where it is not filled in yet, its steps are.
-    attempts: list[list[int]] = []
+    # The first row of an attempt is the job's own.
+    attempts: list[dict[str, int]] = []
     for job, raw in rows:
         joules = int(raw) if raw.isdecimal() and int(raw) not in _NO_VALUES else 0
-        if "." not in job or not attempts:
-            attempts.append([0, 0])
-        attempts[-1]["." in job] += joules
-    energy_j = sum(own or steps for own, steps in attempts)
+        step = job.partition(".")[2]
+        if not step or not attempts:
+            attempts.append({})
+        kind = "srun" if step.isdecimal() else step
+        attempts[-1][kind] = attempts[-1].get(kind, 0) + joules
+    energy_j = sum(_attempt_j(by_step) for by_step in attempts)
     if not energy_j:
         return SlurmEnergy(None, "sacct tells no joules: no step has ended yet, or the cluster gathers no energy")
     return SlurmEnergy(float(energy_j), None)
+
+
+def _attempt_j(by_step: Mapping[str, int]) -> int:
+    """Joules of a job, or of its steps where its own row, by the name "", is not filled in yet.
+
+    The batch script's step, the one outside of all steps (extern) and those of srun, which are one kind here, go on at
+    the same time on the same nodes, each with all that a node takes: together they took what the largest did. Slurm
+    itself adds up the extern step alone, where there is one (``_internal_step_complete`` in its step_mgr.c).
+    """
+    return by_step.get("", 0) or max(by_step.values(), default=0)

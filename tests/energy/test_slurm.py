@@ -25,16 +25,18 @@ def answer(sacct: Path, text: str, code: int = 0) -> None:
     ("rows", "energy_j"),
     [
         ("42|5000\n42.batch|3000\n42.0|2000", 5000),
-        ("42|\n42.batch|3000\n42.0|2000", 5000),
+        ("42|\n42.batch|3000\n42.0|2900\n42.1|50", 3000),  # srun on the node of the script
+        ("42|\n42.batch|3000\n42.0|8000\n42.1|4000", 12000),  # srun on other nodes as well
+        ("42|\n42.batch|4580\n42.extern|4581\n42.0|4570", 4581),  # three times the same nodes
         ("42|0\n42.batch|0", None),
         ("42|18446744073709551614\n42.0|700", 700),
         ("42+0|100\n42+1|200\n42+0.0|90", 300),
-        ("42|1000\n42.batch|900\n42|\n42.batch|300", 1300),  # queued again once, the second attempt goes on
+        ("42|1000\n42.batch|900\n42|\n42.extern|300\n42.batch|200", 1300),  # queued again once: the second goes on
         ("", None),
         ("error: something\n42|12|7", None),
     ],
 )
-def test_the_job_is_told_or_else_its_steps(sacct: Path, rows: str, energy_j: float | None) -> None:
+def test_the_job_is_told_or_else_what_its_steps_took_together(sacct: Path, rows: str, energy_j: float | None) -> None:
     answer(sacct, rows)
     found = slurm_energy("42")
     assert found.energy_j == energy_j
