@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from greenprune.export import InferenceReport, benchmark_inference, evaluate_file, export_run
-from greenprune.formatting import format_joules, format_percent, format_seconds, format_si
+from greenprune.formatting import format_percent, format_seconds, format_si
 from greenprune.provenance import collect_provenance
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,7 +80,7 @@ def table(report: InferenceReport) -> list[str]:
         for cost in comparison.costs:
             ratios = ", ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in cost.against_twin.values())
             cells = [comparison.engine, cost.network, format_seconds(cost.latency_s), f"{cost.images_per_s:,.0f}"]
-            cells += [format_joules(cost.energy_j_per_1000), format_si(cost.weights_bytes, "B")]
+            cells += [cost.energy_text(), format_si(cost.weights_bytes, "B")]
             cells += [format_si(cost.activations_bytes, "B"), ratios]
             lines.append(f"| {' | '.join(cells)} |")
     first = report.comparisons[0]

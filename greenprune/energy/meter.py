@@ -187,8 +187,7 @@ class Meter:
                 self._unreadable[index] = idle.missing[index] = error.reason
         self._opened_s = self._now_s = time.perf_counter()
         self._first = self._power_from = self._power_mark = self._shown()
-        periods = [source.period_s or 0.0 for source in self._sources if source.quality == "counter"]
-        self._power_span_s = _POWER_PERIODS * max(periods, default=0.0)
+        self._power_span_s = _POWER_PERIODS * self.counter_period_s
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         polled = [source for source in self._sources if source.polled]
@@ -204,6 +203,12 @@ class Meter:
         """One line for each thing unknown or estimated: why, and what would help; and for joules lost."""
         lost = (f"{source.device}: {source.last_gap}" for source in self._sources if source.gaps)
         return self._notes + tuple(lost)
+
+    @property
+    def counter_period_s(self) -> float:
+        """Seconds between two updates of the slowest counter; 0 if there is none."""
+        periods = [source.period_s or 0.0 for source in self._sources if source.quality == "counter"]
+        return max(periods, default=0.0)
 
     def window(self, name: str) -> Window:
         """A window to be used with ``with``; all windows of one name make up the phase of that name.

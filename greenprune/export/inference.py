@@ -32,6 +32,10 @@ from greenprune.provenance import gpu_uuid
 
 _LATENCY_S, _THROUGHPUT_S = 0.05, 0.3  # of work in a turn; estimates of energy read nothing below 0.1 s
 
+# A counter that moves in steps is off by up to one of them: joules are read over this many. The same work goes on
+# before they are read, or the first step would hold the little that one image at a time takes.
+_COUNTER_PERIODS, _LEAD_PERIODS = 20, 2
+
 
 # Accuracy.
 
@@ -108,6 +112,19 @@ def evaluate_file(
 # Cost.
 
 
+@dataclass(frozen=True)
+class DeviceEnergy:
+    """What a device takes for inference in large batches.
+
+    Attributes:
+        energy_j_per_1000: Joules for 1,000 images; None if they could not be read.
+        energy_bound_j_per_1000: Most joules by which that is off because a counter moves in steps; None for estimates.
+    """
+
+    energy_j_per_1000: float | None
+    energy_bound_j_per_1000: float | None
+
+
 @dataclass
 class Cost:
     """What inference with one network takes.
@@ -117,6 +134,9 @@ class Cost:
         latency_s: Median seconds for one image by itself.
         images_per_s: Median images a second in large batches.
         energy_j_per_1000: Joules for 1,000 images in large batches; None if nothing could be read.
+        energy_bound_j_per_1000: Most joules by which that is off because counters move in steps; None with an estimate
+            in it, which has no bound.
+        energy_by_device: The same for each device.
         weights_bytes: Parameters and buffers.
         activations_bytes: Most bytes of tensors alive at once in a large batch, without the weights; None where the
             runtime does not tell.
@@ -128,9 +148,16 @@ class Cost:
     latency_s: float
     images_per_s: float
     energy_j_per_1000: float | None
+    energy_bound_j_per_1000: float | None
+    energy_by_device: dict[str, DeviceEnergy]
     weights_bytes: int
     activations_bytes: int | None
     against_twin: dict[str, float | None] = field(default_factory=dict)
+
+    def energy_text(self) -> str:
+        """Joules for 1,000 images and their bound, for people."""
+        joules, bound_j = self.energy_j_per_1000, self.energy_bound_j_per_1000
+        return format_joules(joules) if bound_j is None else f"{format_joules(joules)} ± {format_joules(bound_j)}"
 
 
 @dataclass
@@ -199,7 +226,7 @@ def _cells(cost: Cost) -> list[str]:
         f"  {cost.network}",
         format_seconds(cost.latency_s),
         f"{cost.images_per_s:,.0f}",
-        format_joules(cost.energy_j_per_1000),
+        cost.energy_text(),
         format_si(cost.weights_bytes, "B"),
         activations,
     ]
@@ -215,9 +242,10 @@ class _Contestant:
     weights_bytes: int
     single_s: list[float] = field(default_factory=list)
     image_s: list[float] = field(default_factory=list)
-    joules: list[float | None] = field(default_factory=list)
+    measured: list[Measurement] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
     repeats: tuple[int, int] = (1, 1)
+    lead: int = 0
 
 
 def benchmark_inference(
@@ -318,19 +346,18 @@ def _compare(
         contestants.append(_Contestant(name, run, loaded.module, size))
     synchronize = torch.cuda.synchronize if device.type == "cuda" else _no_wait
     gpus = [uuid for uuid in [gpu_uuid(device)] if uuid is not None]
-    measurement: Measurement | None = None
     with open_meter(gpu_uuids=gpus, host=True, interval_s=0.1, synchronize=synchronize) as meter, torch.no_grad():
         for contestant in contestants:
-            _warm_up(contestant, one, many, synchronize)
+            _warm_up(contestant, one, many, synchronize, meter)
         for turn in range(report.turns):
             for contestant in contestants if turn % 2 == 0 else contestants[::-1]:  # none is always the first
-                measurement = _take_turn(contestant, one, many, synchronize, meter)
+                _take_turn(contestant, one, many, synchronize, meter)
     peaks = [_activations(contestant, many, way) for contestant in contestants]
     costs = [_cost(contestant, peak) for contestant, peak in zip(contestants, peaks, strict=True)]
     if contestants[0].name == "dense twin":
         for cost, contestant in zip(costs[1:], contestants[1:], strict=True):
             cost.against_twin = _against(contestant, contestants[0])
-    assert measurement is not None
+    measurement = contestants[0].measured[-1]
     readings = [reading for reading in measurement.readings if reading.quality is not None]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     order = "channels last" if channels_last else ""
@@ -343,14 +370,20 @@ def _no_wait() -> None:
     """A CPU is done when the call returns."""
 
 
-def _warm_up(contestant: _Contestant, one: Tensor, many: Tensor, synchronize: Callable[[], None]) -> None:
+def _warm_up(contestant: _Contestant, one: Tensor, many: Tensor, synchronize: Callable[[], None], meter: Meter) -> None:
     """Run a few times, and find how many repeats make up a turn."""
     try:
         seconds = [min(_timed(contestant.run, images, synchronize, 1) for _ in range(3)) for images in (one, many)]
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
         raise ExportError(f"--compile: {contestant.name} cannot be compiled here: {reason}") from None
-    contestant.repeats = math.ceil(_LATENCY_S / seconds[0]), math.ceil(_THROUGHPUT_S / seconds[1])
+    throughput_s, lead_s = _THROUGHPUT_S, _LEAD_PERIODS * meter.counter_period_s
+    if lead_s > 0:
+        # One after another they take less than each by itself, and the time must be enough for the counter.
+        seconds[1] = min(seconds[1], _timed(contestant.run, many, synchronize, math.ceil(lead_s / seconds[1])))
+        throughput_s = max(throughput_s, _COUNTER_PERIODS * meter.counter_period_s)
+    contestant.lead = math.ceil(lead_s / seconds[1])
+    contestant.repeats = math.ceil(_LATENCY_S / seconds[0]), math.ceil(throughput_s / seconds[1])
 
 
 def _timed(run: Callable[[Tensor], Tensor], images: Tensor, synchronize: Callable[[], None], repeats: int) -> float:
@@ -367,38 +400,55 @@ def _take_turn(
 ) -> Measurement:
     singles, batches = contestant.repeats
     contestant.single_s.append(_timed(contestant.run, one, synchronize, singles))
+    for _ in range(contestant.lead):
+        contestant.run(many)
     with meter.window(contestant.name) as window:
         contestant.image_s.append(_timed(contestant.run, many, synchronize, batches) / len(many))
-    measured = window.measurement
-    contestant.joules.append(measured.energy_j if measured.complete and not measured.too_short else None)
+    contestant.measured.append(window.measurement)
     contestant.images.append(batches * len(many))
-    return measured
+    return window.measurement
 
 
 def _cost(contestant: _Contestant, activations_bytes: int | None) -> Cost:
+    by_device = zip(*(measured.readings for measured in contestant.measured), strict=True)
+    whole = _per_1000(contestant.measured, contestant.images)
     return Cost(
         contestant.name,
         statistics.median(contestant.single_s),
         1 / statistics.median(contestant.image_s),
-        _joules_per_1000(contestant),
+        whole.energy_j_per_1000,
+        whole.energy_bound_j_per_1000,
+        {
+            readings[0].device: _per_1000([Measurement(0.0, (each,)) for each in readings], contestant.images)
+            for readings in by_device
+        },
         contestant.weights_bytes,
         activations_bytes,
     )
 
 
-def _joules_per_1000(contestant: _Contestant) -> float | None:
+def _per_1000(measured: Sequence[Measurement], images: Sequence[int]) -> DeviceEnergy:
     """Over all turns; None if any of them could not be read whole, or is too short for what is read."""
-    known = [joules for joules in contestant.joules if joules is not None]
-    if len(known) < len(contestant.joules):
-        return None
-    return 1000 * sum(known) / sum(contestant.images)
+    joules = [each.energy_j for each in measured if each.complete and not each.too_short]
+    bounds_j = [each.bound_j for each in measured]
+    energy_j, bound_j = _sum(joules) if len(joules) == len(measured) else None, _sum(bounds_j)
+    if energy_j is None:
+        return DeviceEnergy(None, None)
+    return DeviceEnergy(1000 * energy_j / sum(images), None if bound_j is None else 1000 * bound_j / sum(images))
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """The sum; None if any is unknown."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def _against(contestant: _Contestant, twin: _Contestant) -> dict[str, float | None]:
     def ratio(theirs: list[float], mine: list[float]) -> float:
         return statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
 
-    mine, theirs = _joules_per_1000(contestant), _joules_per_1000(twin)
+    mine = _per_1000(contestant.measured, contestant.images).energy_j_per_1000
+    theirs = _per_1000(twin.measured, twin.images).energy_j_per_1000
     return {
         "latency": ratio(twin.single_s, contestant.single_s),
         "throughput": ratio(twin.image_s, contestant.image_s),

@@ -225,6 +225,9 @@ def test_inference_is_measured_beside_the_dense_twin(exports: Path, capsys: pyte
         assert small["against_twin"]["throughput"] == pytest.approx(small["images_per_s"] / twin["images_per_s"])
         assert comparison["energy_quality"] in ("counter", "integrated power", "estimate", None)
         assert (small["energy_j_per_1000"] is None) == (comparison["energy_quality"] is None)
+        joules = [device["energy_j_per_1000"] for device in small["energy_by_device"].values()]
+        assert small["energy_j_per_1000"] == pytest.approx(sum(joules))
+        assert small["energy_by_device"].keys() == comparison["energy_sources"].keys()
         assert (small["activations_bytes"] is None) == ("onnxruntime" in comparison["engine"])
     tensors = load_file(exports / "safetensors" / "model.safetensors")
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
