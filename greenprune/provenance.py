@@ -40,15 +40,21 @@ def package_versions() -> dict[str, str | None]:
     return versions
 
 
-def git_revision() -> dict[str, Any] | None:
-    """Revision of the checkout that the package runs from, and whether it has changes; None outside a checkout."""
-    folder = Path(__file__).resolve().parent
+def git_revision(file: Path = Path(__file__)) -> dict[str, Any] | None:
+    """Revision of the checkout that the package runs from, and whether it has changes; None outside a checkout.
+
+    Args:
+        file: A file of the package.
+    """
+    file = file.resolve()
 
     def git(*args: str) -> str:
-        command = ["git", "-C", str(folder), *args]
+        command = ["git", "-C", str(file.parent), *args]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
+        # Installed in an environment that lies in somebody's repository, it is in there and yet no part of it.
+        git("ls-files", "--error-unmatch", "--", file.name)
         return {"revision": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None
