@@ -102,7 +102,7 @@ def start_mirrors(
     Args:
         engine: The run's engine.
         config: The run.
-        folder: The run's folder; trackers that write files write them below it.
+        folder: The run's folder, with the provenance of this attempt; trackers that write files write them below it.
         environment: The process's environment.
         write_report: Writes the report that W&B keeps with the run.
         online: Whether W&B talks to its server.
@@ -116,7 +116,7 @@ def start_mirrors(
     for name in config.tracking.trackers:
         try:
             if name == "wandb":
-                mirror, note = _start_wandb(engine, config, folder, environment, write_report, online=online)
+                mirror, note = _start_wandb(engine, config, folder, write_report, online=online)
             elif name == "tensorboard":
                 mirror, note = _start_tensorboard(engine, config, folder)
             else:
@@ -148,14 +148,13 @@ def _start_wandb(
     engine: Engine,
     config: Config,
     folder: RunFolder,
-    environment: Mapping[str, str],
     write_report: WriteReport,
     *,
     online: bool,
 ) -> tuple[Mirror, str]:
     import wandb
 
-    options = wandb_options(config, folder, environment, online=online, resume=True)
+    options = wandb_options(config, folder, online=online, resume=True)
     try:
         engine.start_tracker("wandb", config.tracking.project, options)
     except wandb.errors.Error:

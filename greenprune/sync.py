@@ -63,7 +63,7 @@ def _sync_wandb(
     from greenprune.wandb_mirror import WandbMirror, wandb_goes_online, wandb_options
 
     online = not offline and wandb_goes_online(config, environment)
-    options = wandb_options(config, folder, environment, online=online, resume=False)
+    options = wandb_options(config, folder, online=online, resume=False)
     try:
         run = wandb.init(project=config.tracking.project, config=config.to_dict(), **options)
     except wandb.errors.Error as error:

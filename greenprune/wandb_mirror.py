@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from greenprune.config import Config, ConfigError
-from greenprune.tracking import Event, RunFolder, has_wandb_login, name_without_seed, numbers_of
+from greenprune.tracking import Event, RunFolder, has_wandb_login, name_without_seed, numbers_of, read_attempts
 
 Log = Callable[[dict[str, Any]], None]
 WriteReport = Callable[[RunFolder, Path], list[Path]]
@@ -125,15 +125,12 @@ def _gates(units: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return rates
 
 
-def wandb_options(
-    config: Config, folder: RunFolder, environment: Mapping[str, str], *, online: bool, resume: bool
-) -> dict[str, Any]:
+def wandb_options(config: Config, folder: RunFolder, *, online: bool, resume: bool) -> dict[str, Any]:
     """Arguments of ``wandb.init`` for a run: the same identity in every attempt, nothing asked, nothing waited for.
 
     Args:
         config: The run.
-        folder: The run's folder; W&B writes its files below it.
-        environment: The process's environment; the job of a Slurm array is a group.
+        folder: The run's folder, whose provenance tells of its last attempt; W&B writes its files below it.
         online: Whether to talk to the server.
         resume: Whether to go on with rows that the server has; else they are replaced.
     """
@@ -143,7 +140,7 @@ def wandb_options(
     tags = [config.data.name, config.model.name, job_type]
     if config.gate.enabled:
         tags += [f"{unit} gates" for unit in config.gate.units] + [f"keep {config.budget.target:g}"]
-    array = environment.get("SLURM_ARRAY_JOB_ID")
+    array = _slurm_array(folder)
     return {
         "name": folder.path.name,
         "id": _run_id(config, folder),
@@ -161,6 +158,13 @@ def wandb_options(
             x_label="rank 0",  # of the system metrics: they are those of this process's machine
         ),
     }
+
+
+def _slurm_array(folder: RunFolder) -> str | None:
+    """The Slurm array that the last attempt was a task of, whoever tells of it and from where; None if of none."""
+    attempts = read_attempts(folder.provenance)
+    slurm: dict[str, str] = (attempts[-1].get("slurm") if attempts else None) or {}
+    return slurm.get("array")
 
 
 def _run_id(config: Config, folder: RunFolder) -> str:

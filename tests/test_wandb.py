@@ -124,7 +124,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A home without a netrc, so that nobody is logged in.
     done = subprocess.run(
         command(TRAIN, [*args, "--energy.country", "FRA"], 1),
-        env=environment() | {"HOME": str(folder), "SLURM_ARRAY_JOB_ID": "77"},
+        env=environment() | {"HOME": str(folder)},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -196,7 +196,7 @@ def test_the_table_of_runs_is_useful_at_once(run: Path, uploaded: Uploaded) -> N
     record = uploaded.run
     assert record.display_name == NAME
     assert record.run_id.startswith(f"{NAME}-")
-    assert record.run_group == "slurm-array-77"
+    assert record.run_group == "digits-resnet20-block-0.5"
     assert record.job_type == "gated"
     assert set(record.tags) == {"digits", "resnet20", "gated", "block gates", "keep 0.5"}
 
@@ -227,6 +227,7 @@ def test_a_run_is_caught_up_from_its_events(
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "NETRC"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")  # of the shell that syncs, not of the run
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
     assert main(["sync", str(copy)]) == 0
     said = capfd.readouterr().out
@@ -320,7 +321,7 @@ def test_every_runs_folder_is_one_wandb_run(tmp_path: Path) -> None:
     config = Config(run_name=NAME)
 
     def id_of(path: Path) -> str:
-        return str(wandb_options(config, RunFolder(path), {}, online=True, resume=True)["id"])
+        return str(wandb_options(config, RunFolder(path), online=True, resume=True)["id"])
 
     first, second = RunFolder(tmp_path / "a" / NAME), RunFolder(tmp_path / "b" / NAME)
     first.create(config)
@@ -336,6 +337,25 @@ def test_every_runs_folder_is_one_wandb_run(tmp_path: Path) -> None:
     assert known != id_of(first.path)
     first.id.unlink()
     assert id_of(first.path) == f"{NAME}-{config.identity()}"  # as for all folders from before there was a file
+
+
+@pytest.mark.parametrize(
+    ("config", "attempts", "group"),
+    [
+        (Config(), [{"slurm": {"job": "78", "array": "77"}}], "slurm-array-77"),
+        (Config(), [{"slurm": {"array": "60"}}, {"slurm": {"array": "77"}}], "slurm-array-77"),
+        (Config(), [{"slurm": {"job": "78"}}], "digits-resnet38-block-0.5"),
+        (Config(), [{"slurm": None}], "digits-resnet38-block-0.5"),
+        (Config(), [], "digits-resnet38-block-0.5"),
+        (Config(tracking=TrackingConfig(group="mine")), [{"slurm": {"job": "78", "array": "77"}}], "mine"),
+    ],
+)
+def test_the_array_that_a_run_was_a_task_of_is_its_group_wherever_it_is_told(
+    tmp_path: Path, config: Config, attempts: list[dict[str, Any]], group: str
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.provenance.write_text("".join(json.dumps(attempt) + "\n" for attempt in attempts))
+    assert wandb_options(config, folder, online=False, resume=False)["group"] == group
 
 
 def test_within_a_runs_folder_it_is_synced_under_its_own_name(
