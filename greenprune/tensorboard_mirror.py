@@ -14,6 +14,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 # Of the events of one step the epoch's is the last here: what TensorBoard shows at that step.
 _MIRRORED = ("train", "window", "removal", "freeze", "epoch")
+_RESULTS = ("accuracy", "energy_j", "co2_g", "flops_train", "flops_forward", "params", "time_s")
 
 
 class TensorBoardMirror:
@@ -29,26 +30,41 @@ class TensorBoardMirror:
         self._config = config
 
     def __call__(self, event: Event) -> None:
-        """Send one event."""
-        kind, step = event["kind"], event["step"]
+        """Send one event, with the time at which it was."""
+        kind = event["kind"]
         if kind in _MIRRORED:
-            for name, value in numbers_of(event).items():
-                self._writer.add_scalar(name, value, step)
+            self._add(numbers_of(event), event)
         if kind == "window":
-            for name, seen in event.get("units", {}).items():
-                several = isinstance(seen["rate"], list)
-                rate = sum(seen["rate"]) / max(1, len(seen["rate"])) if several else seen["rate"]
-                self._writer.add_scalar(f"gate_rate/{name.replace(':', '.')}", rate, step)
+            self._add(_rates(event.get("units", {})), event)
         elif kind == "end":
-            self._end(event["summary"])
+            self._end(event)
         if kind in ("epoch", "end"):
             self._writer.flush()
 
-    def _end(self, summary: dict[str, Any]) -> None:
-        wanted = ("accuracy", "energy_j", "co2_g", "flops_train", "flops_forward", "params", "time_s")
-        results = {f"result/{key}": summary[key] for key in wanted if summary.get(key) is not None}
-        # In the same folder: one run, not two.
-        self._writer.add_hparams(plain_settings(self._config), results, run_name=".")
+    def _add(self, numbers: dict[str, float], event: Event) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, event["step"], walltime=event["time"])
+
+    def _end(self, event: Event) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        summary = event["summary"]
+        results = {f"result/{key}": summary[key] for key in _RESULTS if summary.get(key) is not None}
+        # The writer's own add_hparams tells the results as of now, in a file of their own.
+        for entry in hparams(plain_settings(self._config), results):  # type: ignore[no-untyped-call]
+            self._writer._get_file_writer().add_summary(entry, walltime=event["time"])
+        for name, value in results.items():
+            self._writer.add_scalar(name, value, walltime=event["time"])
+
+
+def _rates(units: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The rate of each unit; of a set of channels the mean."""
+    rates = {}
+    for name, seen in units.items():
+        several = isinstance(seen["rate"], list)
+        rate = sum(seen["rate"]) / max(1, len(seen["rate"])) if several else seen["rate"]
+        rates[f"gate_rate/{name.replace(':', '.')}"] = rate
+    return rates
 
 
 @contextmanager

@@ -379,6 +379,26 @@ def test_within_a_runs_folder_it_is_synced_under_its_own_name(
     assert shlex.split(said.partition("TensorBoard: ")[2]) == ["tensorboard", "--logdir", str(run.parent)]
 
 
+def read_board(folder: Path) -> EventAccumulator:
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    return board
+
+
+def test_tensorboard_has_every_figure_at_the_time_of_its_event(tmp_path: Path) -> None:
+    """Also those that were brought to it long after."""
+    events = record_run(tmp_path / "it")
+    assert main(["sync", str(tmp_path / "it"), "--to", "tensorboard"]) == 0
+    board = read_board(tmp_path / "it" / "tensorboard")
+    times = {event["step"]: event["time"] for event in events}
+    names = board.Tags()["scalars"]
+    assert {"train/loss", "eval/accuracy", "gate_rate/stages.0.0"} <= set(names)
+    for name in names:
+        if not name.startswith("result/"):
+            assert {point.step: point.wall_time for point in board.Scalars(name)}.items() <= times.items(), name
+    assert [point.wall_time for point in board.Scalars("result/accuracy")] == [events[-1]["time"]]
+
+
 # Trackers that fail.
 
 
