@@ -34,7 +34,9 @@ class TensorBoardMirror:
         kind = event["kind"]
         if kind in _MIRRORED:
             self._add(numbers_of(event), event)
-        if kind == "window":
+        if kind == "start":
+            self._forget_steps_after(event)
+        elif kind == "window":
             self._add(_rates(event.get("units", {})), event)
         elif kind == "end":
             self._end(event)
@@ -44,6 +46,16 @@ class TensorBoardMirror:
     def _add(self, numbers: dict[str, float], event: Event) -> None:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, event["step"], walltime=event["time"])
+
+    def _forget_steps_after(self, start: Event) -> None:
+        """Have TensorBoard leave out what it was told of steps that this attempt does again, in whatever file it is."""
+        from tensorboard.compat.proto.event_pb2 import Event as Entry
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        # What was given before the first step is told again where an attempt begins there.
+        first_again = start["step"] + 1 if start["step"] > 0 else 0
+        entry = Entry(step=first_again, session_log=SessionLog(status=SessionLog.START))
+        self._writer._get_file_writer().add_event(entry, walltime=start["time"])
 
     def _end(self, event: Event) -> None:
         from torch.utils.tensorboard.summary import hparams

@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 sys.path.insert(0, str(Path(__file__).parent / "report"))
 from google.protobuf.message import DecodeError
 from launching import TRAIN, command, environment
-from recording import record_run
+from recording import STEPS, record_run, write_events
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 from wandb.proto import wandb_internal_pb2
 
 from greenprune.cli import main
@@ -35,6 +36,7 @@ from greenprune.locking import FolderLock
 from greenprune.mirrors import GuardedMirror
 from greenprune.progress import Display
 from greenprune.run import train
+from greenprune.tensorboard_mirror import TensorBoardMirror
 from greenprune.tracking import RunFolder
 from greenprune.wandb_mirror import wandb_options, where_to_see
 
@@ -397,6 +399,32 @@ def test_tensorboard_has_every_figure_at_the_time_of_its_event(tmp_path: Path) -
         if not name.startswith("result/"):
             assert {point.step: point.wall_time for point in board.Scalars(name)}.items() <= times.items(), name
     assert [point.wall_time for point in board.Scalars("result/accuracy")] == [events[-1]["time"]]
+
+
+@pytest.mark.parametrize(("resumed_at", "first_again"), [(0, 1), (STEPS, 2)])
+def test_in_tensorboard_steps_that_were_done_again_are_there_once(
+    tmp_path: Path, resumed_at: int, first_again: int
+) -> None:
+    """With the figures of the second time, whether an attempt follows the other as it trains or from the log."""
+    whole = record_run(tmp_path / "it")
+    first = [event for event in whole if event["step"] <= 3 * STEPS and event["kind"] != "end"]
+    again = [whole[0] | {"step": resumed_at, "attempt": 2}]
+    again += [event | {"train/loss": 7.0} for event in whole[1:] if event["step"] > resumed_at]
+    write_events(tmp_path / "it", [*first, *again])
+    assert main(["sync", str(tmp_path / "it"), "--to", "tensorboard"]) == 0
+    for attempt in (first, again):
+        writer = SummaryWriter(str(tmp_path / "live"))
+        mirror = TensorBoardMirror(writer, {})
+        for event in attempt:
+            mirror(event)
+        writer.close()
+    for folder in (tmp_path / "it" / "tensorboard", tmp_path / "live"):
+        board = read_board(folder)
+        points = [(point.step, point.value) for point in board.Scalars("eval/accuracy")]
+        told = [(event["step"], event["eval/accuracy"]) for event in whole if event["kind"] == "epoch"]
+        assert points == [(step, pytest.approx(accuracy, rel=1e-6)) for step, accuracy in told]
+        losses = {point.step // STEPS: point.value for point in board.Scalars("train/loss")}
+        assert [epoch for epoch, loss in losses.items() if loss == 7] == list(range(first_again, 5))
 
 
 # Trackers that fail.
