@@ -124,7 +124,7 @@ class RunStatus:
         self._accuracy: float | None = None
         self._interval = (0, 0.0)  # steps of this epoch that were timed, and their seconds
         self._operations: list[Event] = []
-        self._marks: deque[tuple[float, int]] = deque()  # time and step of recent events, over one epoch of steps
+        self._marks: deque[tuple[float, int]] = deque()  # seconds and step of recent events, over an epoch
         self._watts: deque[float] = deque(maxlen=_SPARKS)
         self._losses: deque[float] = deque(maxlen=_SPARKS)
         self._pace: _Pace | None = None
@@ -239,7 +239,11 @@ class RunStatus:
 
     def _mark(self, event: Event) -> None:
         """Remember when a step was reached, over as many steps as an epoch has, so that pauses count in full."""
-        self._marks.append((event["time"], event["step"]))
+        # The clock on the wall may be set; only events of older versions tell no other.
+        clock = "time" if self._start.get("time_s") is None else "time_s"
+        if event.get(clock) is None:
+            return
+        self._marks.append((event[clock], event["step"]))
         while len(self._marks) > 2 and event["step"] - self._marks[1][1] >= self._start["steps_per_epoch"]:
             self._marks.popleft()
 
@@ -316,7 +320,7 @@ class RunStatus:
 
     def _remaining(self, steps: int) -> str:
         (first_s, first), (last_s, last) = self._marks[0], self._marks[-1]
-        if last == first:
+        if last <= first or last_s < first_s:
             return "?"
         return str(timedelta(seconds=round(steps * (last_s - first_s) / (last - first))))
 

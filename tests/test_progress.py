@@ -28,9 +28,9 @@ def structure(blocks: int = 4, gates: int = 4, flops: int = 1000) -> Event:
     }
 
 
-def spending(energy_j: float | None) -> Event:
+def spending(energy_j: float | None, time_s: float = 0.0) -> Event:
     power_w = None if energy_j is None else 40.6
-    return {"energy/total_j": energy_j, "energy/power_w": power_w, "energy/co2_g": None, "time_s": 1.0}
+    return {"energy/total_j": energy_j, "energy/power_w": power_w, "energy/co2_g": None, "time_s": time_s}
 
 
 def start(**changes: object) -> Event:
@@ -57,6 +57,7 @@ def start(**changes: object) -> Event:
         "notes": ["cpu: an estimate,\n because there is no counter"],
         **structure(),
         "flops/forward_dense": 1000,
+        "time_s": 0.0,
         **changes,
     }
 
@@ -74,7 +75,7 @@ def train(step: int, energy_j: float | None = 50.0, step_time_s: float = 0.1, **
         "train/step_time_s": step_time_s,
         "gate/price": 0.25,
         **structure(),
-        **spending(energy_j),
+        **spending(energy_j, float(step)),
         **changes,
     }
 
@@ -90,7 +91,7 @@ def epoch(number: int, energy_j: float | None = 50.0, epoch_j: float | None = 50
         "eval/loss": 1.0,
         "eval/accuracy": 0.7326,
         **structure(),
-        **spending(energy_j),
+        **spending(energy_j, 10.0 * number),
         "energy/epoch_j": epoch_j,
         **changes,
     }
@@ -234,9 +235,22 @@ def test_before_the_first_step_nothing_is_claimed() -> None:
 
 
 def test_a_time_left_follows_the_pace_of_the_last_epoch() -> None:
-    slow = [train(step, **{"time": 100.0 + 10 * step}) for step in (5, 10)]
-    fast = [train(step, **{"time": 200.0 + (step - 10)}) for step in (15, 20)]
+    slow = [train(step, time_s=10.0 * step) for step in (5, 10)]
+    fast = [train(step, time_s=100.0 + (step - 10)) for step in (15, 20)]
     assert "0:00:20 left" in panel(start(), *slow, *fast)
+
+
+def test_a_time_left_does_not_hang_on_the_clock_on_the_wall() -> None:
+    """Which may be set, while the seconds of a run only grow."""
+    back = [train(10), *(train(step, time=100.0 + step - 3600) for step in (15, 20))]
+    assert "0:00:20 left" in panel(start(), *back)
+
+
+@pytest.mark.parametrize(("set_back_s", "left"), [(0, "0:00:20 left"), (3600, "? left")])
+def test_where_no_seconds_are_told_the_clock_on_the_wall_has_to_do(set_back_s: int, left: str) -> None:
+    events = [start(), train(10), *(train(step, time=100.0 + step - set_back_s) for step in (15, 20))]
+    old = [{key: value for key, value in event.items() if key != "time_s"} for event in events]
+    assert left in panel(*old)
 
 
 def test_a_stream_without_unicode_is_served_too() -> None:
