@@ -213,7 +213,8 @@ class _Books:
         if not told:
             return Finding("ledger: joules", None, "nothing could be read")
         wrong = []
-        if told != sorted(told):
+        reached = itertools.accumulate(told, max)
+        if any(now < before * (1 - _TOLERANCE) for before, now in zip(reached, told[1:], strict=False)):
             wrong.append("energy/total_j falls from one event to a later one")
         detail = f"{told[-1]:,.1f} J told, {self.lost_j():,.1f} J of them for work done again"
         if summary is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -81,6 +82,17 @@ def test_a_changed_log_is_found(copied: Path, change: str) -> None:
     apply, what = CHANGES[change]
     rewrite(copied / "events.jsonl", apply)
     assert what in wrong(copied)
+
+
+def test_joules_that_were_added_up_in_another_order_do_not_fall(copied: Path) -> None:
+    """As an attempt tells those of the one before: by phase, and not by device."""
+
+    def fall_a_little(events: list[dict]) -> None:
+        told = [event for event in events if event.get("energy/total_j") is not None]
+        told[3]["energy/total_j"] = math.nextafter(told[2]["energy/total_j"], 0)
+
+    rewrite(copied / "events.jsonl", fall_a_little)
+    assert wrong(copied) == []
 
 
 def test_a_torn_line_in_the_middle_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
