@@ -271,7 +271,7 @@ def _mean(group: Group, key: str) -> float:
 
 
 def _lost(run: ReportedRun) -> str:
-    lost_j = run.compared.summary.get("energy_lost_j")
+    lost_j = run.compared.lost_j
     return f" ({format_joules(lost_j)} for work that was lost or done again)" if lost_j else ""
 
 

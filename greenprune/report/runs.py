@@ -15,10 +15,12 @@ import yaml
 
 from greenprune.config import UserError, load_yaml, shaping_values
 from greenprune.formatting import worst_quality
+from greenprune.report.attempts import Attempt, read_spans
 from greenprune.timing import StepTimes
 from greenprune.tracking import Event, RunFolder, describe_damage, read_attempts, salvage_events
 
 _EXECUTION_KEYS = ("compile", "cuda_graph")
+_ROUNDING = 1e-9  # of sums of joules
 _RUN_FILES = ("summary.json", "events.jsonl", "config.yaml")
 # A device in energy_by_device_j: perhaps its host, its name and model, and unless it is unreadable how it was metered.
 _DEVICE = re.compile(r"(?:\S+: )?(?P<kind>cpu|dram)?.*?(?: \((?P<meter>(?:counter|integrated power|estimate)\b.*)\))?")
@@ -40,6 +42,7 @@ class ComparedRun:
             without what its config.yaml does not tell.
         images: Where its own folder of images is; None if it was trained on a known data set, or no config.yaml tells.
         damage: What is wrong with each line of its events that is none, where they were needed and so were read.
+        attempts: When it went on and how each time ended, as its events tell; empty if they are not there.
         twin: Name of its dense twin among the compared runs, if there is one.
         against_twin: Differences and ratios to the twin by name; None where one is unknown or would compare anything
             but the networks, such as machines.
@@ -54,6 +57,7 @@ class ComparedRun:
     execution: dict[str, Any] = field(default_factory=dict)
     images: Path | None = None
     damage: tuple[str, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
     twin: str | None = None
     against_twin: dict[str, float | None] | None = None
 
@@ -93,9 +97,20 @@ class ComparedRun:
     @property
     def has_lost_work(self) -> bool:
         """Whether it did work twice, or may have, so that its joules and seconds tell of more than its network."""
-        # What an attempt that was killed did after its last event is on no record.
-        was_killed = not self.energy_is_complete and (self.summary.get("attempts") or 1) > 1
-        return was_killed or bool(self.summary.get("energy_lost_j"))
+        several = self.summary.get("attempts") or 1
+        if several > 1 and len(self.attempts) == several:
+            lost_work = any(attempt.lost_work for attempt in self.attempts[:-1])
+        else:
+            # Without whole events: of one that was killed the joules are a lower bound.
+            lost_work = not self.energy_is_complete and several > 1
+        return lost_work or self.lost_j > 0
+
+    @property
+    def lost_j(self) -> float:
+        """Joules of work that was lost or done again, as far as they are known."""
+        lost_j: float = self.summary.get("energy_lost_j") or 0.0
+        # Books that were added up in another order differ by less, and nothing was lost.
+        return lost_j if lost_j > _ROUNDING * (self.summary.get("energy_j") or 0.0) else 0.0
 
     @property
     def carbon(self) -> tuple[float | None, float] | None:
@@ -223,7 +238,8 @@ def read_run(path: Path, name: str) -> ComparedRun:
     config = _read_config(folder.config)
     hardware = hardware_of(read_provenance(path))
     shaping, execution, images = _dense_config(config), _execution(config), _images(config)
-    return ComparedRun(path, name, summary, state, hardware, shaping, execution, images, damage)
+    attempts = read_spans(folder.events)
+    return ComparedRun(path, name, summary, state, hardware, shaping, execution, images, damage, attempts)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

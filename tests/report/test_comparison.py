@@ -358,6 +358,41 @@ def test_joules_and_seconds_of_a_run_that_was_stopped_in_good_order_are_compared
 
 
 @pytest.mark.parametrize(
+    ("ended_with", "goes_on_at", "lost"),
+    [
+        ("interrupt", 10, False),
+        ("interrupt", 5, True),  # the newest checkpoint was damaged
+        ("train", 10, True),  # killed: what it did after that is on no record
+    ],
+)
+def test_a_device_that_could_never_be_read_is_no_work_that_was_done_twice(
+    tmp_path: Path, ended_with: str, goes_on_at: int, lost: bool
+) -> None:
+    """As a part of a GPU (MIG): its run was stopped, and went on."""
+    unreadable = {"energy_by_device_j": {"GPU-1a": None, CPU: 130.0}, "energy_complete": False, "energy_lost_j": 0.0}
+    write_run(tmp_path / "dense", DENSE | {"energy_complete": True})
+    folder = write_run(tmp_path / "gated", GATED | unreadable | {"attempts": 2})
+    kinds = (("start", 0), (ended_with, 10), ("start", goes_on_at), ("end", 20))
+    events = [{"time": 1.0, "step": step, "kind": kind} for kind, step in kinds]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    comparison = compare_runs([tmp_path])
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert against["energy_j"] is None
+    assert (against["time_s"] is None) == lost
+    told = "gated did work twice, or may have: no ratios of joules, CO2e and time"
+    assert comparison.notes == (
+        (told if lost else "some joules of gated could not be read: no ratios of joules and CO2e"),
+    )
+
+
+def test_joules_that_were_added_up_in_another_order_are_no_lost_work(tmp_path: Path) -> None:
+    write_run(tmp_path / "dense", DENSE)
+    write_run(tmp_path / "gated", GATED | {"attempts": 2, "energy_lost_j": 2.8e-14})
+    assert not compare_runs([tmp_path]).notes
+
+
+@pytest.mark.parametrize(
     "worse",
     [
         {"energy_complete": False},

@@ -430,6 +430,20 @@ def test_work_that_was_done_twice_is_in_no_mean_of_joules_and_seconds(tmp_path: 
         assert "so in no mean and no ratio of joules, CO2e and time: gated-1." in text
 
 
+def test_seconds_of_a_run_with_a_device_that_was_never_read_are_in_the_mean(tmp_path: Path) -> None:
+    """It was stopped in good order and went on: nothing was done twice."""
+    recorded = record_four(tmp_path)["gated-1"]
+    stop = {"time": recorded[0]["time"], "step": 2 * STEPS, "kind": "interrupt"}
+    again = recorded[0] | {"step": 2 * STEPS, "attempt": 2}
+    last = [event for event in recorded if event["step"] > 2 * STEPS]
+    write_events(tmp_path / "gated-1", [event for event in recorded if event not in last] + [stop, again, *last])
+    change_summary(tmp_path / "gated-1", attempts=2, energy_complete=False, energy_by_device_j={"GPU-1": None})
+    report = build_report([tmp_path])
+    counted = [run.counts("time_s") for run in report.runs if run.name == "gated-1"]
+    assert counted == [True]
+    assert not any("done again" in note for note in report.notes)
+
+
 @pytest.mark.parametrize(("g_per_kwh", "mean"), [(369.0, 1.5), (56.0, None)])
 def test_co2_of_other_grids_is_not_averaged(tmp_path: Path, g_per_kwh: float, mean: float | None) -> None:
     record_four(tmp_path)
