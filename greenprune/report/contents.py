@@ -16,6 +16,7 @@ from greenprune.report.comparison import set_against_twins
 from greenprune.report.history import read_history
 from greenprune.report.parts import FIGURES, Group, Report, ReportedRun, Spread, Task, spread_of
 from greenprune.report.runs import (
+    IMAGE_FOLDER,
     ComparedRun,
     find_runs,
     hardware_of,
@@ -50,10 +51,7 @@ def build_report(paths: Sequence[Path], notes: Sequence[str] = ()) -> Report:
     read = [_read(path, name) for path, name in found.items()]
     comparison = set_against_twins([run.compared for run in read])
     runs = [replace(run, compared=compared) for run, compared in zip(read, comparison.runs, strict=True)]
-    by_task: dict[tuple[str, str], list[ReportedRun]] = {}
-    for run in runs:
-        by_task.setdefault(run.task, []).append(run)
-    tasks = tuple(_task(*key, members) for key, members in sorted(by_task.items()))
+    tasks = tuple(_task(*key, members) for key, members in sorted(_by_task(runs).items()))
     several = len(tasks) > 1
     groups = {
         f"{task.data}: {group.label}" if several else group.label: group for task in tasks for group in task.groups
@@ -101,6 +99,53 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
         else:
             values[key] = value
     return values
+
+
+# Tasks.
+
+
+def _by_task(runs: Sequence[ReportedRun]) -> dict[tuple[str, str], list[ReportedRun]]:
+    """Runs that may be drawn together, by their data set, as people know it, and their kind of accuracy."""
+    by_data: dict[tuple[str, str | None, Path | None], list[ReportedRun]] = {}
+    seen = _digests_of_folders(runs)
+    for run in runs:
+        by_data.setdefault(_data_of(run, seen), []).append(run)
+    named = [(_data_name(members), digest, members) for (_, digest, _), members in by_data.items()]
+    names = [name for name, _, _ in named]
+    by_task: dict[tuple[str, str], list[ReportedRun]] = {}
+    for name, digest, members in named:
+        # A folder that held other images at another time goes by one name.
+        told = f"{name}, files {digest}" if digest is not None and names.count(name) > 1 else name
+        for run in members:
+            by_task.setdefault((told, str(run.compared.summary.get("accuracy_kind") or "unknown")), []).append(run)
+    return by_task
+
+
+def _digests_of_folders(runs: Iterable[ReportedRun]) -> dict[Path | None, set[str]]:
+    """What is known to have been in each folder of images."""
+    seen: dict[Path | None, set[str]] = {}
+    for run in runs:
+        if (digest := run.compared.summary.get("data_digest")) is not None:
+            seen.setdefault(run.compared.images, set()).add(digest)
+    return seen
+
+
+def _data_of(run: ReportedRun, seen: dict[Path | None, set[str]]) -> tuple[str, str | None, Path | None]:
+    """What tells a run's data set from others: its name, and of images of one's own what they are, else where."""
+    summary, images = run.compared.summary, run.compared.images
+    data = str(summary.get("data") or "unknown data")
+    if data != IMAGE_FOLDER:
+        return data, None, None
+    digest = summary.get("data_digest")
+    if digest is None and images is not None and len(seen.get(images, ())) == 1:  # of an older version
+        (digest,) = seen[images]
+    return data, digest, images if digest is None else None
+
+
+def _data_name(runs: Sequence[ReportedRun]) -> str:
+    """A data set as people know it: of images of one's own with the first folder that they were in."""
+    data = str(runs[0].compared.summary.get("data") or "unknown data")
+    return next((f"{data} {images}" for run in runs if (images := run.compared.images) is not None), data)
 
 
 # Groups.

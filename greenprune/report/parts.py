@@ -86,13 +86,6 @@ class ReportedRun:
         return once and complete if key in ("energy_j", "co2_g") else once or key != "time_s"
 
     @property
-    def task(self) -> tuple[str, str]:
-        """Data set, with the folder of images of one's own, and kind of accuracy; runs of a task are drawn together."""
-        summary, images = self.compared.summary, self.compared.images
-        data = str(summary.get("data") or "unknown data")
-        return data if images is None else f"{data} {images}", str(summary.get("accuracy_kind") or "unknown")
-
-    @property
     def metering(self) -> tuple[object, ...]:
         """What must be the same for joules to be compared."""
         summary = self.compared.summary

@@ -19,6 +19,9 @@ from greenprune.report.attempts import Attempt, read_spans
 from greenprune.timing import StepTimes
 from greenprune.tracking import Event, RunFolder, describe_damage, read_attempts, salvage_events
 
+IMAGE_FOLDER = "image_folder"
+"""The data set that is a folder of one's own images, and so another one for each."""
+
 _EXECUTION_KEYS = ("compile", "cuda_graph")
 _ROUNDING = 1e-9  # of sums of joules
 _RUN_FILES = ("summary.json", "events.jsonl", "config.yaml")
@@ -268,7 +271,7 @@ def _execution(config: dict[str, Any]) -> dict[str, Any]:
 def _images(config: dict[str, Any]) -> Path | None:
     """The folder of an image_folder: two of them are two data sets, while any other is the same wherever it lies."""
     data = config.get("data")
-    if not isinstance(data, dict) or data.get("name") != "image_folder" or not isinstance(data.get("root"), str):
+    if not isinstance(data, dict) or data.get("name") != IMAGE_FOLDER or not isinstance(data.get("root"), str):
         return None
     return Path(data["root"]).resolve()
 

@@ -393,6 +393,37 @@ def test_runs_on_two_folders_of_images_are_neither_averaged_nor_drawn_together(t
     ]
 
 
+def record_on_images(folder: Path, seed: int, root: str | None, digest: str | None) -> None:
+    record_run(folder, seed=seed, data="image_folder")
+    values = config(seed, data__name="image_folder", data__root=root)
+    (folder / "config.yaml").write_text(json.dumps(values))
+    change_summary(folder, data_digest=digest)
+
+
+def test_runs_on_copies_of_one_folder_of_images_are_seeds_of_one_group(tmp_path: Path) -> None:
+    """As of jobs that each stage it to a disk of their own; one of an older version tells the folder alone."""
+    stages = (("/job-1/cats", "c"), ("/job-2/cats", "c"), (None, "c"), ("/job-1/cats", None), ("/job-4/dogs", "d"))
+    for seed, (root, digest) in enumerate(stages):
+        record_on_images(tmp_path / f"run-{seed}", seed, root, digest)
+    tasks = build_report([tmp_path]).tasks
+    assert [(task.data, [len(group.runs) for group in task.groups]) for task in tasks] == [
+        ("image_folder /job-1/cats", [4]),
+        ("image_folder /job-4/dogs", [1]),
+    ]
+
+
+def test_one_folder_that_held_other_images_before_is_two_data_sets(tmp_path: Path) -> None:
+    for seed, digest in enumerate(("c", "d", None)):
+        record_on_images(tmp_path / f"run-{seed}", seed, "/images", digest)
+    report = build_report([tmp_path])
+    assert [(task.data, len(task.groups[0].runs)) for task in report.tasks] == [
+        ("image_folder /images", 1),  # of an older version: either may be meant
+        ("image_folder /images, files c", 1),
+        ("image_folder /images, files d", 1),
+    ]
+    assert len(report.groups) == 3
+
+
 def change_summary(folder: Path, **changes: Any) -> None:
     path = folder / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
