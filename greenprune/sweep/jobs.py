@@ -41,7 +41,9 @@ def render_job(kind: JobKind, site: Site, shape: Shape = Shape()) -> str:
     if kind == "collect":
         parts = [_head(kind, site, None), _environment(site), _COLLECT]
     elif kind == "array":
-        parts = [_head(kind, site, shape), _environment(site), _TASK, _STOP, _start(shape), _wait(site, _RECORD)]
+        has_launcher = shape != Shape()
+        task, record = (_TASK + _BEFORE, _RECORD_OF_LAUNCHER) if has_launcher else (_TASK, _RECORD)
+        parts = [_head(kind, site, shape), _environment(site), task, _STOP, _start(shape), _wait(site, record)]
     else:
         parts = [_head(kind, site, shape), _environment(site), _STOP, _start(shape), _wait(site, "")]
     return "\n".join(part for part in parts if part)
@@ -92,6 +94,11 @@ for _ in {1..90}; do
 done
 rm -f "$sweep/exits/$task"
 set -- --config "$config"
+"""
+
+_BEFORE = """\
+events() { cat "$sweep/runs/$task-"*/events.jsonl 2>/dev/null; }
+before=$(events | wc -c)
 """
 
 _STOP = """\
@@ -146,13 +153,21 @@ srun --wait=300 bash -c "$on_node" on_node "$@" &
 
 
 def _start(shape: Shape) -> str:
-    if shape.nodes == shape.processes == 1:
+    if shape == Shape():
         return _ONE_PROCESS
     text = _SEVERAL_NODES if shape.nodes > 1 else _SEVERAL_PROCESSES
     return text.replace("{processes}", str(shape.processes))  # str.format would trip over the braces of the shell
 
 
 _RECORD = 'echo "$code" >"$sweep/exits/$task"\n'
+
+_RECORD_OF_LAUNCHER = """\
+# A launcher has exit codes of its own: that its processes ended as they were asked to, their last event tells.
+case $(events | tail -c "+$((before + 1))" | tail -n 1) in
+  *'"kind": "interrupt"'*) echo 143 ;;
+  *) echo "$code" ;;
+esac >"$sweep/exits/$task"
+"""
 
 _WAIT = """\
 program=$!

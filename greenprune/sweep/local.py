@@ -16,6 +16,7 @@ import psutil
 
 from greenprune.interrupt import InterruptRequest
 from greenprune.sweep.folder import PlannedRun, SweepFolder
+from greenprune.tracking import salvage_events
 
 _POLL_S = 0.1
 
@@ -35,9 +36,14 @@ class _Started:
         code = self.process.poll()
         if code is None or code < 0:
             return None if code is None else 128 - code
-        # A launcher ends with 1 whatever ended its processes; as long as they have recorded nothing, that was the stop.
-        stopped_early = self.is_launcher and self.is_told and _size(self.events) == self.events_bytes
-        return 128 + signal.SIGTERM if code == 1 and stopped_early else code
+        return 128 + signal.SIGTERM if code == 1 and self.is_launcher and self._is_stopped() else code
+
+    def _is_stopped(self) -> bool:
+        """Whether its processes ended as they were asked to; their launcher ends with 1 whatever ended them."""
+        if _size(self.events) == self.events_bytes:  # they have recorded nothing yet
+            return self.is_told
+        events, _ = salvage_events(self.events)
+        return bool(events) and events[-1]["kind"] == "interrupt"
 
     def stop(self) -> None:
         """Tell the training processes: not their launcher, which would kill them after 30 s."""

@@ -121,12 +121,12 @@ def _judge(folder: SweepFolder, run: PlannedRun, queued: QueuedTask | None, last
         code = folder.exit_of(run).read_text().strip()
     except OSError:
         code = ""
+    if code and code not in _STOP_CODES:  # of the last attempt, which may have recorded nothing
+        return "failed", f"exit code {code}; see {folder.log_of(run)}"
     if last_event == "interrupt":
         return "stopped", "it has a checkpoint"
-    if code in _STOP_CODES:  # which would have left an event if this attempt had begun to train
+    if code:  # of a stop, which would have left an event if this attempt had begun to train
         return "stopped", "as it was starting"
-    if code:
-        return "failed", f"exit code {code}; see {folder.log_of(run)}"
     if last_event or folder.log_of(run).exists():
         return "failed", f"it was killed; see {folder.log_of(run)}"
     return "missing", ""

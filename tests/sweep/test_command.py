@@ -17,7 +17,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 from launching import ROOT, environment
-from recording import damage_line, record_run
+from recording import damage_line, record_run, stop_before
 
 from greenprune.config import load_config
 from greenprune.sweep.command import main
@@ -338,20 +338,47 @@ def test_what_ended_a_run_that_has_no_checkpoint(
     assert [found["state"] for found in json.loads(out)] == [state, "missing"]
 
 
-def test_here_a_run_that_fails_as_it_is_stopped_has_failed(place: Path) -> None:
-    """That it was told to stop explains neither an error of its own nor a kill."""
-    events = place / "events.jsonl"
-    for is_launcher, has_begun, ending, code in (
-        (False, False, "exit 1", 1),
-        (True, True, "exit 1", 1),
-        (True, False, "exit 1", 128 + signal.SIGTERM),
-        (True, False, "kill -KILL $$", 128 + signal.SIGKILL),
+@pytest.mark.parametrize("code", ["2", "1", "137"])
+def test_a_stopped_run_that_failed_since_then_has_failed(
+    place: Path, capsys: pytest.CaptureFixture[str], code: str
+) -> None:
+    """Its last attempt ended before it could record anything: the log ends with how the one before was stopped."""
+    assert sweep(capsys, "two.yaml")[0] == 0
+    folder = place / "runs" / "sweeps" / "two"
+    run = folder / "runs" / "0000-digits-resnet20-dense-seed0"
+    stop_before(run, record_run(run, gated=False), 20)
+    interrupt = {"time": 1.0, "step": 20, "kind": "interrupt", "signal": "SIGUSR1", "checkpoint": "step-000000020"}
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps(interrupt) + "\n")
+    for written, state, why in (
+        (None, "stopped", "it has a checkpoint"),
+        ("143", "stopped", "it has a checkpoint"),
+        (code, "failed", f"exit code {code}; see {folder / 'logs' / '0000.log'}"),
     ):
-        events.write_text("of an earlier attempt\n")
+        if written is not None:
+            (folder / "exits" / "0000").write_text(f"{written}\n")
+        (first, _) = json.loads(sweep(capsys, "status", str(folder), "--json")[1])
+        assert (first["state"], first["why"]) == (state, why)
+    assert sweep(capsys, "collect", str(folder), "--patience", "0")[0] == 0
+    told = f"has no result: failed (exit code {code}; see {folder / 'logs' / '0000.log'})"
+    assert told in (folder / "report.md").read_text().replace("\\", "")
+
+
+def test_here_a_run_that_fails_as_it_is_stopped_has_failed(place: Path) -> None:
+    """That it was told to stop explains no error and no kill, unless its processes recorded a stop."""
+    events = place / "events.jsonl"
+    stopped, going = (f'{{"time": 1.0, "step": 3, "kind": "{kind}"}}\n' for kind in ("interrupt", "train"))
+    for is_launcher, recorded, ending, code in (
+        (False, "", "exit 1", 1),
+        (True, going, "exit 1", 1),
+        (True, stopped, "exit 1", 128 + signal.SIGTERM),
+        (True, "", "exit 1", 128 + signal.SIGTERM),
+        (True, "", "kill -KILL $$", 128 + signal.SIGKILL),
+    ):
+        events.write_text(stopped)  # of an earlier attempt
         process = subprocess.Popen(["/bin/sh", "-c", ending])
         started = _Started(PlannedRun(0, "it", {}, ""), process, 0.0, is_launcher, events, events.stat().st_size)
         process.wait()
         started.stop()
-        if has_begun:
-            events.write_text("of an earlier attempt\nand of this one\n")
+        events.write_text(stopped + recorded)
         assert started.exit_code() == code

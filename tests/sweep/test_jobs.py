@@ -136,7 +136,7 @@ class Shell:
         self.programs = folder / "bin"
         self.programs.mkdir()
         self.called = folder / "called"
-        for name in ("bash", "ls", "seq", "sleep", "rm", "touch"):
+        for name in ("bash", "ls", "seq", "sleep", "rm", "touch", "cat", "wc", "tail"):
             (self.programs / name).symlink_to(str(shutil.which(name)))
         self.program("squeue", "echo ${STATE:-RUNNING}")
         self.program("scontrol", ":")
@@ -230,6 +230,22 @@ def test_told_to_stop_it_waits_for_the_program_and_queues_itself(
     asked = [call for call in shell.calls() if call[0] in ("squeue", "scontrol")]
     assert not any("42" in word.split("=") for call in asked for word in call)  # that would be all tasks of the array
     assert (["scontrol", "requeue", "42_7"] in asked) == requeued
+
+
+@pytest.mark.parametrize(("kind", "code"), [("interrupt", 143), ("train", 1), ("", 1)])
+def test_of_several_processes_the_exit_code_is_that_of_their_stop(
+    shell: Shell, sweep: Path, kind: str, code: int
+) -> None:
+    """A launcher ends with 1 whatever ended its processes; what an attempt before recorded is none of this one."""
+    events = sweep / "runs" / "0007-it" / "events.jsonl"
+    events.parent.mkdir(parents=True)
+    events.write_text('{"time": 1.0, "step": 2, "kind": "interrupt"}\n')
+    line = f'{{"time": 1.0, "step": 3, "kind": "{kind}"}}\n' if kind else ""
+    (sweep / "recorded").write_text(line)
+    find = "sweep=${!#}; sweep=${sweep%/configs/*}"
+    shell.program("accelerate", f'{find}; cat "$sweep"/recorded >>"$sweep"/runs/*/events.jsonl; exit 1')
+    assert shell.run(render_job("array", Site(), Shape(1, 2)), str(sweep)) == 1
+    assert (sweep / "exits" / "0007").read_text() == f"{code}\n"
 
 
 def test_a_job_that_is_no_array_queues_itself(shell: Shell, tmp_path: Path) -> None:
