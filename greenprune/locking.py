@@ -6,9 +6,11 @@ import fcntl
 import os
 import re
 import socket
+import tempfile
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -17,7 +19,22 @@ from greenprune.config import UserError
 
 _NAME = ".lock"
 _RENEW_S = 5.0  # an owner shows this often that it is there
+_WATCH_S = 3 * _RENEW_S  # one that has not shown it for so long is gone
 _OWNER = re.compile(r"process (?P<pid>[0-9]{1,9}) on (?P<host>\S+)")
+
+
+class FolderInUse(UserError):
+    """Another process has a run's folder in hand.
+
+    Attributes:
+        owner: The process, as its lock names it.
+    """
+
+    def __init__(self, folder: Path, owner: str) -> None:
+        super().__init__(
+            f"run_name: {str(folder)!r} is in use by another process ({owner}); expected one that has stopped"
+        )
+        self.owner = owner
 
 
 class FolderLock:
@@ -35,10 +52,11 @@ class FolderLock:
         left_by: The owner that ended without letting go of the folder, or empty.
 
     Raises:
-        UserError: Another process holds it, or it cannot be written.
+        FolderInUse: Another process holds it.
+        UserError: It cannot be written.
     """
 
-    def __init__(self, folder: Path, watch_s: float = 3 * _RENEW_S) -> None:
+    def __init__(self, folder: Path, watch_s: float = _WATCH_S) -> None:
         self._path = folder / _NAME
         try:
             self._file = self._path.open("a+", errors="replace")
@@ -50,7 +68,8 @@ class FolderLock:
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
             self._file.flush()
         except OSError as error:
-            self._file.close()
+            with suppress(OSError):  # of a full disk, again
+                self._file.close()
             raise UserError(f"output_dir: cannot write {str(self._path)!r} ({error.strerror})") from None
         except UserError:
             self._file.close()
@@ -64,7 +83,7 @@ class FolderLock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shared = True
         except BlockingIOError:
-            raise self._in_use(folder, self._owner()) from None
+            raise FolderInUse(folder, self._owner()) from None
         except OSError:  # a file system without locks: the owner's name is all there is
             shared = False
         owner = self._owner()
@@ -73,9 +92,9 @@ class FolderLock:
             return owner
         if found["host"] != socket.gethostname():
             if self._is_renewed(watch_s):
-                raise self._in_use(folder, owner)
+                raise FolderInUse(folder, owner)
         elif not shared and psutil.pid_exists(int(found["pid"])):
-            raise self._in_use(folder, owner)
+            raise FolderInUse(folder, owner)
         return owner
 
     def _owner(self) -> str:
@@ -93,12 +112,6 @@ class FolderLock:
                     return True
         return False
 
-    @staticmethod
-    def _in_use(folder: Path, owner: str) -> UserError:
-        return UserError(
-            f"run_name: {str(folder)!r} is in use by another process ({owner}); expected one that has stopped"
-        )
-
     def _renew(self) -> None:
         while not self._released.wait(_RENEW_S):
             with suppress(OSError):  # a disk that is gone stops the run elsewhere
@@ -113,6 +126,82 @@ class FolderLock:
             self._file.close()
 
 
+@dataclass(frozen=True)
+class Holder:
+    """Who has a run's folder in hand, found without touching its lock.
+
+    Attributes:
+        is_held: Whether a process has it in hand; None if that cannot be told.
+        owner: The process that had it last, as its lock names it: ``process 7 on node-3``; empty if it was let go of.
+        host: The machine of that process, empty for this one.
+        renewed_s: When a process of another machine was seen to be there, by the file system's clock.
+    """
+
+    is_held: bool | None
+    owner: str = ""
+    host: str = ""
+    renewed_s: float = 0.0
+
+    @property
+    def where(self) -> str:
+        """The machine in words."""
+        return f"on {self.host}" if self.host else "on this machine"
+
+    @property
+    def doubt(self) -> str:
+        """Why it cannot be told, in words."""
+        return f"last held by {self.owner}" if self.owner else "its lock cannot be read"
+
+
+def find_holder(folder: Path) -> Holder:
+    """Find out at once who has a run's folder in hand, on this machine or another.
+
+    A process of this machine is told by the system's list of locks. One of another machine is told by the time of the
+    lock's file, which it sets anew every few seconds. That is set against a new file's, which is made for it and leaves
+    nothing: both have their times by the clock of the file system.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        Nothing is told for certain of another machine, or where the system shows no locks, if the folder cannot be
+        written. A process that was killed there counts as holding the folder until it should have renewed its lock.
+    """
+    path = folder / _NAME
+    try:
+        owner = _owner_in(path)
+    except FileNotFoundError:
+        return Holder(False)
+    except OSError:
+        return Holder(None)
+    if owner is None:
+        return Holder(bool(_is_locked_here(path, owner)))
+    host = "" if owner["host"] == socket.gethostname() else owner["host"]
+    seen = None if host else _is_locked_here(path, owner)
+    if seen is not None:
+        return Holder(seen, owner.group())
+    try:
+        with path.open():  # has a network file system ask its server
+            renewed_s = path.stat().st_mtime
+    except OSError:
+        return Holder(None, owner.group(), host)
+    now_s = _clock_s(folder)
+    fresh = None if now_s is None else abs(now_s - renewed_s) <= _WATCH_S
+    return Holder(fresh, owner.group(), host, renewed_s)
+
+
+def is_held(folder: Path) -> bool | None:
+    """Whether a process of this machine or another has a run's folder in hand: see :func:`find_holder`.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        None if that cannot be told.
+    """
+    return find_holder(folder).is_held
+
+
 def is_left(folder: Path) -> bool:
     """Whether a run's folder was let go of, or its last owner was a process of this machine that is gone.
 
@@ -122,36 +211,27 @@ def is_left(folder: Path) -> bool:
     Returns:
         False also where that cannot be told: the last owner was of another machine, or the system shows no locks.
     """
-    if is_held(folder) is not False:
-        return False
+    path = folder / _NAME
     try:
-        owner = _owner_of(folder)
+        owner = _owner_in(path)
     except FileNotFoundError:
         return True
     except OSError:
         return False
-    return owner is None or owner["host"] == socket.gethostname()
+    if owner is not None and owner["host"] != socket.gethostname():
+        return False
+    return _is_locked_here(path, owner) is False
 
 
-def _owner_of(folder: Path) -> re.Match[str] | None:
-    """The process that a folder's lock names, if it names one."""
-    return _OWNER.fullmatch((folder / _NAME).read_text(errors="replace")[:1000].strip())
+def _owner_in(path: Path) -> re.Match[str] | None:
+    """The process that a lock names, if it names one."""
+    return _OWNER.fullmatch(path.read_text(errors="replace")[:1000].strip())
 
 
-def is_held(folder: Path) -> bool | None:
-    """Whether a process of this machine has a run's folder in hand, found without touching its lock.
-
-    Args:
-        folder: The run's folder.
-
-    Returns:
-        None if that cannot be told: the system shows no locks. A process on another machine is not seen.
-    """
+def _is_locked_here(path: Path, owner: re.Match[str] | None) -> bool | None:
+    """Whether a process of this machine has a lock, which names an owner; None if the system shows no locks."""
     try:
-        locks, status = Path("/proc/locks").read_text(), (folder / _NAME).stat()
-        owner = _owner_of(folder)
-    except FileNotFoundError:
-        return False if Path("/proc/locks").exists() else None
+        locks, status = Path("/proc/locks").read_text(), path.stat()
     except OSError:
         return None
     device, inode = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino)
@@ -163,3 +243,13 @@ def is_held(folder: Path) -> bool | None:
         if number == inode and (where == device or (owner is not None and words[4] == owner["pid"])):
             return True
     return False
+
+
+def _clock_s(folder: Path) -> float | None:
+    """The time by the clock of a folder's file system, which may not be ours; None if nothing can be written there."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            os.utime(probe.fileno())  # as an owner renews its lock
+            return os.fstat(probe.fileno()).st_mtime
+    except OSError:
+        return None

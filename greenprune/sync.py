@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from greenprune.config import Config, UserError, load_config
-from greenprune.locking import is_held
+from greenprune.locking import FolderInUse, FolderLock, find_holder
 from greenprune.report.writing import write_run_report
 from greenprune.tracking import Event, RunFolder, describe_damage, salvage_events
 
@@ -38,10 +39,41 @@ def sync_run(path: Path, tracker: str, environment: Mapping[str, str], *, offlin
     folder = RunFolder(path.resolve())  # "." has no name, and a link may have another one
     if not folder.config.is_file() or not folder.events.is_file():
         raise UserError(f"RUN: {str(path)!r} is not a run with events; expected the folder of one")
-    if is_held(folder.path):
+    with _in_hand(folder.path, repr(str(path))):
+        return _tell_all(folder, tracker, environment, offline=offline)
+
+
+@contextmanager
+def _in_hand(folder: Path, shown: str) -> Iterator[None]:
+    """Keep a run from going on meanwhile, on any machine.
+
+    A folder that cannot be written, as in an archive, is taken for one that nobody has if its lock says so.
+
+    Raises:
+        UserError: The run goes on, or that cannot be told.
+    """
+    lock = None
+    try:
+        lock = FolderLock(folder)
+    except FolderInUse as error:
         raise UserError(
-            f"RUN: {str(path)!r} still goes on and tells its trackers itself; expected one that has stopped"
-        )
+            f"RUN: {shown} still goes on ({error.owner}) and tells its trackers itself; expected one that has stopped"
+        ) from None
+    except UserError:
+        holder = find_holder(folder)
+        if holder.is_held is not False:
+            raise UserError(
+                f"RUN: whether {shown} still goes on cannot be told ({holder.doubt}); expected a folder that you can "
+                "write to, or one that its run has let go of"
+            ) from None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _tell_all(folder: RunFolder, tracker: str, environment: Mapping[str, str], *, offline: bool) -> str:
     config = load_config(folder.config)
     events, damaged = salvage_events(folder.events)
     left_out = describe_damage(damaged)

@@ -16,7 +16,7 @@ from torch import nn
 from greenprune.checkpoint import Checkpoint, CheckpointCorrupt, list_checkpoints, load_checkpoint
 from greenprune.config import Config, ConfigError, UserError, load_config, shaping_values
 from greenprune.evaluation import Evaluation
-from greenprune.locking import is_held
+from greenprune.locking import Holder, find_holder
 from greenprune.network import Network, prepare_network
 from greenprune.surgery import Operation, Structure, StructureMismatch, replay, structure_text
 from greenprune.timing import StepTimes
@@ -62,10 +62,11 @@ def verify_run(path: Path) -> list[Finding]:
         config = load_config(folder.config)
     except ConfigError as error:
         raise UserError(f"RUN: {str(folder.config)!r} is not a run's config: {error}") from None
-    held = bool(is_held(folder.path))
+    holder = find_holder(folder.path)
+    held = holder.is_held is not False  # also if that cannot be told: what may be as it should be is not called wrong
     summary = _read(folder.summary) if folder.summary.is_file() else None
-    state = "is finished" if summary is not None else "still goes on" if held else "is not finished"
-    first = Finding("config.yaml", True, f"{config.data.name}, {config.model.name}; the run {state}")
+    state = "the run is finished" if summary is not None else _state_of(holder)
+    first = Finding("config.yaml", True, f"{config.data.name}, {config.model.name}; {state}")
     start = next((event for event in reversed(salvage_events(folder.events)[0]) if event["kind"] == "start"), None)
     if start is None:
         return [first, *_check_begun(folder)]
@@ -87,6 +88,15 @@ def verify_run(path: Path) -> list[Finding]:
         findings.append(Finding("checkpoints", None if summary is None else False, "there is none"))
     findings.append(_check_summary(summary, books, goes_on=held))
     return findings
+
+
+def _state_of(holder: Holder) -> str:
+    """What a run without a summary does, in words."""
+    if holder.is_held:
+        return f"the run still goes on ({holder.owner or 'on this machine'})"
+    if holder.is_held is None:
+        return f"the run is not finished; whether it goes on cannot be told ({holder.doubt})"
+    return "the run is not finished"
 
 
 def _check_begun(folder: RunFolder) -> list[Finding]:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from greenprune.config import BudgetConfig, Config, DataConfig, GateConfig, ModelConfig, UserError
-from greenprune.locking import FolderLock, is_held
+from greenprune.locking import FolderLock, find_holder, is_held
 from greenprune.tracking import (
     Event,
     EventLog,
@@ -274,6 +274,31 @@ def test_that_a_folder_is_held_is_seen(tmp_path: Path, monkeypatch: pytest.Monke
     assert is_held(tmp_path) is True
     lock.release()
     assert is_held(tmp_path) is False
+
+
+def test_that_another_machine_holds_a_folder_is_seen_by_what_it_renews(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    lock.write_text("process 4242 on gpu-node-17")
+    found = find_holder(tmp_path)
+    assert (found.is_held, found.owner, found.where) == (True, "process 4242 on gpu-node-17", "on gpu-node-17")
+    os.utime(lock, (0, time.time() - 60))
+    assert find_holder(tmp_path).is_held is False
+    lock.write_text("")  # let go of
+    assert find_holder(tmp_path).is_held is False
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_whether_another_machine_holds_a_folder_cannot_be_told_without_the_time_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing can be written the file system's clock cannot be read, and ours may be another."""
+    (tmp_path / ".lock").write_text("process 4242 on gpu-node-17")
+
+    def read_only(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    assert find_holder(tmp_path).is_held is None
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,6 +180,39 @@ def test_what_a_run_does_while_it_is_looked_at_is_nothing_wrong(
     assert not [finding for finding in findings if finding.good is False]
     assert "the run still goes on" in findings[0].detail
     assert ("step-000000066" in [finding.what for finding in findings]) != gone
+
+
+@pytest.mark.parametrize(
+    ("age_s", "readable", "said", "good"),
+    [
+        (0, True, "the run still goes on (process 4242 on gpu-node-17)", True),
+        (60, True, "the run is not finished", False),
+        (0, False, "whether it goes on cannot be told (last held by process 4242 on gpu-node-17)", True),
+    ],
+)
+def test_what_a_run_does_on_another_machine_is_nothing_wrong(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, age_s: float, readable: bool, said: str, good: bool
+) -> None:
+    """It deletes a checkpoint while that is being read; the other machine is known by the lock that it renews."""
+    (copied / "summary.json").unlink()
+    rewrite(copied / "events.jsonl", lambda events: events.pop())
+    lock = copied / ".lock"
+    lock.write_text("process 4242 on gpu-node-17")
+    os.utime(lock, (0, time.time() - age_s))
+
+    def load(path: Path) -> Checkpoint:
+        shutil.rmtree(path)
+        return load_checkpoint(path)
+
+    def read_only(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("greenprune.verify.load_checkpoint", load)
+    if not readable:
+        monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    findings = verify_run(copied)
+    assert said in findings[0].detail
+    assert all(finding.good is not False for finding in findings) == good
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -174,6 +175,7 @@ def test_what_does_not_fit_in_a_tracker_is_one_line_and_leaves_what_it_had(
     record_run(run)
     (run / "tensorboard").mkdir()
     (run / "tensorboard" / "earlier").touch()
+    (run / ".lock").touch()
     before = sorted(run.iterdir())
     with files_of_at_most(size):
         command = [sys.executable, "-m", "greenprune.cli", "sync", str(run), "--to", "tensorboard"]
@@ -182,3 +184,56 @@ def test_what_does_not_fit_in_a_tracker_is_one_line_and_leaves_what_it_had(
     assert done.returncode == 1
     assert sorted(run.iterdir()) == before
     assert [path.name for path in (run / "tensorboard").iterdir()] == ["earlier"]
+
+
+def test_a_run_that_goes_on_at_another_machine_is_not_synced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the machine that a cluster is logged in to: its writer there would lose the folder that it writes."""
+    run = tmp_path / "it"
+    stop_before(run, record_run(run), 20)
+    (run / "tensorboard").mkdir()
+    (run / "tensorboard" / "written").touch()
+    lock, ended = run / ".lock", threading.Event()
+    lock.write_text("process 4242 on gpu-node-17")
+
+    def renew() -> None:
+        while not ended.wait(0.1):
+            os.utime(lock)
+
+    owner = threading.Thread(target=renew)
+    owner.start()
+    code = main(["sync", str(run), "--to", "tensorboard"])
+    ended.set()
+    owner.join()
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "still goes on (process 4242 on gpu-node-17)" in error
+    assert error.count("\n") == 1
+    assert [path.name for path in (run / "tensorboard").iterdir()] == ["written"]
+    assert lock.read_text() == "process 4242 on gpu-node-17"
+
+
+@pytest.mark.parametrize(
+    ("owner", "told"),
+    [
+        ("", "events of it are told"),
+        ("process 4242 on gpu-node-17", "cannot be told (last held by process 4242 on gpu-node-17)"),
+    ],
+)
+def test_a_run_in_a_folder_that_cannot_be_written_is_synced_unless_it_may_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], owner: str, told: str
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    run = tmp_path / "it"
+    record_run(run)
+    (run / ".lock").write_text(owner)
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    monkeypatch.setattr("greenprune.sync._sync_tensorboard", lambda *_: "")
+    monkeypatch.setattr("greenprune.locking.FolderLock._take", read_only)
+    code = main(["sync", str(run), "--to", "tensorboard"])
+    printed = capsys.readouterr()
+    assert told in printed.out + printed.err
+    assert code == (2 if owner else 0)

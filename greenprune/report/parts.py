@@ -47,7 +47,7 @@ class ReportedRun:
         history: What its events tell epoch by epoch.
         config: Its config.yaml by dotted keys; empty if it has none.
         provenance: Versions and hardware of its last attempt; empty if not known.
-        is_held: Whether a process on this machine has it in hand now; None if that cannot be told.
+        is_held: Whether a process has it in hand now, on any machine; None if that cannot be told.
     """
 
     compared: ComparedRun

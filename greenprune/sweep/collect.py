@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from greenprune.config import UserError
+from greenprune.locking import Holder
 from greenprune.report.writing import report_forms, write_report
 from greenprune.sweep.folder import PlannedRun, SweepFolder
 from greenprune.sweep.slurm import QueuedTask
@@ -58,8 +59,21 @@ def settle(folder: SweepFolder, runs: Sequence[PlannedRun], queue: Queue, patien
     """
     deadline = time.monotonic() + patience_s
     while True:
-        states = read_states(folder, runs, queue())
-        unclear = [state for state in states if state.is_to_do and not folder.exit_of(state.run).exists()]
+        queued = queue()
+        states = read_states(folder, runs, queued)
+        unclear = [
+            state
+            for state in states
+            if _may_be_over(state, is_queued=state.run.number in queued) and not folder.exit_of(state.run).exists()
+        ]
         if not unclear or time.monotonic() >= deadline:
             return states
         time.sleep(1.0)
+
+
+def _may_be_over(state: RunState, *, is_queued: bool) -> bool:
+    """Whether a run may have ended since it was seen to go on, if it was."""
+    if state.state != "running":
+        return state.is_to_do
+    # On another machine, where it is known by its lock alone, and a kill shows late.
+    return not is_queued and state.why != Holder(True).where

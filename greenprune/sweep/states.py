@@ -14,13 +14,13 @@ from rich.text import Text
 from greenprune.config import UserError
 from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_seconds
 from greenprune.interrupt import STOP_SIGNALS
-from greenprune.locking import is_held
+from greenprune.locking import find_holder
 from greenprune.report.runs import read_run, read_run_events
 from greenprune.sweep.folder import PlannedRun, SweepFolder
 from greenprune.sweep.slurm import QueuedTask
 from greenprune.tracking import Event, describe_damage
 
-State = Literal["finished", "running", "waiting", "stopped", "failed", "missing"]
+State = Literal["finished", "running", "waiting", "stopped", "failed", "missing", "unknown"]
 _STYLES: dict[State, str] = {"finished": "green", "running": "cyan", "failed": "red", "stopped": "yellow"}
 _STOP_CODES = {str(128 + number) for number in STOP_SIGNALS}
 
@@ -33,7 +33,7 @@ class RunState:
         run: The run.
         state: ``finished``; ``running``; ``waiting`` in Slurm's queue; ``stopped`` by a signal that asks for it,
             with a checkpoint or before there was anything to keep; ``failed``: ended by itself or was killed;
-            ``missing``: never started.
+            ``missing``: never started; ``unknown``: another machine had it last, and it may go on there.
         why: More about it, in a few words; may be empty.
         figures: Its summary, or what its events tell under the same keys.
         attempts: Times it was started.
@@ -115,12 +115,13 @@ def _judge(folder: SweepFolder, run: PlannedRun, queued: QueuedTask | None, last
     """The state of a run without a summary."""
     if queued is not None:
         return ("running" if queued.is_running else "waiting"), str(queued)
-    if is_held(folder.run_folder(run).path):
-        return "running", "on this machine"
-    try:
-        code = folder.exit_of(run).read_text().strip()
-    except OSError:
-        code = ""
+    holder = find_holder(folder.run_folder(run).path)
+    code, ended_s = _exit_of(folder, run)
+    if not (holder.host and code and ended_s >= holder.renewed_s):  # else it was seen to be there, and ended since then
+        if holder.is_held:
+            return "running", holder.where
+        if holder.is_held is None:
+            return "unknown", f"cannot be told ({holder.doubt})"
     if code and code not in _STOP_CODES:  # of the last attempt, which may have recorded nothing
         return "failed", f"exit code {code}; see {folder.log_of(run)}"
     if last_event == "interrupt":
@@ -130,6 +131,15 @@ def _judge(folder: SweepFolder, run: PlannedRun, queued: QueuedTask | None, last
     if last_event or folder.log_of(run).exists():
         return "failed", f"it was killed; see {folder.log_of(run)}"
     return "missing", ""
+
+
+def _exit_of(folder: SweepFolder, run: PlannedRun) -> tuple[str, float]:
+    """Exit code of a run's last attempt and when it was written, by the file system's clock; empty if there is none."""
+    path = folder.exit_of(run)
+    try:
+        return path.read_text().strip(), path.stat().st_mtime
+    except OSError:
+        return "", 0.0
 
 
 def states_table(states: Sequence[RunState]) -> RenderableType:

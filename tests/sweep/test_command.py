@@ -213,6 +213,23 @@ def test_the_report_waits_for_runs_that_have_just_ended_elsewhere(
     assert "has no result" not in report
 
 
+def test_the_report_waits_until_a_run_that_was_killed_elsewhere_is_known_to_be_gone(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(capsys, "two.yaml")[0] == 0
+    folder = place / "runs" / "sweeps" / "two"
+    names = ["0000-digits-resnet20-dense-seed0", "0001-digits-resnet20-block-0.5-seed0"]
+    for name in names:
+        record_run(folder / "runs" / name, gated=name == names[1])
+    (folder / "runs" / names[0] / "summary.json").unlink()
+    lock = folder / "runs" / names[0] / ".lock"
+    lock.write_text("process 4242 on gpu-node-17")
+    os.utime(lock, (0, time.time() - 13.5))
+    code, out, _ = sweep(capsys, "collect", str(folder), "--patience", "3")
+    assert code == 0
+    assert "2 runs: 1 failed, 1 finished" in out
+
+
 def test_a_finished_run_with_a_damaged_line_is_finished(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep(capsys, "two.yaml")[0] == 0
     folder = place / "runs" / "sweeps" / "two"
@@ -362,6 +379,37 @@ def test_a_stopped_run_that_failed_since_then_has_failed(
     assert sweep(capsys, "collect", str(folder), "--patience", "0")[0] == 0
     told = f"has no result: failed (exit code {code}; see {folder / 'logs' / '0000.log'})"
     assert told in (folder / "report.md").read_text().replace("\\", "")
+
+
+def test_a_run_that_goes_on_at_another_machine_is_told_by_the_lock_that_it_renews(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Slurm's queue: at a machine that only sees the files."""
+    assert sweep(capsys, "two.yaml")[0] == 0
+    folder = place / "runs" / "sweeps" / "two"
+    run = folder / "runs" / "0000-digits-resnet20-dense-seed0"
+    stop_before(run, record_run(run, gated=False), 20)
+    lock = run / ".lock"
+    lock.write_text("process 4242 on gpu-node-17")
+
+    def state() -> tuple[str, str]:
+        (first, _) = json.loads(sweep(capsys, "status", str(folder), "--json")[1])
+        return first["state"], first["why"]
+
+    assert state() == ("running", "on gpu-node-17")
+    (folder / "exits" / "0000").write_text("137\n")  # killed since it renewed its lock last
+    assert state() == ("failed", f"exit code 137; see {folder / 'logs' / '0000.log'}")
+    os.utime(lock)  # and begun anew, by hand
+    assert state() == ("running", "on gpu-node-17")
+    (folder / "exits" / "0000").unlink()
+    os.utime(lock, (0, time.time() - 60))
+    assert state() == ("failed", f"it was killed; see {folder / 'logs' / '0000.log'}")
+
+    def read_only(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    assert state() == ("unknown", "cannot be told (last held by process 4242 on gpu-node-17)")
 
 
 def test_here_a_run_that_fails_as_it_is_stopped_has_failed(place: Path) -> None:
