@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 from types import MappingProxyType
 from typing import Any
@@ -22,12 +22,15 @@ from greenprune.wandb_mirror import WandbMirror, WriteReport, wandb_options, whe
 Mirror = Callable[[Event], None]
 
 _CLOSE_TIMEOUT_S = 120
+_MOST_WAITING = 4096  # events: seconds to minutes of the most talkative runs, and some 30 MB
 # What trackers are known to raise when a disk is full, a server is gone or a value does not suit them.
 _FAILURES = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
 
 class GuardedMirror:
     """A tracker on a thread of its own, so that it never holds training up, and left alone once it fails.
+
+    While it hangs only so many events wait for it. It does not get those that come beyond, which is told once.
 
     Args:
         name: The tracker.
@@ -54,13 +57,24 @@ class GuardedMirror:
         self._failures = failures
         self._finish = finish
         self._events: SimpleQueue[Event | None] = SimpleQueue()
+        self._takes = True
+        self._is_behind = False
         # A daemon: a tracker that hangs does not keep the process from ending.
         self._thread = Thread(target=self._work, name=f"{name} mirror", daemon=True)
         self._thread.start()
 
     def __call__(self, event: Event) -> None:
-        """Take one event, to be sent soon."""
-        self._events.put(event)
+        """Take one event, to be sent soon; it is left out if the tracker has failed or is too far behind."""
+        if not self._takes:
+            return
+        if self._events.qsize() < _MOST_WAITING:
+            self._events.put(event)
+        elif not self._is_behind:
+            self._is_behind = True
+            self._print(
+                f"{self._name} does not keep up: {_MOST_WAITING:,} events wait for it, and those that come while they "
+                "do are left out; training goes on."
+            )
 
     def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
         """Wait until everything is sent and the tracker has ended, it has failed, or the time is up.
@@ -79,13 +93,23 @@ class GuardedMirror:
                 for event in iter(self._events.get, None):
                     self._mirror(event)
             finally:
+                self._takes = False
+                self._drop_waiting()
                 self._finish()
         except self._failures as error:
             self._tell(error)
 
+    def _drop_waiting(self) -> None:
+        with suppress(Empty):
+            while True:
+                self._events.get_nowait()
+
     def _tell(self, error: Exception) -> None:
-        failed = without_secrets(_failed(self._name, error), self._environment)
-        print(f"{failed} {_catch_up(self._name, self._folder)}", file=sys.stderr, flush=True)
+        self._print(without_secrets(_failed(self._name, error), self._environment))
+
+    def _print(self, message: str) -> None:
+        with suppress(OSError):  # the terminal may be gone
+            print(f"{message} {_catch_up(self._name, self._folder)}", file=sys.stderr, flush=True)
 
 
 def start_mirrors(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -526,6 +527,68 @@ def test_a_tracker_that_hangs_holds_nothing_up(tmp_path: Path, capsys: pytest.Ca
     guarded.close(timeout_s=0.1)
     hangs.set()
     assert "it has not taken everything within 0.1 s" in capsys.readouterr().err
+
+
+class Told(dict[str, Any]):
+    """An event of which it can be seen whether anything still holds it."""
+
+
+def tell(guarded: GuardedMirror, count: int) -> list[weakref.ref[Told]]:
+    events = []
+    for step in range(count):
+        event = Told(step=step)
+        guarded(event)
+        events.append(weakref.ref(event))
+    return events
+
+
+def count_kept(events: list[weakref.ref[Told]]) -> int:
+    return sum(event() is not None for event in events)
+
+
+def test_a_tracker_that_has_failed_keeps_no_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither those that waited as it failed nor those that come after that: a run may have millions."""
+    fails = threading.Event()
+
+    def mirror(_: dict[str, Any]) -> None:
+        fails.wait(30)
+        raise BrokenPipeError(32, "Broken pipe")
+
+    guarded = GuardedMirror("wandb", mirror, RunFolder(tmp_path))
+    waited = tell(guarded, 100)
+    fails.set()
+    deadline = time.monotonic() + 10
+    while count_kept(waited) > 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert count_kept(waited) <= 1  # the one that it failed at, in the error's frames
+    assert count_kept(tell(guarded, 100)) <= 1
+    guarded.close()
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_tracker_that_hangs_keeps_so_many_events_and_is_told_the_next_ones_once_it_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hangs, taken = threading.Event(), []
+
+    def mirror(event: dict[str, Any]) -> None:
+        hangs.wait(30)
+        taken.append(event["step"])
+
+    guarded = GuardedMirror("wandb", mirror, RunFolder(tmp_path))
+    kept = count_kept(tell(guarded, 10_000))
+    assert 1000 < kept < 5000
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "wandb does not keep up" in told
+    assert f"greenprune sync {shlex.quote(str(tmp_path))} --to wandb" in told
+    hangs.set()
+    deadline = time.monotonic() + 10
+    while len(taken) < kept and time.monotonic() < deadline:
+        time.sleep(0.01)
+    guarded({"step": -1})
+    guarded.close()
+    assert (taken[: kept - 1], len(taken), taken[-1]) == ([*range(kept - 1)], kept + 1, -1)
 
 
 def test_a_tracker_whose_package_is_missing_is_named_before_anything_is_written(tmp_path: Path) -> None:
