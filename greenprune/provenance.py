@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from greenprune.redaction import without_secrets
+from greenprune.redaction import without_command_secrets
 
 _PACKAGES = (
     "greenprune",
@@ -83,7 +83,7 @@ def collect_provenance(world_size: int, device: torch.device) -> dict[str, Any]:
         device: Device of this process.
     """
     return {
-        "command": [without_secrets(word, os.environ) for word in sys.argv],
+        "command": without_command_secrets(sys.argv, os.environ),
         "git": git_revision(),
         "python": platform.python_version(),
         "versions": package_versions(),

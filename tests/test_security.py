@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launching import ROOT, TRAIN, command, environment
 
 from greenprune.cli import main
+from greenprune.config import FIELDS
 from greenprune.mirrors import GuardedMirror
-from greenprune.redaction import without_secrets
+from greenprune.provenance import collect_provenance
+from greenprune.redaction import without_command_secrets, without_secrets
 from greenprune.tracking import RunFolder
 
 SECRET = "pl4nted-0123456789abcdef0123456789abcdef"
@@ -111,15 +114,95 @@ def test_what_is_no_secret_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["PGPASSWORD", "OPENAI_APIKEY", "MYSQL_PWD", "SSH_PASSPHRASE", "db_password", "GOOGLE_CREDENTIALS"]
+    "name",
+    [
+        "PGPASSWORD OPENAI_APIKEY MYSQL_PWD SSH_PASSPHRASE db_password GOOGLE_CREDENTIALS DB_PASS SMTP_PASS GITHUB_PAT",
+        "HTTP_AUTH DOCKER_AUTH_CONFIG AUTHORIZATION ACCESSTOKEN SECRETS CLIENTSECRET",
+        "SLACK_WEBHOOK_URL SSH_KEYS API_KEYS",
+    ],
 )
 def test_a_secret_is_known_by_its_name(name: str) -> None:
-    assert without_secrets(f"--with {SECRET}", {name: SECRET}) == "--with ***"
+    for one in name.split():
+        assert without_secrets(f"--with {SECRET}", {one: SECRET}) == "--with ***", one
 
 
-@pytest.mark.parametrize("name", ["PWD", "OLDPWD", "TOKENIZERS_PARALLELISM", "MONKEY", "KEYBOARD_LAYOUT"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PWD OLDPWD PATH PYTHONPATH TOKENIZERS_PARALLELISM MONKEY KEYBOARD_LAYOUT COMPASS PASSES N_PASSES AUTHOR",
+        "GIT_AUTHOR_NAME SSH_ASKPASS GIT_ASKPASS SSH_AUTH_SOCK XAUTHORITY MAX_TOKENS SECRETARY PATTERN PATIENCE_S",
+    ],
+)
 def test_a_name_that_only_sounds_like_a_secret_is_none(name: str) -> None:
-    assert without_secrets("in /home/me/work", {name: "/home/me/work"}) == "in /home/me/work"
+    for one in name.split():
+        assert without_secrets("in /home/me/work", {one: "/home/me/work"}) == "in /home/me/work", one
+
+
+def test_no_field_of_a_config_is_taken_for_a_secret() -> None:
+    for field in FIELDS:
+        assert without_secrets(f"--{field}=some-value --{field} other-value", {}).count("value") == 2
+        assert without_command_secrets([f"--{field}", "value"], {}) == [f"--{field}", "value"]
+
+
+LITERALS = {
+    "--api-key=*** --lr 3": "--api-key=sk-123 --lr 3",
+    "--wandb.token *** --lr 3": "--wandb.token abc --lr 3",
+    "--password '***' it": "--password 'a b' it",
+    "-token *** it": "-token abc it",
+    "env HF_TOKEN=*** DB_PASS=*** it": "env HF_TOKEN=abc DB_PASS=d it",
+    "Client(url='u', token='***')": "Client(url='u', token='abc')",
+    'curl -H "Authorization: Bearer ***" it': 'curl -H "Authorization: Bearer abc" it',
+    "Authorization: Basic *** and": "Authorization: Basic YTpi and",
+    "Proxy-Authorization: ***": "Proxy-Authorization: abc",
+    "X-Api-Key: *** and": "X-Api-Key: abc and",
+    "with bearer ***.": "with bearer eyJhbGciOiJIUzI1NiJ9.",
+    "https://h/a?x=1&access_token=***&y=2": "https://h/a?x=1&access_token=abc&y=2",
+    "https://h/a?token=***#end": "https://h/a?token=abc#end",
+    "https://h/a?key=***&X-Amz-Signature=***": "https://h/a?key=abc&X-Amz-Signature=def",
+}
+
+
+@pytest.mark.parametrize("shown", LITERALS)
+def test_a_secret_that_stands_in_a_text_is_left_out(shown: str) -> None:
+    assert without_secrets(LITERALS[shown], {}) == shown
+    assert without_secrets(shown, {}) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "python generate.py --max-tokens 512 --tokenizer gpt2 --keyboard us --passes 3 --author=me --no-auth it",
+        "gate.every: 3 is not valid; expected a whole number, key by key",
+        "sorted(runs, key=name) with 2 passes of 512 tokens; --token: expected one argument",
+        "the bearer of bad news, an authorization of ours",
+        "torchrun --nproc-per-node=2 --rdzv-endpoint=host:1 train.py --data.root /data/keys?v=2",
+    ],
+)
+def test_what_is_no_secret_stays_in_a_text(text: str) -> None:
+    assert without_secrets(text, {}) == text
+    assert without_command_secrets(text.split(), {}) == text.split()
+
+
+def test_of_a_command_the_whole_word_is_left_out() -> None:
+    words = ["env", "DB_PASS=a b", "it", "--password=a b", "--api-key", "a b", "--token", "--lr", "3", "c?token=d e"]
+    shown = ["env", "DB_PASS=***", "it", "--password=***", "--api-key", "***", "--token", "--lr", "3", "c?token=*** e"]
+    assert without_command_secrets(words, {}) == shown
+
+
+def test_the_report_of_a_measured_command_has_no_secret_of_its_command_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    secrets = ["--api-key=sk-111222333", "--token", "tok444", "-H", "Authorization: Bearer b555", "http://h?token=u666"]
+    report = tmp_path / "report.json"
+    assert main(["measure", "--output", str(report), "--", "true", *secrets]) == 0
+    told = report.read_text() + capfd.readouterr().err
+    assert told.count("--api-key=***") == 2
+    assert not re.search("111222333|tok444|b555|u666", told)
+
+
+def test_provenance_has_no_secret_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--hub-token", "tok444"])
+    assert collect_provenance(1, torch.device("cpu"))["command"] == ["train.py", "--hub-token", "***"]
 
 
 @pytest.mark.parametrize("user", ["u:pa/ss", "u:p@ss", "u:pass", ":pass", "token", "u:"])

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TextIO
 
 from greenprune.config import EnergyConfig, UserError
 from greenprune.energy import CarbonIntensity, Measurement, carbon_intensity, co2_g, open_local_meter
-from greenprune.redaction import print_error, without_secrets
+from greenprune.redaction import print_error, without_command_secrets, without_secrets
 from greenprune.whole_files import write_output
 
 _DESCRIPTION = """\
@@ -81,7 +81,7 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
             message = message.replace(key, flag)
         print_error(message, environment, prog)
         return 2
-    shown = [without_secrets(word, environment) for word in command]
+    shown = without_command_secrets(command, environment)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # one that was inherited as ignored would never be told
     with (
         _blocked(signal.SIGCHLD, *_FORWARDED) as mask,

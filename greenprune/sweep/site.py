@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from greenprune.config import ConfigError
-from greenprune.redaction import names_secret
+from greenprune.redaction import holds_secret, names_secret
 
+_EXPORTED = "expected it to be exported in the shell you submit from: jobs inherit it"
 _WORD = re.compile(r"[^\s\"'\\#]+")  # what stands in an #SBATCH line, where Slurm splits and unquotes
 
 
@@ -70,12 +71,20 @@ class Site:
                 raise ConfigError(f"setup: {line!r} has several lines; expected an entry for each")
         _check_no_secret("environment", self.environment)
         _check_no_secret("setup", re.findall(r"(\w+)=", "\n".join(self.setup)))
+        _check_holds_no_secret({f"environment: {name}": value for name, value in self.environment.items()})
+        _check_holds_no_secret({f"setup: line {number}": line for number, line in enumerate(self.setup, start=1)})
 
 
 def _check_no_secret(key: str, names: Iterable[str]) -> None:
     for name in names:
         if names_secret(name):
+            raise ConfigError(f"{key}: {name} looks like a secret, which would be written into job files; {_EXPORTED}")
+
+
+def _check_holds_no_secret(texts: Mapping[str, str]) -> None:
+    for where, text in texts.items():
+        if holds_secret(text):
             raise ConfigError(
-                f"{key}: {name} looks like a secret, which would be written into job files; "
-                "expected it to be exported in the shell you submit from: jobs inherit it"
+                f"{where} holds what looks like a login, key or token, which would be written into job files; "
+                f"{_EXPORTED}"
             )

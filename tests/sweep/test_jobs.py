@@ -108,6 +108,10 @@ BAD_SITES = {
     "secret": ("environment: {WANDB_API_KEY: abc}", "environment: WANDB_API_KEY looks like a secret"),
     "secret as databases name it": ("environment: {PGPASSWORD: abc}", "environment: PGPASSWORD looks like a secret"),
     "secret in a line": ("setup: ['export HF_TOKEN=abc']", "setup: HF_TOKEN looks like a secret"),
+    "secret by another name": ("environment: {SMTP_PASS: abc}", "environment: SMTP_PASS looks like a secret"),
+    "login": ("environment: {DATABASE_URL: 'postgres://u:abc@h/d'}", "environment: DATABASE_URL holds what looks like"),
+    "login in a line": ("setup: [date, 'pip install git+https://abc@h/r']", "setup: line 2 holds what looks like"),
+    "flag in a line": ("setup: ['hf login --token abc']", "setup: line 1 holds what looks like"),
     "list": ("modules: cuda", "modules: "),
     "null": ("modules:", "modules: null is not valid; expected a value, or no such line"),
     "no mapping": ("- a", "holds no keys"),
@@ -124,6 +128,16 @@ def test_what_is_wrong_in_a_site_is_named(case: str, tmp_path: Path) -> None:
     assert message in str(error.value)
     assert "site.yaml" in str(error.value)
     assert "abc" not in str(error.value)
+
+
+def test_what_only_leads_to_a_secret_may_stand_in_a_site() -> None:
+    lines = [
+        "export http_proxy=http://proxy:3128",
+        "pip install git+ssh://git@host/repository",
+        'hf login --token "$HF" --add && other --password $(cat ~/.secret) it',
+        'curl -H "Authorization: Bearer ${IT}" https://$USER:$IT@host/a',
+    ]
+    assert Site(setup=lines, environment={"HTTP_PROXY": "http://proxy:3128", "REPO": "ssh://git@host/r"}).setup == lines
 
 
 # The shell of the jobs.
