@@ -53,22 +53,25 @@ def _events(folder: RunFolder, follow: bool, damaged: list[str]) -> Iterator[Eve
 
     At its end more are waited for as long as the run may go on.
     """
-    last, rest, number = "", b"", 0
-    with folder.events.open("rb") as file:
+    last, number, whole = "", 0, 0
+    with folder.events.open("rb", buffering=0) as file:
         while True:
             left = is_left(folder.path)  # asked before the read: once let go of, nothing more comes after it
-            text = file.read()
-            *lines, rest = (rest + text).split(b"\n")
+            # Always from the end of the last whole line: half of one may be cut off by the next attempt, and another
+            # one be there in its place.
+            file.seek(whole)
+            *lines, _ = file.read().split(b"\n")
             for line in lines:
+                whole += len(line) + 1
                 number += 1
                 event = _parsed(line, number, folder, damaged) if line else None
                 if event is not None:
                     last = event["kind"]
                     yield event
             stopped = last in _ENDINGS or left
-            if not text and (not follow or stopped):
+            if not lines and (not follow or stopped):
                 return
-            if not text:
+            if not lines:
                 time.sleep(_POLL_S)
 
 

@@ -61,6 +61,36 @@ def test_events_are_shown_as_they_come_and_only_whole_lines(tmp_path: Path) -> N
     assert endings == ["The run is finished."]
 
 
+@pytest.mark.parametrize("seen_between", [True, False])
+def test_a_half_line_that_the_next_attempt_cuts_off_hides_nothing(tmp_path: Path, seen_between: bool) -> None:
+    """Also where the log has grown longer again before it is looked at."""
+    events = record_run(tmp_path / "it")
+    first = events[:5]
+    second = [{**events[0], "attempt": 2, "step": 10}, *events[5:]]
+    half = json.dumps(events[5])[:-1]
+    write_events(tmp_path / "it", first, rest=half)
+    (tmp_path / "it" / "summary.json").unlink()
+    path = tmp_path / "it" / "events.jsonl"
+    lock = FolderLock(tmp_path / "it")
+    seen: list[Event] = []
+    endings: list[str] = []
+    watcher = threading.Thread(target=lambda: endings.append(watch_run(tmp_path / "it", seen.append)), daemon=True)
+    watcher.start()
+    deadline = time.monotonic() + 10
+    while len(seen) < len(first) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)  # it has read the half line as well
+    os.truncate(path, path.stat().st_size - len(half))
+    if seen_between:
+        time.sleep(1.0)
+    with path.open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in second)
+    watcher.join(timeout=10)
+    lock.release()
+    assert seen == [*first, *second]
+    assert endings == ["The run is finished."]
+
+
 def test_a_killed_run_is_not_waited_for(tmp_path: Path) -> None:
     stop_before(tmp_path / "it", record_run(tmp_path / "it"), 20, rest='{"time": 1')
     lock = FolderLock(tmp_path / "it")
