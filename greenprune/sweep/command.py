@@ -267,17 +267,10 @@ def _submit(sweep: Sweep, folder: SweepFolder, runs: list[PlannedRun], site: Sit
         return 0
     for name, text in _jobs_of(sweep, site).items():
         (folder.path / name).write_text(text, encoding="utf-8")
-    with InterruptRequest():  # a Ctrl-C in between would leave jobs held that nobody knows of
-        array = submit(array_command(folder.path, folder.path / "array.sbatch", numbers, at_once))
-        try:
-            # Runs of earlier arrays that still go on belong into the report as well.
-            earlier = sorted({task.array for task in queue.values()})
-            collect = submit(collect_command(folder.path, folder.path / "collect.sbatch", [array, *earlier]))
-            record_submission(folder, {"time": time.time(), "array": array, "collect": collect, "runs": numbers})
-            release(array)
-        except (UserError, OSError):
-            cancel(array)
-            raise
+    request = InterruptRequest()
+    with request:  # a Ctrl-C in between would leave jobs held that nobody knows of
+        # Runs of earlier arrays that still go on belong into the report as well.
+        array, collect = _submit_both(folder, numbers, at_once, sorted({task.array for task in queue.values()}))
     left_alone = len(runs) - len(numbers)
     print(
         f"job {array}: {len(numbers)} runs, {at_once} at once"
@@ -285,7 +278,48 @@ def _submit(sweep: Sweep, folder: SweepFolder, runs: list[PlannedRun], site: Sit
         + f"\njob {collect}: the report, once they have ended: {folder.path / 'report.html'}"
         + f"\nHow far they are: greenprune sweep status {shlex.quote(str(folder.path))}"
     )
+    if request.signal:
+        told = f"greenprune: stopped, once both jobs were submitted; to take them back: scancel {array} {collect}"
+        print(told, file=sys.stderr)
+        return 128 + request.signal
     return 0
+
+
+def _submit_both(folder: SweepFolder, numbers: list[int], at_once: int, earlier: list[str]) -> tuple[str, str]:
+    """Submit an array, and the job that reports on it and on earlier arrays, and let them start.
+
+    Returns:
+        Their ids.
+
+    Raises:
+        UserError: Slurm refuses one; what had been submitted is taken back.
+        OSError: The submission cannot be recorded; likewise.
+    """
+    jobs: list[str] = []
+    try:
+        jobs.append(submit(array_command(folder.path, folder.path / "array.sbatch", numbers, at_once)))
+        jobs.append(submit(collect_command(folder.path, folder.path / "collect.sbatch", [*jobs, *earlier])))
+        array, collect = jobs
+        record_submission(folder, {"time": time.time(), "array": array, "collect": collect, "runs": numbers})
+        release(array)
+    except (UserError, OSError):
+        _take_back(jobs)
+        raise
+    return array, collect
+
+
+def _take_back(jobs: list[str]) -> None:
+    """Take jobs out of the queue, and say which of them stay there; why they have to go is told by the caller."""
+    left, why = [], ""
+    for job in jobs:
+        try:
+            cancel(job)
+        except UserError as error:
+            left.append(job)
+            why = without_secrets(str(error), os.environ)
+    if left:
+        told = f"jobs {', '.join(left)} are still in the queue ({why}); to take them back: scancel {' '.join(left)}"
+        print(f"greenprune: note: {told}", file=sys.stderr)
 
 
 def _run_here(sweep: Sweep, folder: SweepFolder, runs: list[PlannedRun], at_once: int) -> int:

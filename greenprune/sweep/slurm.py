@@ -149,7 +149,14 @@ def queued_tasks(arrays: Sequence[str]) -> dict[int, QueuedTask]:
 
 def _ask(command: Sequence[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=True,
+            start_new_session=True,  # a terminal's Ctrl-C would end it between what it does and what it says
+        )
     except FileNotFoundError:
         raise UserError(f"{command[0]} is not on the PATH; expected Slurm's commands, or --local") from None
     except subprocess.TimeoutExpired:

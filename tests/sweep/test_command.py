@@ -120,25 +120,78 @@ def test_without_slurm_submit_says_what_is_missing(place: Path, capsys: pytest.C
     assert not (place / "runs").exists()
 
 
+def slurm(place: Path, **bodies: str) -> Path:
+    """Put stand-ins for Slurm's commands on the PATH, and give the file in which they write how they were called."""
+    for name in ("sbatch", "squeue", "scontrol", "scancel"):
+        program = place / "programs" / name
+        program.write_text(f'#!/bin/sh\necho {name} "$@" >>"{place}/called"\n{bodies.get(name, ":")}\n')
+        program.chmod(0o755)
+    return place / "called"
+
+
+IDS = 'case "$*" in *dependency*) echo 78;; *) echo 77;; esac'
+
+
 def test_a_ctrl_c_between_the_two_jobs_of_a_submission_leaves_none_held(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stand-ins for Slurm's commands, of which the first interrupts who has called it, as a terminal does."""
-    stubs = {
-        "sbatch": "kill -INT $PPID; echo 7",
-        "scontrol": f'echo "$@" >> {place}/asked; [ "$1" != ping ] || echo "Slurmctld(primary) at here is UP"',
-        "squeue": "true",
-        "scancel": "true",
-    }
-    (place / "bin").mkdir()
-    for name, script in stubs.items():
-        (place / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
-        (place / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(place / "bin"), prepend=os.pathsep)
+    """The first command interrupts who has called it, as a terminal does; what was submitted is told."""
+    called = slurm(place, sbatch=f"kill -INT $PPID; {IDS}")
     code, out, err = sweep(capsys, "two.yaml", "--submit")
-    assert code == 0, err
-    assert "job 7: 2 runs" in out
-    assert "release 7" in (place / "asked").read_text()
+    assert code == 128 + signal.SIGINT
+    assert "job 77: 2 runs" in out
+    assert "scancel 77 78" in err
+    assert "scontrol release 77" in called.read_text().splitlines()
+
+
+def test_a_ctrl_c_of_a_terminal_does_not_reach_slurms_commands(place: Path) -> None:
+    """Of an sbatch that dies of it nobody would know whether its job is in the queue."""
+    slurm(place, sbatch=f"sleep 1; {IDS}")
+    programs = f"{place / 'programs'}{os.pathsep}{os.environ['PATH']}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "greenprune.cli", "sweep", "two.yaml", "--submit"],
+        cwd=place,
+        env=environment() | {"PATH": f"{programs}{os.pathsep}/usr/bin{os.pathsep}/bin", "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 60
+    while "sbatch" not in ((place / "called").read_text() if (place / "called").exists() else ""):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, err
+    assert "job 77: 2 runs" in out
+
+
+FAILING = {
+    "the record": ("", "", "No space left on device", 1),
+    "the release": ("exit 1", "", "scontrol refuses: exit code 1", 2),
+    "the release, and to take them back": ("exit 1", "exit 1", "scontrol refuses: exit code 1", 2),
+}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_a_submission_that_fails_takes_both_jobs_back(
+    case: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol, scancel, message, expected = FAILING[case]
+    called = slurm(place, sbatch=IDS, scontrol=scontrol, scancel=scancel)
+    if case == "the record":
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("greenprune.sweep.command.record_submission", full)
+    code, _, err = sweep(capsys, "two.yaml", "--submit")
+    assert code == expected
+    assert message in err.splitlines()[-1]
+    assert [call for call in called.read_text().splitlines() if "scancel" in call] == ["scancel 77", "scancel 78"]
+    assert ("jobs 77, 78 are still in the queue (scancel refuses: exit code 1)" in err) == bool(scancel)
+    assert ("to take them back: scancel 77 78" in err) == bool(scancel)
 
 
 WRONG = {
@@ -165,16 +218,8 @@ def test_wrong_input_is_one_line(case: str, place: Path, capsys: pytest.CaptureF
 
 def test_what_slurm_refuses_leaves_nothing_in_the_queue(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The report's job is refused: the array that was held for it is taken back."""
-    called = place / "called"
-    for name, body in {
-        "sbatch": "case \"$*\" in *dependency*) echo 'sbatch: error: invalid account' >&2; exit 1;; *) echo 77;; esac",
-        "squeue": ":",
-        "scontrol": ":",
-        "scancel": ":",
-    }.items():
-        program = place / "programs" / name
-        program.write_text(f'#!/bin/sh\necho {name} "$@" >>"{called}"\n{body}\n')
-        program.chmod(0o755)
+    refusal = "case \"$*\" in *dependency*) echo 'sbatch: error: invalid account' >&2; exit 1;; *) echo 77;; esac"
+    called = slurm(place, sbatch=refusal)
     code, _, err = sweep(capsys, "two.yaml", "--submit")
     assert code == 2
     assert "sbatch refuses: sbatch: error: invalid account" in err
