@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from greenprune.energy.carbon import CarbonIntensity, carbon_intensity, co2_g
@@ -212,12 +213,22 @@ def _choose_gpu(uuid: str, interval_s: float) -> _Choice:
 
 def _choose_host(powercap: Path, environment: Mapping[str, str]) -> list[_Choice]:
     """RAPL where it can be read, CodeCarbon's estimate for what RAPL does not tell."""
+    of_memory = partial(open_ram_estimate, environment)
     try:
         counters = open_rapl(powercap)
     except MeterUnavailable as error:
-        return [_Choice(open_cpu_estimate(), error), _Choice(open_ram_estimate(environment), error)]
+        return [_estimated("cpu", open_cpu_estimate, error), _estimated("dram", of_memory, error)]
     choices = [_Choice(source) for source in counters]
     if not any(source.device.startswith("dram") for source in counters):
         missing = MeterUnavailable("RAPL of this CPU does not tell the memory's energy", "mostly server CPUs tell it")
-        choices.append(_Choice(open_ram_estimate(environment), missing))
+        choices.append(_estimated("dram", of_memory, missing))
     return choices
+
+
+def _estimated(device: str, open_estimate: Callable[[], Source], instead_of: MeterUnavailable) -> _Choice:
+    """An estimate in place of a counter; where CodeCarbon fails, whose insides other versions may change, none."""
+    try:
+        return _Choice(open_estimate(), instead_of)
+    except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
+        failed = MeterUnavailable(f"CodeCarbon's estimate failed ({error!r})", "another version of codecarbon may do")
+        return _Choice(UnreadableSource(device, failed), failed)

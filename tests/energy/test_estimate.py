@@ -201,3 +201,17 @@ def test_codecarbon_is_the_users_again_afterwards(monkeypatch: pytest.MonkeyPatc
     open_ram_estimate({})
     assert not logging.getLogger("codecarbon").disabled
     assert util.SLURM_JOB_ID == "7"
+
+
+def test_a_codecarbon_that_has_changed_inside_leaves_its_device_unknown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from codecarbon.external.ram import RAM
+
+    monkeypatch.delattr(RAM, "_calculate_ram_power")
+    with open_meter(gpu_uuids=[], host=True, powercap=tmp_path / "none") as meter:
+        burn(0.2)
+        rows = {reading.device: reading for reading in meter.total().readings}
+    assert rows["dram"].joules is None
+    assert "CodeCarbon" in str(rows["dram"].reason)
+    assert rows["cpu"].joules
