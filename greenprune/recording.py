@@ -269,6 +269,18 @@ class Recorder:
         """Record that the run stops because it was asked to."""
         self.events.record("interrupt", step, signal=signal_name, checkpoint=str(checkpoint), **self.accounts.stop())
 
+    def failed(self, step: int, error: str) -> None:
+        """Record that the run ends by an error; no other rank takes part, for some may be gone.
+
+        Args:
+            step: Steps done.
+            error: What it is, in one line without secrets.
+
+        Raises:
+            OSError: It cannot be recorded.
+        """
+        self.events.record("failure", step, error=error)
+
     # What came of it.
 
     def finish(self, step: int, structure: Structure, evaluation: Evaluation, step_times: StepTimes) -> dict[str, Any]:

@@ -24,11 +24,13 @@ from greenprune.config import MAY_CHANGE, Config, ConfigError, UserError, load_c
 from greenprune.data import ImageData, open_data
 from greenprune.energy import Meter, carbon_intensity, node_id, open_meter, share_devices, slurm_job
 from greenprune.engine import Engine
+from greenprune.interrupt import Interrupted
 from greenprune.late_files import PATIENCE_S, await_attempt, take_lock
 from greenprune.mirrors import start_mirrors
 from greenprune.network import Network, prepare_network, round_to_on, with_round_to, with_unit_cost
 from greenprune.progress import Display
 from greenprune.provenance import collect_provenance
+from greenprune.redaction import without_secrets
 from greenprune.report.writing import write_run_report
 from greenprune.surgery import resolve_structure
 from greenprune.tracking import Event, EventLog, RunFolder, default_run_name, salvage_events
@@ -119,7 +121,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         with meter.window("setup"):
             trainer = Trainer(config, data, engine, network, records, resume)
         stack.callback(trainer.close)
-        with engine.watching(config.stall_s, lambda: _advice(folder)):
+        with _failures_recorded(trainer, environment), engine.watching(config.stall_s, lambda: _advice(folder)):
             return RunResult(trainer.fit(), folder, engine.is_main)
 
 
@@ -163,6 +165,26 @@ def _advice(folder: RunFolder) -> str:
     if not there:
         return "There is no checkpoint yet"
     return f"Go on from {there[-1].name} with the same command and --resume auto --run_name {folder.path.name}"
+
+
+@contextmanager
+def _failures_recorded(trainer: Trainer, environment: Mapping[str, str]) -> Iterator[None]:
+    """Within, an error that ends the run is recorded in its log, if that can still be written."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        with suppress(OSError):  # on a full disk the error is told all the same, and the log stays as it was
+            trainer.recorder.failed(trainer.step, without_secrets(_in_one_line(error), environment))
+        raise
+
+
+def _in_one_line(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    if said and isinstance(error, UserError | RuntimeError | OSError):  # which speak for themselves
+        return said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _resolve_structure(config: Config, engine: Engine) -> Config:

@@ -288,7 +288,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-_OF_AN_ATTEMPT = ("start", "interrupt", "end")
+_OF_AN_ATTEMPT = ("start", "interrupt", "failure", "end")
 
 
 def course_of(events: Iterable[Event]) -> list[Event]:

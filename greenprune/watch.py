@@ -11,7 +11,11 @@ from greenprune.locking import is_left
 from greenprune.tracking import Event, EventsCorrupt, RunFolder, describe_damage, parse_event
 
 _POLL_S = 0.5
-_ENDINGS = {"end": "The run is finished.", "interrupt": "The run was stopped; it goes on with --resume auto."}
+_ENDINGS = {
+    "end": "The run is finished.",
+    "interrupt": "The run was stopped; it goes on with --resume auto.",
+    "failure": "The run failed: {error}.",
+}
 
 
 def watch_run(path: Path, show: Callable[[Event], None], *, follow: bool = True) -> str:
@@ -35,16 +39,16 @@ def watch_run(path: Path, show: Callable[[Event], None], *, follow: bool = True)
     folder = RunFolder(path)
     if not folder.events.is_file():
         raise UserError(f"RUN: {str(path)!r} is not a run with events; expected the folder of one")
-    last = "nothing"
+    last: Event = {}
     damaged: list[str] = []
-    for event in _events(folder, follow, damaged):
-        last = event["kind"]
+    for last in _events(folder, follow, damaged):
         try:
-            show(event)
+            show(last)
         except KeyError as error:
-            raise _unreadable(folder, f"its {last} event of step {event['step']} lacks {error}") from None
+            raise _unreadable(folder, f"its {last['kind']} event of step {last['step']} lacks {error}") from None
     ending = "The run has stopped without a word." if follow else "These are its events so far."
-    ending = _ENDINGS.get(last, ending)
+    why = str(last.get("error", "it is not told why")).rstrip(".")
+    ending = _ENDINGS.get(last.get("kind", ""), ending).format(error=why)
     return f"{ending} Left out: {describe_damage(damaged)}." if damaged else ending
 
 

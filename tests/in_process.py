@@ -25,7 +25,7 @@ class Killed(BaseException):
 @contextmanager
 def stopped_at(step: int) -> Iterator[None]:
     """Within, a run gets a SIGTERM after so many steps, and has to end by it."""
-    with _after_step(step, lambda: signal.raise_signal(signal.SIGTERM)), pytest.raises(Interrupted):
+    with after_step(step, lambda: signal.raise_signal(signal.SIGTERM)), pytest.raises(Interrupted):
         yield
 
 
@@ -36,12 +36,13 @@ def killed_at(step: int) -> Iterator[None]:
     def kill() -> None:
         raise Killed
 
-    with _after_step(step, kill), suppress(Killed):
+    with after_step(step, kill), suppress(Killed):
         yield
 
 
 @contextmanager
-def _after_step(step: int, act: Callable[[], None]) -> Iterator[None]:
+def after_step(step: int, act: Callable[[], None]) -> Iterator[None]:
+    """Within, a run does something after so many steps."""
     take_step = Trainer._train_step
 
     def take_step_and_act(trainer: Trainer, images: Tensor, labels: Tensor) -> None:

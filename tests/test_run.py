@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
-from in_process import killed_at, stopped_at
+from in_process import after_step, killed_at, stopped_at
 from launching import ROOT, TRAIN, command, environment, run
 from safetensors.torch import load_file
 from torch import equal
@@ -25,7 +26,7 @@ from greenprune.checkpoint import CheckpointCorrupt, list_checkpoints, load_chec
 from greenprune.config import Config, ConfigError, load_config, parse_config
 from greenprune.progress import Display
 from greenprune.run import _new_or_same_folder, train
-from greenprune.tracking import RunFolder
+from greenprune.tracking import EventLog, RunFolder, course_of
 from greenprune.verify import verify_run
 
 SMALL = """
@@ -269,6 +270,53 @@ def test_an_older_checkpoint_that_cannot_be_used_costs_no_newer_one(killed: Path
     with pytest.raises(CheckpointCorrupt, match=r"step-000000022|round_to 0\.5"):
         train(parse_config([*SHORT, "--resume", str(older)]), {}, silent)
     assert checkpoints_in(folder) == ["step-000000022", "step-000000044"]
+
+
+def test_why_a_run_failed_is_in_its_folder(killed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(killed, tmp_path / "it"))
+    config = parse_config([*SHORT, "--output_dir", str(tmp_path), "--run_name", "it", "--resume", "auto"])
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\n  Tried to allocate s3cr3t-planted")
+
+    with after_step(50, fail), pytest.raises(torch.OutOfMemoryError):
+        train(config, {"SOME_TOKEN": "s3cr3t-planted"}, silent)
+    last = read_events(folder)[-1]
+    assert {key: last[key] for key in ("kind", "step", "error")} == {
+        "kind": "failure",
+        "step": 50,
+        "error": "CUDA out of memory. Tried to allocate ***",
+    }
+    assert "failure" not in [event["kind"] for event in course_of(read_events(folder))]
+    assert not [finding for finding in verify_run(folder) if finding.good is False]
+    train(config, {}, silent)
+    assert not [finding for finding in verify_run(folder) if finding.good is False]
+    assert not read_summary(folder)["energy_complete"]  # as after a kill: what it took after its last report
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(KeyError("x"), "KeyError: 'x'"), (MemoryError(), "MemoryError"), (OSError(5, "bad"), "bad after step 45; the")],
+)
+def test_a_failure_that_cannot_be_recorded_is_still_the_one_that_is_told(
+    killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    folder = Path(shutil.copytree(killed, tmp_path / "it"))
+    told: list[bytes] = []
+
+    def full(_: EventLog, __: int, line: bytes) -> None:
+        told.append(line)
+        raise OSError(28, "No space left on device")
+
+    def fail() -> None:
+        monkeypatch.setattr(EventLog, "_append", full)
+        raise error
+
+    config = parse_config([*SHORT, "--output_dir", str(tmp_path), "--run_name", "it", "--resume", "auto"])
+    with after_step(45, fail), pytest.raises(type(error)):
+        train(config, {}, silent)
+    assert said in json.loads(told[-1])["error"]
+    assert [event["kind"] for event in read_events(folder)].count("failure") == 0
 
 
 # Of MobileNet's blocks some have no shortcut and keep a piece of their channels: one of 8 channels is too much.

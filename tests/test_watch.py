@@ -102,6 +102,15 @@ def test_a_killed_run_is_not_waited_for(tmp_path: Path) -> None:
     timer.join()
 
 
+def test_why_a_run_failed_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events = record_run(tmp_path / "it")
+    failure = {"time": 1.0, "step": 19, "kind": "failure", "error": "the loss is nan"}
+    stop_before(tmp_path / "it", events, 18, rest=json.dumps(failure) + "\n")
+    (tmp_path / "it" / ".lock").write_text("process 1 on another-machine")  # of which it is not seen that it is gone
+    assert main(["watch", str(tmp_path / "it")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "The run failed: the loss is nan."
+
+
 @pytest.mark.parametrize("owner", ["", "process 4194305 on {host}"])
 def test_a_run_that_was_killed_before_is_not_waited_for(tmp_path: Path, owner: str) -> None:
     stop_before(tmp_path / "it", record_run(tmp_path / "it"), 20)

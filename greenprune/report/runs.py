@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ _ROUNDING = 1e-9  # of sums of joules
 _RUN_FILES = ("summary.json", "events.jsonl", "config.yaml")
 # A device in energy_by_device_j: perhaps its host, its name and model, and unless it is unreadable how it was metered.
 _DEVICE = re.compile(r"(?:\S+: )?(?P<kind>cpu|dram)?.*?(?: \((?P<meter>(?:counter|integrated power|estimate)\b.*)\))?")
+_MOST_OF_AN_ERROR = 100  # characters beside a run's name; its log has all
 _EXPECTED = "expected a run's folder, its summary.json, or a folder that holds runs"
 
 
@@ -392,5 +394,13 @@ def _unfinished(events: list[Event]) -> tuple[dict[str, Any], str]:
     summary["step_time_s"] = step_times.medians()
     steps = start["epochs"] * start["steps_per_epoch"] if {"epochs", "steps_per_epoch"} <= start.keys() else None
     state = f"unfinished: step {last['step']:,}" + ("" if steps is None else f" of {steps:,}")
-    stopped = f", stopped by {last.get('signal', 'a signal')}" if events[-1]["kind"] == "interrupt" else ""
-    return summary, state + stopped
+    return summary, state + _ending(events[-1])
+
+
+def _ending(last: Event) -> str:
+    """How the last event says that the run ended, to be put behind how far it came; empty if it does not."""
+    if last["kind"] == "interrupt":
+        return f", stopped by {last.get('signal', 'a signal')}"
+    if last["kind"] == "failure":
+        return f", crashed: {textwrap.shorten(str(last.get('error', 'it is not told why')), _MOST_OF_AN_ERROR)}"
+    return ""

@@ -91,7 +91,7 @@ def _read_state(folder: SweepFolder, run: PlannedRun, queued: QueuedTask | None)
     place = folder.run_folder(run)
     figures = _read_figures(place.path, run)
     events, damage = read_run_events(place.path)
-    state, why = _judge(folder, run, queued, events[-1]["kind"] if events else "")
+    state, why = _judge(folder, run, queued, events[-1] if events else {})
     if place.summary.is_file() and figures.get("accuracy") is not None:
         # Its result is whole in any case; the events tell the rest as far as they can be read.
         state, why = "finished", f"events.jsonl: {describe_damage(damage)}" if damage else ""
@@ -111,8 +111,8 @@ def _steps(starts: Sequence[Event]) -> int | None:
     return starts[-1]["epochs"] * starts[-1]["steps_per_epoch"] if starts else None
 
 
-def _judge(folder: SweepFolder, run: PlannedRun, queued: QueuedTask | None, last_event: str) -> tuple[State, str]:
-    """The state of a run without a summary."""
+def _judge(folder: SweepFolder, run: PlannedRun, queued: QueuedTask | None, last: Event) -> tuple[State, str]:
+    """The state of a run without a summary, by its last event among others; an empty one if it has none."""
     if queued is not None:
         return ("running" if queued.is_running else "waiting"), str(queued)
     holder = find_holder(folder.run_folder(run).path)
@@ -122,13 +122,21 @@ def _judge(folder: SweepFolder, run: PlannedRun, queued: QueuedTask | None, last
             return "running", holder.where
         if holder.is_held is None:
             return "unknown", f"cannot be told ({holder.doubt})"
+    return _judge_ended(folder, run, code, last)
+
+
+def _judge_ended(folder: SweepFolder, run: PlannedRun, code: str, last: Event) -> tuple[State, str]:
+    """The state of a run that nobody has in hand, by the exit code of its last attempt, if it is known."""
+    kind = last.get("kind")
+    if kind == "failure" and code in ("", "1"):  # another code is of an attempt since then
+        return "failed", f"{last.get('error', 'it is not told why')}; see {folder.log_of(run)}"
     if code and code not in _STOP_CODES:  # of the last attempt, which may have recorded nothing
         return "failed", f"exit code {code}; see {folder.log_of(run)}"
-    if last_event == "interrupt":
+    if kind == "interrupt":
         return "stopped", "it has a checkpoint"
     if code:  # of a stop, which would have left an event if this attempt had begun to train
         return "stopped", "as it was starting"
-    if last_event or folder.log_of(run).exists():
+    if kind is not None or folder.log_of(run).exists():
         return "failed", f"it was killed; see {folder.log_of(run)}"
     return "missing", ""
 

@@ -481,6 +481,11 @@ def test_an_unfinished_run_is_told_from_its_events(tmp_path: Path) -> None:
     assert run.summary["flops_forward"] == 1500
     assert run.summary["accuracy"] is None
     assert "unfinished: step 10 of 132" in render(comparison)
+    failure = {"time": 2.0, "step": 10, "kind": "failure", "error": f"the loss is nan; {'and so on ' * 30}"}
+    (tmp_path / "half" / "events.jsonl").write_text("".join([*lines[:-1], json.dumps(failure) + "\n"]))
+    state = compare_runs([tmp_path / "half"]).runs[0].state
+    assert state.startswith("unfinished: step 10 of 132, crashed: the loss is nan; and so on")
+    assert len(state) < 150
 
 
 def test_a_run_that_only_has_a_config_has_done_nothing_yet(tmp_path: Path) -> None:

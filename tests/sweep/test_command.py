@@ -400,6 +400,19 @@ def test_what_ended_a_run_that_has_no_checkpoint(
     assert [found["state"] for found in json.loads(out)] == [state, "missing"]
 
 
+def test_why_a_run_failed_is_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(capsys, "two.yaml")[0] == 0
+    folder = place / "runs" / "sweeps" / "two"
+    run = folder / "runs" / "0000-digits-resnet20-dense-seed0"
+    failure = {"time": 1.0, "step": 19, "kind": "failure", "error": "the loss is nan"}
+    stop_before(run, record_run(run), 18, rest=json.dumps(failure) + "\n")
+    for code, why in ((None, "the loss is nan; see"), (1, "the loss is nan; see"), (143, "as it was starting")):
+        if code is not None:
+            (folder / "exits" / "0000").write_text(f"{code}\n")
+        _, out, _ = sweep(capsys, "status", str(folder), "--json")
+        assert json.loads(out)[0]["why"].startswith(why)
+
+
 @pytest.mark.parametrize("code", ["2", "1", "137"])
 def test_a_stopped_run_that_failed_since_then_has_failed(
     place: Path, capsys: pytest.CaptureFixture[str], code: str
