@@ -95,7 +95,7 @@ class Pruner:
         self._loss_scale: Tensor | None = None  # one tensor for good: a backward pass reads what it holds then
         with put_back_on_failure(model):
             convert_blocks(model, example)
-            attach_gates(model, self.gate)
+            attach_gates(model, self.gate, example)
             self.notes = gating_notes(model, self.gate)
             self._table = UnitTable.of(model, tuple(example.shape[1:]), dtype=example.dtype)
             unit = self.budget.unit

@@ -20,6 +20,7 @@ from torch.nn.parallel import DataParallel
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer, mobilenet_v3_small, resnet18
+from torchvision.ops.misc import Permute
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launching import run
@@ -414,6 +415,49 @@ def test_a_network_of_words_is_pruned() -> None:
         pruner.step(optimizer)
     assert pruner.report()["gates_left"] == 0
     assert 0.3 < pruner.report()["kept_cost"] <= 0.6
+
+
+class OutputFirst(nn.Module):
+    """Registers its layers in another order than it calls them in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.first = nn.Conv2d(12, 8, 1), nn.Conv2d(8, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu())
+
+
+def widened() -> nn.Module:
+    """A branch that has more channels at its first layer than in its input."""
+    return nn.Sequential(nn.ZeroPad3d((0, 0, 0, 0, 0, 4)), nn.Conv2d(12, 8, 1))
+
+
+def permuted() -> nn.Module:
+    """A branch whose linear layers have the channels that its input has at another dimension."""
+    layers = (nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+    return nn.Sequential(Permute([0, 2, 3, 1]), *layers, Permute([0, 3, 1, 2]))
+
+
+def up_and_down() -> nn.Module:
+    return nn.Sequential(nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU(), nn.Conv2d(6, 8, 2, 2))
+
+
+@pytest.mark.parametrize("branch", [OutputFirst, widened, permuted, up_and_down])
+def test_a_gate_looks_at_the_channels_that_its_block_is_given(branch: Callable[[], nn.Module]) -> None:
+    block = ResidualBlock(branch(), nn.Identity(), nn.ReLU(), input_activated=False)
+    model = nn.Sequential(nn.Conv2d(1, 8, 1), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    gate, budget = GateConfig(warmup=0.0), BudgetConfig(target=0.9)
+    pruner = Pruner(model, torch.randn(2, 1, 6, 6), total_steps=STEPS, gate=gate, budget=budget)
+    (gate_of_block,) = find_gates(model).values()
+    seen = torch.randn(4, 8, 6, 6)
+    with torch.no_grad():
+        gate_of_block.weight[0, 3], gate_of_block.bias[0] = 1.0, 0.0  # type: ignore[index]
+        seen[:2, 3] += 9.0
+        seen[2:, 3] -= 9.0
+    assert gate_of_block(seen).tolist() == [1.0, 1.0, 0.0, 0.0]
+    gate_of_block.forget()
+    train(model, pruner, make_optimizer(pruner), range(2))  # images of another size
 
 
 def mlp(width: int) -> nn.Module:

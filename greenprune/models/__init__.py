@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from greenprune.config import ConfigError, ModelConfig
-from greenprune.models.blocks import BlockError, convert_blocks, put_back_on_failure, register_block
+from greenprune.models.blocks import BlockError, convert_blocks, pass_through, put_back_on_failure, register_block
 from greenprune.models.channels import ChannelMap, ChannelSet, Slice, find_channels, register_channelwise
 from greenprune.models.cifar_resnet import CifarResNet
 from greenprune.models.residual import (
@@ -37,6 +37,7 @@ __all__ = [
     "find_channels",
     "kernels_for",
     "model_names",
+    "pass_through",
     "put_back_on_failure",
     "register_block",
     "register_channelwise",

@@ -180,15 +180,11 @@ def _record_inputs(model: nn.Module, blocks: dict[str, nn.Module], example: Tens
     ready = {name: module for name, module in model.named_modules() if isinstance(module, ResidualBlock | PlainBlock)}
     watched = blocks | ready
     handles = [block.register_forward_pre_hook(hook(name), with_kwargs=True) for name, block in watched.items()]
-    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            model.eval()(example)
+        pass_through(model, example)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     for name, count in calls.items():
         if count > places[watched[name]]:  # of one that stands in several places, those are named (_refuse_shared)
@@ -197,6 +193,17 @@ def _record_inputs(model: nn.Module, blocks: dict[str, nn.Module], example: Tens
                 "the last call alone; expected a block called once, or one for each call"
             )
     return inputs
+
+
+def pass_through(model: nn.Module, example: Tensor) -> None:
+    """Run a network on an example in evaluation mode, without gradients; its modules' own modes are put back."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _check_same(name: str, block: nn.Module, split: nn.Module, x: Tensor) -> None:

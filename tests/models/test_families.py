@@ -16,7 +16,7 @@ from torchvision.models import regnet, resnet
 from torchvision.ops import SqueezeExcitation
 
 from greenprune.config import GateConfig, ModelConfig
-from greenprune.gating import attach_gates
+from greenprune.gating import attach_gates, find_gates
 from greenprune.models import (
     BlockError,
     PlainBlock,
@@ -262,6 +262,18 @@ def test_a_module_that_changes_the_number_of_channels_is_seen_even_if_declared_c
     assert found.notes == [
         "0: channels from 0.branch.0 to 0.branch.2 are not gated: 0.branch.2 does not take the same channels"
     ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_input_of_a_block_is_that_of_its_first_layer(name: str) -> None:
+    """What a run by name goes by, without an example, is what is seen with one."""
+
+    def gates(example: Tensor | None) -> list[tuple[int, torch.Size]]:
+        model = build(name)
+        attach_gates(model, GateConfig(), example)
+        return [(gate.dim, gate.weight.shape) for gate in find_gates(model).values()]
+
+    assert gates(None) == gates(FAMILIES[name].images())
 
 
 def test_a_branch_that_is_no_chain_is_gated_as_a_whole_and_noted() -> None:
