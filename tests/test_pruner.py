@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launching import run
 
 from greenprune import BudgetConfig, GateConfig, Pruner, RemovalConfig, SurgeryConfig, UserError
+from greenprune.flops import count_costs
 from greenprune.gating import find_gates, gate_parameters
 from greenprune.models import CifarResNet, PlainBlock, ResidualBlock
 from greenprune.surgery import StructureMismatch, replay
@@ -415,6 +416,34 @@ def test_a_network_of_words_is_pruned() -> None:
         pruner.step(optimizer)
     assert pruner.report()["gates_left"] == 0
     assert 0.3 < pruner.report()["kept_cost"] <= 0.6
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+@pytest.mark.parametrize("units", [["block"], ["channel"], ["block", "channel"]], ids="-".join)
+def test_a_network_of_one_or_three_dimensions_is_pruned(dims: int, units: list[str]) -> None:
+    conv, norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"BatchNorm{dims}d")
+
+    def block() -> nn.Module:
+        branch = nn.Sequential(conv(8, 12, 3, padding=1), norm(12), nn.ReLU(), conv(12, 8, 3, padding=1))
+        return ResidualBlock(branch, nn.Identity(), nn.ReLU(), input_activated=True)
+
+    model = nn.Sequential(conv(2, 8, 1), nn.ReLU(), *(block() for _ in range(6)), nn.Flatten(), nn.LazyLinear(4))
+    x = torch.randn(16, 2, *[4] * dims)
+    gate = GateConfig(units=units)  # type: ignore[arg-type]
+    settings = {"removal": RemovalConfig(window=WINDOW, decide_by=0.3), "budget": BudgetConfig(0.6)}
+    pruner = Pruner(model, x[:2], total_steps=STEPS, gate=gate, **settings)  # type: ignore[arg-type]
+    assert not pruner.notes
+    optimizer = make_optimizer(pruner)
+    for _ in range(STEPS):
+        loss = functional.cross_entropy(model(x), torch.arange(16) % 4) + pruner.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        pruner.step(optimizer)
+    report, counted = pruner.report(), count_costs(model, tuple(x.shape[1:]))[""]
+    assert report["gates_left"] == 0
+    assert 0.4 < report["kept_cost"] <= 0.6
+    assert (report["flops_forward"], report["params"]) == (counted.flops_forward, counted.params)
 
 
 class OutputFirst(nn.Module):
@@ -842,10 +871,19 @@ def test_gates_learn_the_same_from_a_scaled_loss_when_the_scale_changes() -> Non
             assert torch.allclose(mine, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_a_network_without_channels_inside_its_branches_is_refused() -> None:
-    block = ResidualBlock(nn.Sequential(nn.Conv2d(3, 3, 1)), nn.Identity(), nn.ReLU(), input_activated=True)
-    with pytest.raises(UserError, match=r"gate\.units: 'channel' is not valid .* no branch has channels inside"):
-        Pruner(nn.Sequential(block), torch.randn(2, 3, 8, 8), total_steps=STEPS, gate=GateConfig(units=["channel"]))
+@pytest.mark.parametrize(
+    ("branch", "reason"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 3, 1)), r"expected one in which two convolutions or linear layers follow"),
+        (nn.Tanh(), r"expected one in which two convolutions or linear layers follow"),
+        (nn.ConvTranspose2d(3, 3, 1), r"0\.branch: the channels inside a ConvTranspose2d are not gated"),
+    ],
+    ids=["one layer", "no layer", "transposed"],
+)
+def test_a_network_without_channels_inside_its_branches_is_refused(branch: nn.Module, reason: str) -> None:
+    model = nn.Sequential(ResidualBlock(branch, nn.Identity(), nn.ReLU(), input_activated=True))
+    with pytest.raises(UserError, match=rf"gate\.units: 'channel' is not valid .* has channels inside; {reason}"):
+        Pruner(model, torch.randn(2, 3, 8, 8), total_steps=STEPS, gate=GateConfig(units=["channel"]))
 
 
 def test_a_budget_that_rounding_puts_out_of_reach_is_refused() -> None:

@@ -209,8 +209,8 @@ def export_network(
         opset: ONNX operator set; None: the exporter's own choice.
 
     Raises:
-        UserError: The network still has gates, the format cannot hold it, or the output is there or cannot be written.
-            Nothing is left of it.
+        UserError: The network still has gates, the images are none, the format cannot hold it, or the output is there
+            or cannot be written. Nothing is left of it.
     """
     started = time.monotonic()
     check_format(kind, opset)
@@ -218,6 +218,8 @@ def export_network(
     gates = find_gates(model)
     if gates:
         raise ExportError(f"the network is undecided (gates left: {len(gates)}); expected a call of finalize first")
+    if images.dim() != 4:
+        raise ExportError(f"images: a tensor of shape {tuple(images.shape)} is not valid; expected images [B, C, H, W]")
     if len(images) < 2:
         raise ExportError(f"images: {len(images)} image is not enough to check with; expected at least 2")
     name = type(model).__name__

@@ -386,7 +386,8 @@ def attach_gates(model: nn.Module, config: GateConfig, example: Tensor | None = 
     if "channel" in config.units:
         found = find_channels(model)
         if not found.sets:
-            why = "".join(f"; {note}" for note in found.notes)
+            wanted = "expected one in which two convolutions or linear layers follow each other, or an attention"
+            why = "".join(f"; {note}" for note in found.notes or [wanted])
             raise BlockError(f"gate.units: 'channel' is not valid for this network: no branch has channels inside{why}")
         for channel_set in found.sets.values():
             if channel_set.units == 1 and not channel_set.removable:

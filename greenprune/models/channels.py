@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.modules import activation, batchnorm, dropout
+from torch.nn.modules.conv import _ConvNd
 from torchvision.ops import SqueezeExcitation, StochasticDepth
 
 from greenprune.models.attention import SelfAttention, WindowAttention
@@ -31,15 +32,12 @@ _MIXING_ACTIVATIONS = (
     activation.PReLU,  # one with a slope for each channel holds a tensor; one with a single slope is rare
 )
 
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
 # Modules without tensors of their own that treat each channel alike and by itself.
 _CHANNELWISE: set[type[nn.Module]] = {
     nn.Identity,
-    nn.AvgPool2d,
-    nn.MaxPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.Dropout,
-    nn.Dropout2d,
+    *(getattr(nn, f"{kind}Pool{dims}d") for kind in ("Avg", "Max", "AdaptiveAvg", "AdaptiveMax") for dims in (1, 2, 3)),
     StochasticDepth,
     *(
         kind
@@ -220,8 +218,8 @@ class _Walk:
 
     def pass_through(self, path: str, module: nn.Module) -> None:
         """Take the next module of the chain."""
-        if isinstance(module, nn.Conv2d | nn.Linear) and _holds_its_weight(module):
-            if isinstance(module, nn.Conv2d) and (module.groups > 1 or was_grouped(module)):
+        if isinstance(module, _Conv | nn.Linear) and _holds_its_weight(module):
+            if isinstance(module, _Conv) and (module.groups > 1 or was_grouped(module)):
                 self._grouped(path, module)
             else:
                 self._dense(path, module)
@@ -240,33 +238,33 @@ class _Walk:
     def _unknown(self, path: str, module: nn.Module) -> None:
         """A module that may mix channels, and may hide some inside."""
         self._spoil(f"{path} ({type(module).__name__}) is not known to treat each channel by itself")
-        if any(isinstance(child, nn.Conv2d | nn.Linear) for child in module.modules()):
+        if any(isinstance(child, _ConvNd | nn.Linear) for child in module.modules()):
             self.notes.append(f"{path}: the channels inside a {type(module).__name__} are not gated")
 
-    def _dense(self, path: str, module: nn.Conv2d | nn.Linear) -> None:
+    def _dense(self, path: str, module: _Conv | nn.Linear) -> None:
         self._close(path, module)
-        width = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
-        self._begin(path, width, 1 if isinstance(module, nn.Conv2d) else -1)
+        width = module.out_channels if isinstance(module, _Conv) else module.out_features
+        self._begin(path, width, 1 if isinstance(module, _Conv) else -1)
         self._add_output(path, module)
 
     def _begin(self, path: str, units: int, channel_dim: int) -> None:
         self._open = ChannelSet("", self.block, units, "", channel_dim, self.removable)
         self._from, self._width, self._switched, self._spoilt = path, units, False, ""
 
-    def _add_output(self, path: str, module: nn.Conv2d | nn.Linear) -> None:
+    def _add_output(self, path: str, module: _Conv | nn.Linear) -> None:
         assert self._open is not None
         self._open.slices += [Slice(path, name, 0) for name, _ in module.named_parameters(recurse=False)]
-        self._open.sizes.append((path, "out_channels" if isinstance(module, nn.Conv2d) else "out_features"))
+        self._open.sizes.append((path, "out_channels" if isinstance(module, _Conv) else "out_features"))
 
-    def _close(self, path: str, module: nn.Conv2d | nn.Linear) -> None:
+    def _close(self, path: str, module: _Conv | nn.Linear) -> None:
         """The open set ends here, where its channels are the input."""
         ended = self._open
         if ended is None:
             return
-        is_conv = isinstance(module, nn.Conv2d)
+        is_conv = isinstance(module, _Conv)
         if (ended.channel_dim == 1) != is_conv:
             self._spoil(f"{path} takes its channels from another dimension")
-        width = module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
+        width = module.in_channels if isinstance(module, _Conv) else module.in_features
         if width != self._width:
             self._spoil(f"{path} does not take the same channels")
         if self._spoilt:
@@ -299,7 +297,7 @@ class _Walk:
         self._open.slices += [Slice(path, name, 0, per_unit) for name, tensor in tensors if tensor.dim() == 1]
         self._open.sizes.append((path, "num_features"))
 
-    def _grouped(self, path: str, module: nn.Conv2d) -> None:
+    def _grouped(self, path: str, module: _Conv) -> None:
         """A grouped convolution ties the inputs and the outputs of a group together into one unit."""
         opened = self._open
         if opened is None:
@@ -366,10 +364,10 @@ class _Walk:
         self.notes.append(f"{self.block}: channels from {self._from} to {path} are not gated: they feed an attention")
 
 
-def _holds_its_weight(module: nn.Conv2d | nn.Linear) -> bool:
+def _holds_its_weight(module: _Conv | nn.Linear) -> bool:
     """Whether a layer uses its weight as it is, and does not derive it from other tensors or normalise it."""
-    kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
-    methods = ("forward", "_conv_forward") if kind is nn.Conv2d else ("forward",)
+    kind = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) if isinstance(module, kind))
+    methods = ("forward",) if kind is nn.Linear else ("forward", "_conv_forward")
     as_it_is = all(getattr(type(module), method) is getattr(kind, method) for method in methods)
     return as_it_is and "weight" in dict(module.named_parameters(recurse=False))
 

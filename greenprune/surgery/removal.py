@@ -215,10 +215,11 @@ def _select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     them apart. Kernels go by those: they have to be the ones that a network of the smaller size would have.
     """
     chosen = tensor.index_select(dim, index)
-    if tensor.dim() == 4:
-        rows_last = torch.empty(tensor.shape, device="meta").to(memory_format=torch.channels_last)
-        if tensor.stride() == rows_last.stride():
-            return torch.empty_like(chosen, memory_format=torch.channels_last).copy_(chosen)
+    rows_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if rows_last is not None:
+        laid_out = torch.empty(tensor.shape, device="meta").to(memory_format=rows_last)
+        if tensor.stride() == laid_out.stride():
+            return torch.empty_like(chosen, memory_format=rows_last).copy_(chosen)
     return chosen
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from families import BATCH, EVERY_ORDER, FAMILIES, ONE_ACTIVATION, build, patterns, sharing
 
+from greenprune import UserError
 from greenprune.export import export_network
 from greenprune.export.formats import read_network
 from greenprune.surgery import carry_out
@@ -144,3 +145,10 @@ def test_the_trained_network_is_left_as_it_is(tmp_path: Path) -> None:
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten(), nn.Linear(20, 2))
+    with pytest.raises(UserError, match=r"^images: a tensor of shape \(4, 3, 5\) is not valid; expected images \[B, C"):
+        export_network(model, torch.randn(4, 3, 5), "torch", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -611,6 +611,38 @@ def test_chains_of_all_kinds_are_cut_exactly(chain: Callable[[], list[nn.Module]
         assert find_channels(twins.removed).sets.keys() <= find_channels(dense).sets.keys()
 
 
+@pytest.mark.parametrize("dims", [1, 3])
+def test_convolutions_of_one_and_three_dimensions_are_cut_exactly(dims: int) -> None:
+    conv, norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"BatchNorm{dims}d")
+    dropout, pool = getattr(nn, f"Dropout{dims}d"), getattr(nn, f"AvgPool{dims}d")
+
+    def chain() -> nn.Module:
+        hidden = [conv(4, 8, 3, padding=1), norm(8), nn.ReLU(inplace=True), pool(3, 1, 1), conv(8, 16, 1, groups=4)]
+        return nn.Sequential(*hidden, norm(16), dropout(0.0), conv(16, 6, 1), nn.Softplus(), conv(6, 4, 1))
+
+    block = ResidualBlock(chain(), nn.Identity(), nn.ReLU(), input_activated=True)
+    head = (getattr(nn, f"AdaptiveAvgPool{dims}d")(1), nn.Flatten(), nn.Linear(4, CLASSES))
+    dense = nn.Sequential(conv(3, 4, 1), nn.ReLU(), block, PlainBlock(chain()), *head).double()
+    assert attach_gates(dense, GateConfig(units=["block", "channel"], kind="static")) == [
+        "2",
+        *(f"{block}:hidden{number}" for block in (2, 3) for number in (1, 2)),
+    ]
+    assert not find_channels(dense).notes
+    images = torch.randn(BATCH, 3, *[5] * dims).double()
+    for pattern in patterns(dense).values():
+        assert max(measure(dense, images, pattern).values()) <= 1e-9
+
+
+def test_weights_of_three_dimensions_keep_their_memory_format() -> None:
+    branch = nn.Sequential(nn.Conv3d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, 4, 3, padding=1))
+    model = nn.Sequential(ResidualBlock(branch, nn.Identity(), nn.ReLU(), input_activated=True))
+    model.to(memory_format=torch.channels_last_3d)
+    Surgeon(model).remove_channels("0:hidden", {1, 4})
+    for layer in (branch[0], branch[2]):
+        assert layer.weight.stride() == torch.empty_like(layer.weight, memory_format=torch.channels_last_3d).stride()
+        assert not layer.weight.is_contiguous()
+
+
 @ONE_ACTIVATION
 @EVERY_ORDER
 def test_an_activation_that_a_branch_uses_twice_is_gated_at_both_places(
