@@ -531,6 +531,34 @@ def test_a_network_in_half_the_precision_has_gates_in_full(cast: str) -> None:
     assert all(parameter.grad is not None for parameter in gate_parameters(model))
 
 
+@pytest.mark.parametrize("kind", ["conditional", "static"])
+@pytest.mark.parametrize("cast", ["before", "after"])
+def test_a_network_in_double_precision_is_pruned(cast: str, kind: str) -> None:
+    torch.manual_seed(0)
+    model = CifarResNet(20, 10, channels=1)
+    if cast == "before":
+        model.double()
+    gate = GateConfig(units=["block", "channel"], kind=kind)  # type: ignore[arg-type]
+    example = torch.randn(2, 1, 8, 8, dtype=next(model.parameters()).dtype)
+    pruner = Pruner(model, example, total_steps=STEPS, gate=gate, removal=RemovalConfig(window=WINDOW, decide_by=0.3))
+    model.double()
+    assert {parameter.dtype for parameter in gate_parameters(model)} == {torch.float32}
+    optimizer = make_optimizer(pruner)
+    removals = 0
+    for step in range(STEPS):
+        images, labels = batch_of(step)
+        logits = model(images.double())
+        penalty = pruner.penalty()
+        assert penalty.dtype == torch.float32
+        optimizer.zero_grad()
+        (functional.cross_entropy(logits, labels) + penalty).backward()
+        optimizer.step()
+        removals += len(pruner.step(optimizer))
+    assert removals
+    assert pruner.report()["gates_left"] == 0
+    assert 0.49 < pruner.report()["kept_cost"] <= 0.5
+
+
 def test_what_is_left_can_be_pruned_again() -> None:
     """A second budget is of what the first has left, and counted from there."""
     model, pruner = make_pruner(["channel"], 0.7)

@@ -232,11 +232,15 @@ class Gate(nn.Module):
         return self._pulls[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
-        """Go where the network goes, but not below fp32: a gate's small steps would be lost in half the precision."""
+        """Go where the network goes, but stay in fp32.
+
+        A gate's small steps would be lost in half the precision, and what counts decisions and adds their cost up is in
+        fp32 too.
+        """
 
         def in_full(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return moved.float() if moved.dtype in (torch.bfloat16, torch.float16) else moved
+            return moved.float() if moved.is_floating_point() else moved
 
         super()._apply(in_full, recurse)  # type: ignore[no-untyped-call]
         return self

@@ -132,10 +132,17 @@ def test_the_removed_network_computes_what_the_masked_one_computes(name: str, ki
         assert label == "all-on" or difference(whole, evaluate(masked, images)) > 1e-2, label  # the units mattered
 
 
+def in_double_precision(model: nn.Module) -> nn.Module:
+    """A network with static gates, and these too, which would stay in fp32: their gradients are compared as well."""
+    for gate in find_gates(model.double()).values():
+        gate.bias.data = gate.bias.data.double()
+    return model
+
+
 @EVERY_FAMILY
 def test_what_differs_is_rounding_alone(name: str) -> None:
     """In double precision next to nothing is left of the difference."""
-    dense, images = gated(name, "static").double(), FAMILIES[name].images().double()
+    dense, images = in_double_precision(gated(name, "static")), FAMILIES[name].images().double()
     for label, pattern in patterns(dense, seed=5).items():
         measured = measure(dense, images, pattern)
         assert max(measured.values()) <= 1e-10, f"{label}: {measured}"
@@ -622,13 +629,14 @@ def test_convolutions_of_one_and_three_dimensions_are_cut_exactly(dims: int) -> 
 
     block = ResidualBlock(chain(), nn.Identity(), nn.ReLU(), input_activated=True)
     head = (getattr(nn, f"AdaptiveAvgPool{dims}d")(1), nn.Flatten(), nn.Linear(4, CLASSES))
-    dense = nn.Sequential(conv(3, 4, 1), nn.ReLU(), block, PlainBlock(chain()), *head).double()
+    dense = nn.Sequential(conv(3, 4, 1), nn.ReLU(), block, PlainBlock(chain()), *head)
     assert attach_gates(dense, GateConfig(units=["block", "channel"], kind="static")) == [
         "2",
         *(f"{block}:hidden{number}" for block in (2, 3) for number in (1, 2)),
     ]
     assert not find_channels(dense).notes
     images = torch.randn(BATCH, 3, *[5] * dims).double()
+    in_double_precision(dense)
     for pattern in patterns(dense).values():
         assert max(measure(dense, images, pattern).values()) <= 1e-9
 
@@ -648,11 +656,12 @@ def test_weights_of_three_dimensions_keep_their_memory_format() -> None:
 def test_an_activation_that_a_branch_uses_twice_is_gated_at_both_places(
     act: Callable[[], nn.Module], order: str
 ) -> None:
-    dense, images = sharing(act(), order).double(), torch.randn(BATCH, 3, 8, 8).double()
+    dense, images = sharing(act(), order), torch.randn(BATCH, 3, 8, 8).double()
     attach_gates(dense, GateConfig(units=["block", "channel"], kind="static"))
     sets = find_channels(dense).sets
     assert [found.units for found in sets.values()] == ([6, 10] if order == "bottleneck" else [6]) * 2
     assert list(find_gates(dense)) == [name for block in "12" for name in (block, *(s for s in sets if s[0] == block))]
+    in_double_precision(dense)
     for pattern in patterns(dense).values():
         assert max(measure(dense, images, pattern).values()) <= 1e-9
 
