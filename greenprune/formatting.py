@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -48,6 +49,12 @@ def format_seconds(time_s: float | None) -> str:
     if time_s is None or time_s < 120:
         return format_si(time_s, "s")
     return f"{_three_digits(time_s / 60)} min" if time_s < 7200 else f"{_three_digits(time_s / 3600)} h"
+
+
+def format_counted(names: Iterable[str]) -> str:
+    """Names with how many there are of each, in their order: ``8 x NVIDIA H100, AMD EPYC``."""
+    counts = Counter(names)
+    return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in counts.items())
 
 
 def format_percent(share: float | None, digits: int = 0) -> str:

@@ -8,9 +8,9 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -65,6 +65,11 @@ def gpu_uuid(device: torch.device) -> str | None:
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
 
 
+def gpu_name(device: torch.device) -> str | None:
+    """Model of the GPU that a torch device is, or None for another device."""
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
 def cpu_name() -> str:
     """Model of the processor as the system names it."""
     info = Path("/proc/cpuinfo")
@@ -75,13 +80,52 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def collect_provenance(world_size: int, device: torch.device) -> dict[str, Any]:
+class Place(NamedTuple):
+    """Where one process of a run computes.
+
+    Attributes:
+        machine: What tells its machine from others.
+        gpu_uuid: Its GPU, as NVML knows it; None on a CPU.
+        gpu: The GPU's model; None on a CPU.
+        cpu: The processor's model.
+    """
+
+    machine: str
+    gpu_uuid: str | None
+    gpu: str | None
+    cpu: str
+
+
+def place_of(device: torch.device, machine: str) -> Place:
+    """Where this process computes.
+
+    Args:
+        device: Its device.
+        machine: What tells its machine from others.
+    """
+    return Place(machine, gpu_uuid(device), gpu_name(device), cpu_name())
+
+
+def gpus_used(places: Sequence[Place]) -> list[str]:
+    """The models of the GPUs that the processes of a run use, each GPU once; not of others that they could see.
+
+    Args:
+        places: Where each process computes, by rank.
+    """
+    models = {place.gpu_uuid: place.gpu for place in places}
+    return [model for model in models.values() if model is not None]
+
+
+def collect_provenance(world_size: int, device: torch.device, places: Sequence[Place] = ()) -> dict[str, Any]:
     """Everything about this attempt that a reader of its figures may ask for.
 
     Args:
         world_size: Number of processes.
         device: Device of this process.
+        places: Where each process computes, by rank; empty: this one alone is told of.
     """
+    places = places or [place_of(device, socket.gethostname())]
+    cpus = {place.machine: place.cpu for place in places}
     return {
         "command": without_command_secrets(sys.argv, os.environ),
         "git": git_revision(),
@@ -89,11 +133,13 @@ def collect_provenance(world_size: int, device: torch.device) -> dict[str, Any]:
         "versions": package_versions(),
         "host": socket.gethostname(),
         "system": platform.platform(),
-        "cpu": cpu_name(),
+        "machines": list(cpus),
+        "cpu": places[0].cpu,
+        "cpus": list(cpus.values()),
         "cpu_cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "gpus": gpus_used(places),
         "device": str(device),
         "processes": world_size,
         "slurm": slurm_job(os.environ),

@@ -29,7 +29,7 @@ from greenprune.late_files import PATIENCE_S, await_attempt, take_lock
 from greenprune.mirrors import start_mirrors
 from greenprune.network import Network, prepare_network, round_to_on, with_round_to, with_unit_cost
 from greenprune.progress import Display
-from greenprune.provenance import collect_provenance
+from greenprune.provenance import Place, collect_provenance, place_of
 from greenprune.redaction import without_secrets
 from greenprune.report.writing import write_run_report
 from greenprune.surgery import resolve_structure
@@ -85,7 +85,8 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
     with ExitStack() as stack:
         stack.callback(engine.finish)
         engine.check_trackers(config.tracking.trackers)
-        meter = stack.enter_context(_open_meter(config, engine, environment))
+        places: list[Place] = engine.gather_objects(place_of(engine.device, node_id()))
+        meter = stack.enter_context(_open_meter(config, engine, places, environment))
         with meter.window("data"):
             data = _open_data(config, environment.get("GREENPRUNE_DATA"), engine)
         config = _resolve_structure(config, engine)
@@ -112,7 +113,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
                 with meter.window("setup"), _left_as_found(claim, engine):
                     network = _with_measured_cost(config, config.budget.unit, network, data, engine)
         mirrors, notes = engine.together(
-            lambda: _start_mirrors(config, engine, folder, stack, display, environment, online=online)
+            lambda: _start_mirrors(config, engine, places, folder, stack, display, environment, online=online)
         )
         notes += claim.notes
         if carbon is None:
@@ -251,10 +252,9 @@ def _open_data(config: Config, data_root: str | None, engine: Engine) -> ImageDa
     return data
 
 
-def _open_meter(config: Config, engine: Engine, environment: Mapping[str, str]) -> Meter:
+def _open_meter(config: Config, engine: Engine, places: list[Place], environment: Mapping[str, str]) -> Meter:
     """A meter of this process's share: each GPU is read by one rank, each machine by one rank of it."""
-    gpu = engine.gpu_uuid
-    claims = engine.gather_objects((node_id(), [] if gpu is None else [gpu]))
+    claims = [(place.machine, [] if place.gpu_uuid is None else [place.gpu_uuid]) for place in places]
     share = share_devices(engine.rank, claims)
     return open_meter(
         gpu_uuids=share.gpu_uuids,
@@ -268,6 +268,7 @@ def _open_meter(config: Config, engine: Engine, environment: Mapping[str, str]) 
 def _start_mirrors(
     config: Config,
     engine: Engine,
+    places: list[Place],
     folder: RunFolder,
     stack: ExitStack,
     display: Callable[[], Display],
@@ -279,7 +280,7 @@ def _start_mirrors(
     if not engine.is_main:
         return [], []
     with folder.provenance.open("a") as file:
-        file.write(json.dumps(collect_provenance(engine.world_size, engine.device)) + "\n")
+        file.write(json.dumps(collect_provenance(engine.world_size, engine.device, places)) + "\n")
     shown = display()
     stack.callback(shown.close)
     mirrors, notes = start_mirrors(engine, config, folder, environment, write_run_report, online=online)

@@ -249,6 +249,28 @@ def read_attempts(path: Path) -> list[dict[str, Any]]:
     return [value for _, value in _json_lines(path) if isinstance(value, dict)]
 
 
+def gpus_of_attempt(attempt: Mapping[str, Any]) -> list[str]:
+    """The models of the GPUs that an attempt used, each GPU once; of one of an older version as far as it tells.
+
+    Args:
+        attempt: What :func:`read_attempts` gave.
+    """
+    told: list[str] = list(attempt.get("gpus") or [])
+    kind, _, index = str(attempt.get("device")).partition(":")
+    if kind == "cpu":
+        return []
+    if "machines" in attempt:
+        return told
+    # Older versions told all that rank 0 could see.
+    processes = attempt.get("processes") or 1
+    if processes == 1:
+        first = int(index) if index.isdecimal() else 0
+        return told[first : first + 1] or told
+    if processes > len(told) and len(set(told)) == 1:  # on several nodes
+        return told[:1] * processes
+    return told[:processes]
+
+
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Number and value of each whole line that is not empty: an object, or text that says why it is none."""
     if not path.exists():

@@ -6,8 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from greenprune.provenance import git_revision
+from greenprune.provenance import Place, collect_provenance, git_revision, gpus_used
 
 
 def git(folder: Path, *args: str) -> str:
@@ -37,3 +38,28 @@ def test_the_revision_is_that_of_the_checkout_that_the_program_runs_from(checkou
 
 def test_installed_below_another_repository_the_program_has_no_revision(checkout: Path) -> None:
     assert git_revision(checkout / ".venv/lib/python3/site-packages/greenprune/provenance.py") is None
+
+
+H100, A100 = "NVIDIA H100", "NVIDIA A100"
+
+
+@pytest.mark.parametrize(
+    ("places", "gpus"),
+    [
+        ([Place("a", "GPU-3", H100, "EPYC")], [H100]),  # the others of its machine are not its own
+        ([Place("a", f"GPU-{rank}", H100, "EPYC") for rank in range(2)], [H100, H100]),
+        ([Place("a", "GPU-1", H100, "EPYC"), Place("b", "GPU-2", A100, "Xeon")], [H100, A100]),  # of another node
+        ([Place("a", "GPU-1", H100, "EPYC"), Place("a", "GPU-1", H100, "EPYC")], [H100]),  # one that two ranks share
+        ([Place("a", None, None, "EPYC")] * 2, []),
+    ],
+)
+def test_the_gpus_of_a_run_are_those_that_its_ranks_use(places: list[Place], gpus: list[str]) -> None:
+    assert gpus_used(places) == gpus
+
+
+def test_the_machines_of_all_ranks_are_on_record() -> None:
+    """Each once, with its processor."""
+    places = [Place("a", None, None, "EPYC"), Place("a", None, None, "EPYC"), Place("b", None, None, "Xeon")]
+    found = collect_provenance(3, torch.device("cpu"), places)
+    assert (found["machines"], found["cpus"], found["gpus"]) == (["a", "b"], ["EPYC", "Xeon"], [])
+    assert found["processes"] == 3

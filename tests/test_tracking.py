@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,6 +23,7 @@ from greenprune.tracking import (
     Ledger,
     RunFolder,
     default_run_name,
+    gpus_of_attempt,
     numbers_of,
     read_events,
     write_json,
@@ -241,6 +243,32 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert seen[0] == ("old", True, 5)
     assert path.read_text() == "newer"
     assert [item.name for item in tmp_path.iterdir()] == ["structure.json"]
+
+
+# Attempts.
+
+
+@pytest.mark.parametrize(
+    ("attempt", "gpus"),
+    [
+        ({"machines": ["m"], "device": "cuda:3", "processes": 1, "gpus": ["H100"]}, ["H100"]),
+        ({"machines": ["m"], "device": "cpu", "processes": 1, "gpus": []}, []),
+        # Of older versions, which told all that rank 0 could see.
+        ({"device": "cuda:0", "processes": 1, "gpus": ["H100"] * 8}, ["H100"]),
+        ({"device": "cuda:1", "processes": 1, "gpus": ["H100", "A100"]}, ["A100"]),
+        ({"device": "cuda", "gpus": ["H100", "A100"]}, ["H100"]),
+        ({"device": "cuda:0", "processes": 2, "gpus": ["H100", "H100", "A100"]}, ["H100", "H100"]),
+        ({"device": "cuda:0", "processes": 16, "gpus": ["H100"] * 8}, ["H100"] * 16),
+        ({"device": "cuda:0", "processes": 4, "gpus": ["H100", "A100"]}, ["H100", "A100"]),
+        ({"device": "cpu", "processes": 1, "gpus": ["H100"] * 8}, []),
+        ({"device": "cpu:0", "processes": 2, "gpus": ["H100"] * 8}, []),
+        ({"device": "cuda:9", "processes": 1, "gpus": ["H100"]}, ["H100"]),
+        ({"gpus": ["H100"]}, ["H100"]),
+        ({}, []),
+    ],
+)
+def test_the_gpus_of_an_attempt_are_those_that_it_used(attempt: dict[str, Any], gpus: list[str]) -> None:
+    assert gpus_of_attempt(attempt) == gpus
 
 
 # The folder.

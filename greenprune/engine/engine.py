@@ -33,7 +33,6 @@ from greenprune.engine.peers import Peer, Peers, is_of_network, join_after_resta
 from greenprune.engine.step_graph import Passes, StepGraph
 from greenprune.engine.zero import ZeroParallel, quiet_deepspeed, zero_plugin, zero_stage
 from greenprune.interrupt import InterruptRequest
-from greenprune.provenance import gpu_uuid
 
 T = TypeVar("T")
 
@@ -127,11 +126,6 @@ class Engine:
         """Lets one process a node through first, the others after it: for what must be fetched once."""
         context: AbstractContextManager[None] = self._accelerator.local_main_process_first()
         return context
-
-    @property
-    def gpu_uuid(self) -> str | None:
-        """NVML's identifier of the GPU that this process trains on, or None on a CPU."""
-        return gpu_uuid(self.device)
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Take over a network and its optimizer: move, wrap for data parallelism, set up mixed precision.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.metadata
-import itertools
 import json
 import shlex
 import time
@@ -30,10 +29,11 @@ from greenprune.export.formats import (
 )
 from greenprune.export.plain import NoPlainForm, fold_batch_norm, plain_network
 from greenprune.export.target import naming_the_target, new_folder, refuse_existing
+from greenprune.formatting import format_counted
 from greenprune.gating import find_gates
 from greenprune.models import build_model
 from greenprune.surgery import Structure, StructureMismatch, replay
-from greenprune.tracking import RunFolder, read_attempts, write_json
+from greenprune.tracking import RunFolder, gpus_of_attempt, read_attempts, write_json
 
 TOLERANCE = 1e-5
 """Largest difference of a logit from the trained network's, relative to the largest logit, in fp32."""
@@ -428,9 +428,8 @@ def _hardware(folder: RunFolder) -> str | None:
     if not attempts:
         return None
     on_gpu = str(attempts[-1].get("device", "")).startswith("cuda")
-    names: list[str] = list(attempts[-1].get("gpus") or []) if on_gpu else [str(attempts[-1].get("cpu"))]
-    counted = [(name, len(list(group))) for name, group in itertools.groupby(names)]
-    return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in counted) or None
+    names = gpus_of_attempt(attempts[-1]) if on_gpu else [str(attempts[-1].get("cpu"))]
+    return format_counted(names) or None
 
 
 def read_record(path: Path) -> tuple[Path, dict[str, Any]]:

@@ -15,10 +15,10 @@ from typing import Any
 import yaml
 
 from greenprune.config import UserError, load_yaml, shaping_values
-from greenprune.formatting import worst_quality
+from greenprune.formatting import format_counted, worst_quality
 from greenprune.report.attempts import Attempt, read_spans
 from greenprune.timing import StepTimes
-from greenprune.tracking import Event, RunFolder, describe_damage, read_attempts, salvage_events
+from greenprune.tracking import Event, RunFolder, describe_damage, gpus_of_attempt, read_attempts, salvage_events
 
 IMAGE_FOLDER = "image_folder"
 """The data set that is a folder of one's own images, and so another one for each."""
@@ -319,8 +319,8 @@ def hardware_of(attempts: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
 def _hardware(attempt: dict[str, Any]) -> str:
     several = attempt.get("processes") or 1
     processes = [f"processes {several}"] if several > 1 else []
-    if attempt.get("gpus") and attempt.get("device") != "cpu":
-        return ", ".join([*attempt["gpus"], *processes])
+    if gpus := gpus_of_attempt(attempt):
+        return ", ".join([format_counted(gpus), *processes])
     used = {"threads": attempt.get("threads"), "usable cores": attempt.get("cpu_cores_usable")}
     told = [f"{name} {count}" for name, count in used.items() if count is not None]  # older versions may tell neither
     return ", ".join([str(attempt.get("cpu")), *told, *processes])

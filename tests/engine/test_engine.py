@@ -97,7 +97,7 @@ def nodes_of(tensor: Tensor) -> int:
 def test_one_process_is_the_whole_run(make_engine: MakeEngine) -> None:
     engine = make_engine(CONFIG)
     assert (engine.rank, engine.world_size, engine.is_main) == (0, 1, True)
-    assert (engine.device.type, engine.gpu_uuid) == ("cpu", None)
+    assert engine.device.type == "cpu"
     values = torch.tensor([1.0, 2.0])
     assert engine.mean(values) is values
     assert engine.sum(values) is values

@@ -175,6 +175,30 @@ def test_on_a_gpu_the_processor_does_not_matter(tmp_path: Path, cpu: str) -> Non
     assert not comparison.notes
 
 
+@pytest.mark.parametrize(
+    ("mine", "alike"),
+    [
+        ({"gpus": ["an H100"], "device": "cuda:0", "machines": ["m"]}, True),
+        ({"gpus": ["an H100"], "device": "cuda:0"}, True),  # masked, as an older version told it
+        ({"gpus": ["an A100"], "device": "cuda:0", "machines": ["m"]}, False),
+        ({"gpus": ["an H100"] * 2, "device": "cuda:0", "machines": ["m"], "processes": 2}, False),
+    ],
+)
+def test_gpus_that_a_run_could_see_and_did_not_use_do_not_matter(
+    tmp_path: Path, mine: dict[str, Any], alike: bool
+) -> None:
+    """The twin is of an older version, and had a node of eight to itself."""
+    whole_node = {"cpu": "a CPU", "gpus": ["an H100"] * 8, "device": "cuda:0", "processes": 1}
+    for name, summary, made in (("dense", DENSE, whole_node), ("gated", GATED, {"cpu": "a CPU"} | mine)):
+        folder = write_run(tmp_path / name, summary | {"device": "cuda:0"})
+        (folder / "provenance.jsonl").write_text(json.dumps(made) + "\n")
+    comparison = compare_runs([tmp_path])
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert (against["energy_j"] is not None) == alike
+    assert ["different hardware" in note for note in comparison.notes] == ([] if alike else [True])
+
+
 def test_of_several_twins_the_one_on_the_same_hardware_counts(tmp_path: Path) -> None:
     write_run(tmp_path / "dense-1", DENSE, cpu="another CPU")
     write_run(tmp_path / "dense-2", DENSE)
