@@ -309,7 +309,7 @@ def read_provenance(path: Path) -> list[dict[str, Any]]:
 
 
 def hardware_of(attempts: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
-    """What attempts ran on, each once: GPUs, or the processor with what of it was used, and how many processes did.
+    """What attempts ran on, each once: GPUs, the processor with what of it was used, and how many processes did.
 
     None if that is not known.
     """
@@ -317,13 +317,17 @@ def hardware_of(attempts: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
 
 
 def _hardware(attempt: dict[str, Any]) -> str:
-    several = attempt.get("processes") or 1
-    processes = [f"processes {several}"] if several > 1 else []
-    if gpus := gpus_of_attempt(attempt):
-        return ", ".join([format_counted(gpus), *processes])
-    used = {"threads": attempt.get("threads"), "usable cores": attempt.get("cpu_cores_usable")}
-    told = [f"{name} {count}" for name, count in used.items() if count is not None]  # older versions may tell neither
-    return ", ".join([str(attempt.get("cpu")), *told, *processes])
+    gpus = gpus_of_attempt(attempt)
+    processes = attempt.get("processes") or 1
+    counts = {
+        "threads": None if gpus else attempt.get("threads"),
+        "usable cores": attempt.get("cpu_cores_usable"),
+        "processes": processes if processes > 1 else None,
+    }
+    # The processor of a GPU's machine as well: its joules are in the run's. Older versions may tell not all of it.
+    models = [*gpus, *(attempt.get("cpus") or [str(attempt.get("cpu") or "unknown processor")])]
+    told = (f"{name} {count}" for name, count in counts.items() if count is not None)
+    return ", ".join([format_counted(models), *told])
 
 
 _FROM_EVENTS = {

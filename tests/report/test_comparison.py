@@ -164,15 +164,29 @@ def test_the_same_hardware_is_what_every_attempt_used(
     assert ["different hardware" in note for note in comparison.notes] == ([] if alike else [True])
 
 
-@pytest.mark.parametrize("cpu", ["a CPU", "another CPU"])
-def test_on_a_gpu_the_processor_does_not_matter(tmp_path: Path, cpu: str) -> None:
-    for name, summary, processor in (("dense", DENSE, "a CPU"), ("gated", GATED, cpu)):
+@pytest.mark.parametrize(
+    ("mine", "alike"),
+    [
+        ({}, True),
+        ({"cpu": "another CPU"}, False),
+        ({"cpus": ["a CPU", "a CPU"]}, False),  # of two machines
+        ({"cpu_cores_usable": 2}, False),
+        ({"threads": 2}, True),  # of the processor; the work is the GPU's
+    ],
+)
+def test_on_a_gpu_the_processor_matters_too_because_its_joules_count(
+    tmp_path: Path, mine: dict[str, Any], alike: bool
+) -> None:
+    usual = {"cpu": "a CPU", "cpu_cores_usable": 8, "threads": 8, "gpus": ["a GPU"], "device": "cuda:0"}
+    for name, summary, made in (("dense", DENSE, usual), ("gated", GATED, usual | mine)):
         folder = write_run(tmp_path / name, summary | {"device": "cuda"})
-        made = {"cpu": processor, "gpus": ["a GPU"], "device": "cuda:0"}
         (folder / "provenance.jsonl").write_text(json.dumps(made) + "\n")
     comparison = compare_runs([tmp_path])
-    assert comparison.runs[1].hardware == ("a GPU",)
-    assert not comparison.notes
+    assert comparison.runs[0].hardware == ("a GPU, a CPU, usable cores 8",)
+    against = comparison.runs[1].against_twin
+    assert against is not None
+    assert [against[key] is not None for key in ("energy_j", "time_s", "flops_train")] == [alike, alike, True]
+    assert ["different hardware" in note for note in comparison.notes] == ([] if alike else [True])
 
 
 @pytest.mark.parametrize(
