@@ -6,7 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
-from greenprune.config import DataConfig, UserError
+from greenprune.config import ConfigError, DataConfig, UserError
 from greenprune.data.folders import LAYOUTS, FolderData
 from greenprune.data.image_data import ImageData, derive_seed
 from greenprune.data.in_memory import InMemoryData
@@ -15,7 +15,19 @@ from greenprune.data.readers import SOURCES
 DATASETS: tuple[str, ...] = (*SOURCES, *LAYOUTS)
 """Registered names, the valid values of ``data.name``."""
 
-__all__ = ["DATASETS", "ImageData", "derive_seed", "open_data", "told_by_flags"]
+__all__ = ["DATASETS", "ImageData", "check_data_name", "derive_seed", "open_data", "told_by_flags"]
+
+
+def check_data_name(name: str) -> None:
+    """Check that there is a data set of this name, without looking for its files.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in DATASETS:
+        close = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(f"data.name: {name!r} is not valid; {hint}expected one of {', '.join(DATASETS)}")
 
 
 def told_by_flags(error: UserError, **flags: str) -> UserError:
@@ -44,10 +56,7 @@ def open_data(config: DataConfig, root: str | None, seed: int) -> ImageData:
     Raises:
         UserError: The name is unknown, files are missing or corrupt, or the config does not suit the set.
     """
-    if config.name not in DATASETS:
-        close = difflib.get_close_matches(config.name, DATASETS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"data.name: {config.name!r} is not valid; {hint}expected one of {', '.join(DATASETS)}")
+    check_data_name(config.name)
     source = SOURCES.get(config.name)
     embedded = source is not None and not source.files
     if root is None and not embedded:

@@ -33,6 +33,7 @@ __all__ = [
     "ResidualBlock",
     "Slice",
     "build_model",
+    "check_model_name",
     "convert_blocks",
     "find_channels",
     "kernels_for",
@@ -75,22 +76,41 @@ def build_model(config: ModelConfig, *, classes: int, channels: int, image_size:
         ConfigError: No network has this name, it has no such stem, or cannot be had here.
     """
     name = config.name
+    if name.startswith(_TIMM) and importlib.util.find_spec("timm") is None:
+        raise ConfigError(f"model.name: {name!r} needs timm, which is not installed; expected greenprune[timm]")
+    check_model_name(name)
     if name in _CIFAR_DEPTHS:
         if config.stem == "imagenet":
             raise ConfigError(f"model.stem: 'imagenet' is not valid for {name}; expected auto or small")
         return CifarResNet(_CIFAR_DEPTHS[name], classes, channels, config.shortcut)
-    if name in model_names():
-        small = config.stem == "small" or (config.stem == "auto" and image_size <= SMALL_IMAGE)
-        model = _from_torchvision(name, config, classes, channels, image_size, small=small)
-    elif name.startswith(_TIMM):
+    if name.startswith(_TIMM):
         model = _from_timm(name, config, classes, channels, image_size)
     else:
-        raise ConfigError(_unknown_name(name))
+        small = config.stem == "small" or (config.stem == "auto" and image_size <= SMALL_IMAGE)
+        model = _from_torchvision(name, config, classes, channels, image_size, small=small)
     try:
         convert_blocks(model)
     except BlockError as error:
         raise ConfigError(f"model.name: {name!r} cannot be gated: {error}") from None
     return model
+
+
+def check_model_name(name: str) -> None:
+    """Check that there is a network of this name, without building it; of timm's only where timm is installed.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not name.startswith(_TIMM):
+        if name not in model_names():
+            raise ConfigError(_unknown_name(name))
+        return
+    if importlib.util.find_spec("timm") is not None:
+        timm, short = importlib.import_module("timm"), name.removeprefix(_TIMM)
+        if not timm.is_model(short):
+            close = difflib.get_close_matches(short, timm.list_models(), n=1)
+            hint = f"; did you mean {_TIMM}{close[0]}?" if close else ""
+            raise ConfigError(f"model.name: timm has no network {short!r}{hint}")
 
 
 def _unknown_name(name: str) -> str:
@@ -138,16 +158,9 @@ def _take_channels(model: nn.Module, channels: int) -> None:
 
 
 def _from_timm(name: str, config: ModelConfig, classes: int, channels: int, image_size: int) -> nn.Module:
-    if importlib.util.find_spec("timm") is None:
-        raise ConfigError(f"model.name: {name!r} needs timm, which is not installed; expected greenprune[timm]")
     if config.stem == "small":
         raise ConfigError(f"model.stem: 'small' is not valid for {name}; expected auto or imagenet")
-    timm = importlib.import_module("timm")
-    short = name.removeprefix(_TIMM)
-    if not timm.is_model(short):
-        close = difflib.get_close_matches(short, timm.list_models(), n=1)
-        hint = f"; did you mean {_TIMM}{close[0]}?" if close else ""
-        raise ConfigError(f"model.name: timm has no network {short!r}{hint}")
+    timm, short = importlib.import_module("timm"), name.removeprefix(_TIMM)
     options: dict[str, object] = {"pretrained": False, "num_classes": classes, "in_chans": channels}
     about = timm.get_pretrained_cfg(short)
     if short.startswith("vit") or (about is not None and about.fixed_input_size):

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import jsonargparse
 
 from greenprune.config import Config, ConfigError, check_field, load_config, plain_message
+from greenprune.data import check_data_name
+from greenprune.models import check_model_name
 from greenprune.surgery import resolve_structure
 from greenprune.sweep.reading import read_settings
 from greenprune.tracking import default_run_name
@@ -155,7 +157,9 @@ def read_sweep(path: Path) -> Sweep:
     base = load_config(path.parent / config.base)
     folder = Path(config.output_dir) / name
     try:
-        return Sweep(config, folder, tuple(_expand(config, base, folder)))
+        tasks = tuple(_expand(config, base, folder))
+        _check_names(tasks)
+        return Sweep(config, folder, tasks)
     except ConfigError as error:
         raise ConfigError(f"sweep {str(path)!r}: {error}") from None
 
@@ -185,6 +189,18 @@ def _expand(sweep: SweepConfig, base: Config, folder: Path) -> Iterator[Task]:
             number += 1
         if number > _MOST_TASKS:
             raise ConfigError(f"runs: there are more than {_MOST_TASKS:,}; expected several smaller sweeps")
+
+
+def _check_names(tasks: Sequence[Task]) -> None:
+    """Check what otherwise every run of its own would find as it starts, and each name once.
+
+    Raises:
+        ConfigError: There is no network or data set of a name.
+    """
+    for network in dict.fromkeys(task.config.model.name for task in tasks):
+        check_model_name(network)
+    for data in dict.fromkeys(task.config.data.name for task in tasks):
+        check_data_name(data)
 
 
 def _costs(config: Config) -> tuple[object, ...]:

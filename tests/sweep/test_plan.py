@@ -122,6 +122,12 @@ BAD = {
     "wrong type": ("grid: {optim.epochs: [many]}", "optim.epochs: Expected a value of type int. Got value: many"),
     "wrong value": ("targets: [1.5]", "budget.target: 1.5 is not valid; expected a share in (0, 1]"),
     "wrong word": ("grid: {gate.kind: [statik]}", "gate.kind"),
+    "network": ("grid: {model.name: [resnet20, resnet21]}", "model.name: 'resnet21' is unknown; did you mean resnet"),
+    "timm's network": ("grid: {model.name: [timm/resnet1]}", "model.name: timm has no network 'resnet1'"),
+    "data set": (
+        "settings: {data.name: cifar11}\nseeds: [1]",
+        "data.name: 'cifar11' is not valid; did you mean cifar10?",
+    ),
     "null": ("grid: {optim.lr: [null]}", "optim.lr"),
     "runs without a list": ("seeds: [1]\nruns:", "runs: null is not valid; expected a value, or no such line"),
     "settings without fields": ("seeds: [1]\nsettings:", "settings: null is not valid; expected a value"),
