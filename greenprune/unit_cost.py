@@ -23,6 +23,7 @@ from greenprune.config import ConfigError
 from greenprune.energy import POWERCAP, MeterUnavailable, Source, open_counters
 from greenprune.flops import go_back_from
 from greenprune.models import ResidualBlock, residual_blocks
+from greenprune.models.attention import SelfAttention, WindowAttention
 from greenprune.provenance import gpu_uuid
 
 MeasuredUnit = Literal["time", "energy"]
@@ -158,7 +159,14 @@ def _meter(unit: MeasuredUnit, device: torch.device, powercap: Path) -> Iterator
 
 def _kind(block: ResidualBlock, x: Tensor) -> str:
     """Text that is equal for blocks that compute alike; how often one of them is skipped at random is not in it."""
-    return _SKIPPED.sub(r"\1", str(block)) + f" of {tuple(x.shape)}"
+    # These do not print what they are made for: their source is part of exported files, and has to stay as it is there.
+    attention = [
+        (module.heads, module.dropout, *((module.window, module.shift) if isinstance(module, WindowAttention) else ()))
+        for module in block.modules()
+        if isinstance(module, SelfAttention | WindowAttention)
+    ]
+    shown = _SKIPPED.sub(r"\1", str(block))
+    return f"{shown} with {attention} of {tuple(x.shape)}"
 
 
 def _inputs_of(

@@ -16,19 +16,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 sys.path.insert(0, str(Path(__file__).parent / "energy"))
 from fake_powercap import Powercap
+from families import FAMILIES, build
 from in_process import stopped_at
 from launching import TRAIN, run
 
 import greenprune.run
 from greenprune import BudgetConfig, GateConfig, Pruner
 from greenprune.config import Config, ConfigError, ModelConfig, OptimConfig, RemovalConfig
-from greenprune.models import CifarResNet, residual_blocks
+from greenprune.models import CifarResNet, ResidualBlock, residual_blocks
+from greenprune.models.attention import SelfAttention
+from greenprune.models.cifar_resnet import SubsamplePad
 from greenprune.progress import Display
 from greenprune.run import train
 from greenprune.unit_cost import UnitCost, measure_unit_cost
@@ -84,6 +87,44 @@ def test_how_often_a_block_is_skipped_makes_no_kind_of_its_own() -> None:
         block.branch.append(StochasticDepth(rate, "row"))
     found = measure_unit_cost("time", model, torch.zeros(4, 1, 8, 8))
     assert found.blocks["stages.0.1"] == found.blocks["stages.0.2"]
+
+
+def test_windows_that_are_shifted_are_measured_by_themselves() -> None:
+    """They are rolled and masked, which takes a sixth more; what follows them is alike."""
+    found = measure_unit_cost("time", build("swin"), FAMILIES["swin"].images())
+    plain, shifted = (found.blocks[f"features.1.{index}.attention"] for index in (0, 1))
+    assert plain != shifted
+    assert found.blocks["features.1.0.mlp"] == found.blocks["features.1.1.mlp"]
+
+
+def attending(heads: int = 4, dropout: float = 0.0) -> nn.Module:
+    branch = SelfAttention(nn.Linear(8, 24), nn.Linear(8, 8), heads, dropout)
+    return ResidualBlock(branch, nn.Identity(), nn.Identity(), input_activated=True)
+
+
+def activated(input_activated: bool) -> nn.Module:
+    return ResidualBlock(nn.Linear(8, 8), nn.Identity(), nn.ReLU(), input_activated=input_activated)
+
+
+@pytest.mark.parametrize(
+    ("one", "alike", "other"),
+    [
+        (attending(), attending(), attending(heads=2)),
+        (attending(), attending(), attending(dropout=0.1)),
+        (activated(True), activated(True), activated(False)),
+    ],
+    ids=["heads", "dropout", "what stays"],
+)
+def test_blocks_that_compute_otherwise_are_measured_by_themselves(
+    one: nn.Module, alike: nn.Module, other: nn.Module
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), one, alike, other)
+    found = measure_unit_cost("time", model, torch.randn(4, 5, 8)).blocks
+    assert found["1"] == found["2"] != found["3"]
+
+
+def test_shortcuts_are_told_apart() -> None:
+    assert str(SubsamplePad(2, 16)) == "SubsamplePad(stride=2, before=8, after=8)"
 
 
 def test_on_a_cpu_one_thread_is_measured() -> None:

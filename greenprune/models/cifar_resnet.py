@@ -26,6 +26,10 @@ class SubsamplePad(nn.Module):
         self.before = new_channels // 2
         self.after = new_channels - new_channels // 2
 
+    def extra_repr(self) -> str:
+        """Its arguments, as they were taken apart."""
+        return f"stride={self.stride}, before={self.before}, after={self.after}"
+
     def forward(self, x: Tensor) -> Tensor:
         """From [B, C, H, W] to [B, C + new_channels, H / stride, W / stride]."""
         x = x[:, :, :: self.stride, :: self.stride]

@@ -296,6 +296,10 @@ class ResidualBlock(nn.Module):
         activated: Tensor = self.activation(total)
         return activated
 
+    def extra_repr(self) -> str:
+        """What stays of it when its branch goes depends on this."""
+        return f"input_activated={self.input_activated}"
+
     def without_branch(self) -> nn.Module:
         """What is left of the block when its branch is gone: its shortcut, exactly as the block with g = 0."""
         if isinstance(self.shortcut, nn.Identity):
