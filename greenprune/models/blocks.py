@@ -10,6 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -248,10 +249,21 @@ def _move_constants(block: nn.Module) -> None:
 
 
 def _check_activated(split: nn.Module, x: Tensor) -> None:
-    """Correct a block of which it is wrongly assumed that its activation leaves its input as it is."""
-    if isinstance(split, ResidualBlock) and isinstance(split.shortcut, nn.Identity) and split.input_activated:
-        with torch.no_grad():
-            split.input_activated = torch.equal(split.activation(x.clone()), x)
+    """Correct blocks of which it is wrongly assumed that their activation leaves their input as it is."""
+    twin = copy.deepcopy(split).eval()
+    for block, copied in zip(split.modules(), twin.modules(), strict=True):
+        if isinstance(block, ResidualBlock) and isinstance(block.shortcut, nn.Identity) and block.input_activated:
+            copied.register_forward_pre_hook(partial(_correct, block))
+    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        twin(x.clone())
+
+
+def _correct(block: ResidualBlock, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Correct a block that is given this input. In training its activation may do more: drop a share, for example."""
+    activation = copy.deepcopy(block.activation)
+    block.input_activated = all(
+        torch.equal(activation.train(training)(inputs[0].clone()), inputs[0]) for training in (False, True)
+    )
 
 
 def _refuse_shared(model: nn.Module) -> None:

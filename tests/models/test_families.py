@@ -545,6 +545,57 @@ def test_a_block_whose_input_turns_out_not_to_be_activated_keeps_its_activation(
     assert second.input_activated
 
 
+class Whole(nn.Module):
+    """A user's block that holds the form which it is taken apart into."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.form = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(x)
+
+
+@pytest.fixture
+def whole(register: Any) -> None:
+    """Has its blocks taken apart, for one test."""
+    register_block(Whole)(lambda block: block.form if len(block.form) > 1 else block.form[0])
+
+
+def claiming(branch: nn.Module, activation: nn.Module) -> ResidualBlock:
+    """A block of which it is said that its input has passed its activation."""
+    return ResidualBlock(branch, nn.Identity(), activation, input_activated=True)
+
+
+@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize("training", [True, False])
+def test_an_activation_that_drops_in_training_alone_stays_when_a_branch_goes(training: bool) -> None:
+    """A network may be in evaluation mode when it is taken apart, as a pretrained one is."""
+    block = claiming(conv(8, 8), nn.Sequential(nn.ReLU(), nn.Dropout(0.1)))
+    model = network(nn.ReLU(), Whole(block)).train(training)
+    random = torch.get_rng_state()
+    convert_blocks(model, IMAGES)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert block.training == block.activation.training == training
+    assert block.without_branch() is block.activation
+
+
+@pytest.mark.usefixtures("whole")
+def test_taking_a_network_apart_leaves_its_statistics() -> None:
+    model = network(Whole(claiming(conv(8, 8), nn.BatchNorm2d(8)))).train()
+    before = copy.deepcopy(list(model.buffers()))
+    convert_blocks(model, IMAGES)
+    assert all(torch.equal(one, other) for one, other in zip(model.buffers(), before, strict=True))
+
+
+@pytest.mark.usefixtures("whole")
+def test_each_block_of_a_chain_keeps_an_activation_that_its_input_has_not_passed() -> None:
+    activations = (nn.Identity(), nn.ReLU(), nn.ReLU())
+    model = network(Whole(*(claiming(conv(8, 8), activation) for activation in activations)))
+    convert_blocks(model, IMAGES)
+    assert [block.input_activated for block in residual_blocks(model).values()] == [True, False, True]
+
+
 def test_an_activation_that_changes_its_own_output_stays_when_a_branch_goes() -> None:
     timm = pytest.importorskip("timm")
     regnet_silu = FAMILIES["regnet-x"].build()
