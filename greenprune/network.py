@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from greenprune.config import BudgetConfig, Config, ConfigError, GateConfig, SurgeryConfig
 from greenprune.flops import Cost, count_costs, subtract
-from greenprune.gating import CostTerm, UnitCosts, attach_gates, channel_unit, find_gates, split_unit
+from greenprune.gating import (
+    CostTerm,
+    Gate,
+    UnitCosts,
+    attach_gates,
+    channel_unit,
+    check_decided,
+    find_gates,
+    list_places,
+    split_unit,
+)
 from greenprune.models import BlockError, ChannelSet, PlainBlock, build_model, find_channels, residual_blocks
 from greenprune.surgery import Structure, StructureMismatch, given_structure, replay
 from greenprune.unit_cost import MEASURED, UnitCost
@@ -67,6 +78,9 @@ class UnitTable:
             image_shape: Shape of one image [C, H, W].
             also: Sets of channels without gates of which something may be gone too.
             dtype: Of the images.
+
+        Raises:
+            BlockError: A pass leaves gates out, or they decide for other numbers of inputs.
         """
         blocks = residual_blocks(model)
         gated = find_gates(model)
@@ -76,7 +90,9 @@ class UnitTable:
         holders = {path for found in sets.values() for path, _ in found.sizes}
         inside = [f"{path}.{child}" for path in holders for child, _ in model.get_submodule(path).named_children()]
         names = ["", *(f"{name}.branch" for name in blocks), *gate_paths.values(), *holders, *inside]
-        counts = count_costs(model, image_shape, names, dtype)
+        with _inputs_of(gated) as inputs:
+            counts = count_costs(model, image_shape, names, dtype)
+        check_decided(inputs, list(gated))
         gates = {name: counts[path] for name, path in gate_paths.items()}
         branches = {
             name: subtract(
@@ -125,6 +141,25 @@ class UnitTable:
     def rounding(self, round_to: int) -> dict[str, int]:
         """Of how many units the size of each set is a multiple for its channels to be one of ``round_to``."""
         return {name: round_to // math.gcd(round_to, width) for name, width in self.widths.items()}
+
+
+@contextmanager
+def _inputs_of(gates: Mapping[str, Gate]) -> Iterator[dict[str, int]]:
+    """For how many inputs each gate has decided, by its name, within; also where it is the gate of a network's copy."""
+    inputs: dict[str, int] = {}
+
+    def look_at(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def count(_: nn.Module, __: object, decisions: Tensor) -> None:
+            inputs[name] = len(decisions)
+
+        return count
+
+    handles = [gate.register_forward_hook(look_at(name)) for name, gate in gates.items()]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def round_to_on(config: SurgeryConfig, device: torch.device) -> int:
@@ -363,9 +398,4 @@ def gating_notes(model: nn.Module, config: GateConfig) -> list[str]:
     for note in notes:
         place, _, reason = note.partition(": ")
         places.setdefault(reason.replace(f"{place}.", ""), []).append(place)
-    return [f"{_list_places(found)}: {reason}" for reason, found in places.items() if found]
-
-
-def _list_places(places: list[str]) -> str:
-    shown = ", ".join(places[:3])
-    return shown if len(places) <= 3 else f"{shown} and {len(places) - 3} more"
+    return [f"{list_places(found)}: {reason}" for reason, found in places.items() if found]

@@ -697,6 +697,64 @@ def test_gates_of_a_part_in_evaluation_mode_are_told() -> None:
         pruner.penalty()
 
 
+def small_block() -> ResidualBlock:
+    branch = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1))
+    return ResidualBlock(branch, nn.Identity(), nn.ReLU(), input_activated=False)
+
+
+class Clips(nn.Module):
+    """Sees each frame of a clip by itself first, and then the clip as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames, self.clip = small_block(), nn.Sequential(small_block(), small_block())
+        self.skipped = False
+
+    def forward(self, clips: Tensor) -> Tensor:
+        frames = self.frames(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
+        out: Tensor = self.clip[:1](frames.mean(1)) if self.skipped else self.clip(frames.mean(1))
+        return out
+
+
+OTHER_NUMBERS = (
+    r"^clip\.0: its gate decides for 2 inputs of a batch for which that of frames decides for 6; expected blocks with "
+)
+
+
+def test_blocks_that_see_other_numbers_of_inputs_are_refused_before_anything_is_trained() -> None:
+    model = Clips()
+    with pytest.raises(UserError, match=OTHER_NUMBERS):
+        Pruner(model, torch.randn(2, 3, 3, 4, 4), total_steps=STEPS)
+    assert not find_gates(model)
+
+
+def test_blocks_that_come_to_see_other_numbers_of_inputs_are_named() -> None:
+    model = Clips()
+    pruner = Pruner(model, torch.randn(2, 1, 3, 4, 4), total_steps=STEPS)
+    model(torch.randn(2, 1, 3, 4, 4))
+    pruner.penalty()
+    model(torch.randn(2, 3, 3, 4, 4))
+    with pytest.raises(UserError, match=OTHER_NUMBERS):
+        pruner.penalty()
+
+
+def test_blocks_that_a_pass_has_left_out_are_named() -> None:
+    """As a network does that drops whole layers at random (LayerDrop)."""
+    model = Clips()
+    pruner = Pruner(model, torch.randn(2, 1, 3, 4, 4), total_steps=STEPS, gate=GateConfig(units=["block", "channel"]))
+    model.skipped = True
+    model(torch.randn(2, 1, 3, 4, 4))
+    complaint = (
+        r"^clip\.1, clip\.1:hidden: 2 of 6 gates have decided nothing in a pass in training.*expected every block"
+    )
+    with pytest.raises(RuntimeError, match=complaint):
+        pruner.penalty()
+    model = Clips()
+    model.skipped = True
+    with pytest.raises(UserError, match=complaint):  # at once, if the pass in which costs are counted leaves it out
+        Pruner(model, torch.randn(2, 1, 3, 4, 4), total_steps=STEPS, gate=GateConfig(units=["block", "channel"]))
+
+
 def test_checkpoints_of_activations_that_keep_no_gradient_are_refused() -> None:
     """Those run the blocks without gradients first, and their decisions would teach the gates nothing."""
 

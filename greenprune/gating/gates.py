@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
@@ -502,8 +502,12 @@ def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for module in model.modules() if isinstance(module, Gate) for parameter in module.parameters()]
 
 
-def take_decisions(gates: list[Gate]) -> tuple[Tensor, Tensor]:
+def take_decisions(gates: list[Gate], names: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
     """Take the last training pass's decisions out of the gates.
+
+    Args:
+        gates: The gates.
+        names: Their names, for messages.
 
     Returns:
         Rates of this process's batch [U], with gradient, and mean openness [U], without; fp32, for the units of all
@@ -512,11 +516,15 @@ def take_decisions(gates: list[Gate]) -> tuple[Tensor, Tensor]:
     Raises:
         RuntimeError: A gate has decided nothing since its decisions were last taken, or nothing that could teach it, or
             in two passes that are both to teach it.
+        BlockError: Gates have decided for other numbers of inputs.
     """
+    names = names or [str(number) for number in range(len(gates))]
     decisions = [gate.decision for gate in gates if gate.decision is not None]
     logits = [gate.logit for gate in gates if gate.logit is not None]
     if len(decisions) < len(gates):
-        raise RuntimeError(_why_undecided(gates))
+        raise RuntimeError(_why_undecided(gates, names))
+    if any(len(decision) != len(decisions[0]) for decision in decisions):
+        check_decided({name: len(decision) for name, decision in zip(names, decisions, strict=True)}, names)
     if torch.is_grad_enabled() and not all(decision.requires_grad for decision in decisions):
         raise RuntimeError(
             "gates decided where no gradient is kept, and would learn nothing; expected activation checkpoints with "
@@ -536,7 +544,36 @@ def take_decisions(gates: list[Gate]) -> tuple[Tensor, Tensor]:
     return rates, openness
 
 
-def _why_undecided(gates: list[Gate]) -> str:
+def check_decided(inputs: Mapping[str, int], names: Sequence[str]) -> None:
+    """Check that all gates decide in a pass, and for as many inputs: shares of one batch are counted.
+
+    Args:
+        inputs: For how many inputs gates have decided in a pass, by their names.
+        names: The names of all gates.
+
+    Raises:
+        BlockError: One has decided nothing, or for another number than the first.
+    """
+    left_out = [name for name in names if name not in inputs]
+    if left_out:
+        raise BlockError(_left_out(left_out, len(names)))
+    first = next(iter(inputs), "")
+    for name, number in inputs.items():
+        if number != inputs[first]:
+            raise BlockError(
+                f"{name}: its gate decides for {number} inputs of a batch for which that of {first} decides for "
+                f"{inputs[first]}; expected blocks with gates to see as many inputs each (no frames or tiles folded "
+                "into the batch for some of them): a Pruner of the part of the network in which they do"
+            )
+
+
+def list_places(names: Sequence[str]) -> str:
+    """Names of places in a network as text, three of them at most."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _why_undecided(gates: list[Gate], names: Sequence[str]) -> str:
     still = sum(not gate.training for gate in gates)
     if 0 < still < len(gates):
         return (
@@ -544,7 +581,18 @@ def _why_undecided(gates: list[Gate]) -> str:
             "decide nothing; expected all blocks with gates in training mode (statistics are frozen by putting the "
             "batch norms alone into evaluation mode)"
         )
+    undecided = [name for gate, name in zip(gates, names, strict=True) if gate.decision is None]
+    if len(undecided) < len(gates):
+        return _left_out(undecided, len(gates))
     return "the gates have not decided anything since they were last asked; run the network in training"
+
+
+def _left_out(undecided: Sequence[str], gates: int) -> str:
+    return (
+        f"{list_places(undecided)}: {len(undecided)} of {gates} gates have decided nothing in a pass in training, "
+        "which left out their blocks; expected every block with a gate in every pass, and no whole layers that are "
+        "dropped at random (LayerDrop)"
+    )
 
 
 def hold_open(gates: list[Gate]) -> None:

@@ -129,7 +129,8 @@ class GatePolicy:
 
     def _link(self, model: nn.Module) -> None:
         """Find the gates that are left, and what their units cost."""
-        self._gates = list(find_gates(model).values())
+        found = find_gates(model)
+        self._names, self._gates = list(found), list(found.values())
         for gate in self._gates:
             gate.parts = self._parts
         self._units = gated_units(model)
@@ -181,7 +182,7 @@ class GatePolicy:
             ``lambda_pol * polarization + price * (rho - tau(t))`` (scalar, fp32), or None in the warm-up.
         """
         with full_precision(self._device.type):  # loops may ask for it where autocast is on
-            local, openness = take_decisions(self._gates)
+            local, openness = take_decisions(self._gates, self._names)
             shared = mean_over_ranks(torch.stack([local.detach(), openness]))
             self.consensus.observe(shared[0], shared[1], samples)
             if self.in_warmup:
