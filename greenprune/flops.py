@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+from greenprune.config import UserError
+
 _BATCH = 2  # batch normalisation in training needs more than one value a channel
 
 
@@ -70,11 +72,11 @@ def go_back_from(output: object) -> None:
     """The backward pass of a sum over a network's output: a tensor, or tuples, lists and dicts of tensors.
 
     Raises:
-        TypeError: There is nothing in it that training goes back through.
+        UserError: There is nothing in it that training goes back through.
     """
     tensors = list(trained_tensors(output))
     if not tensors:
-        raise TypeError(
+        raise UserError(
             f"the network gives a {type(output).__name__} without a tensor that training goes back through; expected a "
             "tensor, or a tuple or dict of tensors"
         )

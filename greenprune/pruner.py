@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from greenprune.config import BudgetConfig, ConfigError, GateConfig, RemovalConfig, SurgeryConfig, check_budget_unit
+from greenprune.config import (
+    BudgetConfig,
+    ConfigError,
+    GateConfig,
+    RemovalConfig,
+    SurgeryConfig,
+    UserError,
+    check_budget_unit,
+)
 from greenprune.flops import trained_tensors
 from greenprune.gating import WINDOWS, GatePolicy, Verdict, attach_gates, find_gates, gate_parameters
 from greenprune.models import convert_blocks, put_back_on_failure
@@ -64,8 +72,8 @@ class Pruner:
         notes: One line for each part of the network that is not gated though it might have been expected to be.
 
     Raises:
-        UserError: A setting is not valid, there is nothing to gate, a block cannot be taken apart, or the budget cannot
-            be met.
+        UserError: A setting is not valid, there is nothing to gate, a block cannot be taken apart, a forward pass
+            depends on values so that its cost cannot be counted, or the budget cannot be met.
         TypeError: The network is wrapped.
     """
 
@@ -97,7 +105,7 @@ class Pruner:
             convert_blocks(model, example)
             attach_gates(model, self.gate, example)
             self.notes = gating_notes(model, self.gate)
-            self._table = UnitTable.of(model, tuple(example.shape[1:]), dtype=example.dtype)
+            self._table = _count(model, example)
             unit = self.budget.unit
             self._measured = _measured_for_all(unit, model, example) if unit in MEASURED else None
             self._rounding = self._table.rounding(round_to_on(self._surgery, self._device))
@@ -398,6 +406,24 @@ def _check_settings(total_steps: object, gate: object, budget: object, removal: 
         raise ConfigError("gate.enabled: False is not valid for a Pruner; expected True, or a loop without one")
     if isinstance(total_steps, bool) or not isinstance(total_steps, Integral) or int(total_steps) < 1:
         raise ConfigError(f"total_steps: {total_steps!r} is not valid; expected a whole number of at least 1")
+
+
+def _count(model: nn.Module, example: Tensor) -> UnitTable:
+    """What the network and its units cost.
+
+    Raises:
+        ConfigError: Its pass in training cannot be gone through without values.
+    """
+    try:
+        return UnitTable.of(model, tuple(example.shape[1:]), dtype=example.dtype)
+    except UserError:
+        raise
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model: the cost of {type(model).__name__} cannot be counted in a pass in training of tensors without "
+            f"values (PyTorch's meta device): {' '.join(str(error).split())}; expected a forward pass that depends on "
+            "shapes alone (no .item(), no branch on a value) and makes its tensors on its input's device"
+        ) from error
 
 
 class _Once(torch.autograd.Function):

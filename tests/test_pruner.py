@@ -972,6 +972,45 @@ def test_a_network_without_channels_inside_its_branches_is_refused(branch: nn.Mo
         Pruner(model, torch.randn(2, 3, 8, 8), total_steps=STEPS, gate=GateConfig(units=["channel"]))
 
 
+class Asking(nn.Module):
+    """Asks for something of its input before its block sees it."""
+
+    def __init__(self, ask: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.block, self.ask = small_block(), ask
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.ask(images)
+        out: Tensor = self.block(images)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("ask", "reason"),
+    [
+        (lambda x: x.mean().item(), r"Tensor\.item\(\) cannot be called on meta tensors"),
+        (lambda x: x.detach().numpy(), "can't convert meta device type tensor to numpy"),
+        (lambda x: x + torch.ones(4), "Tensor on device cpu is not on the expected device meta"),
+    ],
+    ids=["its value", "its array", "its device"],
+)
+def test_a_network_whose_cost_cannot_be_counted_without_values_is_told_so(
+    ask: Callable[[Tensor], object], reason: str
+) -> None:
+    model = Asking(ask)
+    complaint = rf"^model: the cost of Asking cannot be counted .*meta device.*: {reason}.*; expected a forward pass"
+    with pytest.raises(UserError, match=complaint):
+        Pruner(model, torch.randn(2, 3, 4, 4), total_steps=STEPS)
+    assert not find_gates(model)
+
+
+def test_a_network_without_an_output_to_go_back_from_is_told_so() -> None:
+    model = Asking(lambda _: None)
+    model.register_forward_hook(lambda *_: "logits")
+    with pytest.raises(UserError, match=r"^the network gives a str without a tensor that training goes back through"):
+        Pruner(model, torch.randn(2, 3, 4, 4), total_steps=STEPS)
+
+
 def test_a_budget_that_rounding_puts_out_of_reach_is_refused() -> None:
     def make(round_to: int) -> Pruner:
         chains = [nn.Sequential(nn.Conv2d(3, width, 1), nn.ReLU(), nn.Conv2d(width, 3, 1)) for width in (4, 6, 10)]
