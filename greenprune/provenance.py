@@ -136,6 +136,8 @@ def collect_provenance(world_size: int, device: torch.device, places: Sequence[P
         "machines": list(cpus),
         "cpu": places[0].cpu,
         "cpus": list(cpus.values()),
+        "cpu_cores": psutil.cpu_count(),
+        "cpu_cores_physical": psutil.cpu_count(logical=False),
         "cpu_cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
@@ -152,6 +154,8 @@ _SLURM = {
     "task": "SLURM_ARRAY_TASK_ID",
     "nodes": "SLURM_JOB_NODELIST",
     "partition": "SLURM_JOB_PARTITION",
+    "cpus_per_node": "SLURM_JOB_CPUS_PER_NODE",  # of the job: 8(x2),4
+    "cpus_on_node": "SLURM_CPUS_ON_NODE",  # of the step, which may have fewer
     "requeued": "SLURM_RESTART_COUNT",  # unset in a job's first attempt
 }
 

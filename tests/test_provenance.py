@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from greenprune.provenance import Place, collect_provenance, git_revision, gpus_used
+from greenprune.provenance import Place, collect_provenance, git_revision, gpus_used, slurm_job
 
 
 def git(folder: Path, *args: str) -> str:
@@ -63,3 +63,12 @@ def test_the_machines_of_all_ranks_are_on_record() -> None:
     found = collect_provenance(3, torch.device("cpu"), places)
     assert (found["machines"], found["cpus"], found["gpus"]) == (["a", "b"], ["EPYC", "Xeon"], [])
     assert found["processes"] == 3
+
+
+def test_how_much_of_its_machine_a_run_has_is_on_record() -> None:
+    found = collect_provenance(1, torch.device("cpu"))
+    assert 1 <= found["cpu_cores_usable"] <= found["cpu_cores"]
+    assert found["cpu_cores_physical"] is None or found["cpu_cores_physical"] <= found["cpu_cores"]
+    environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_CPUS_PER_NODE": "8(x2)", "SLURM_CPUS_ON_NODE": "4", "HOME": "/"}
+    assert slurm_job(environment) == {"job": "7", "cpus_per_node": "8(x2)", "cpus_on_node": "4"}
+    assert slurm_job({"HOME": "/"}) is None

@@ -14,6 +14,7 @@ from rich.text import Text
 from greenprune.config import UserError
 from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_seconds, format_si
 from greenprune.report.runs import ComparedRun, find_runs, read_run, read_run_events
+from greenprune.report.sharing import sharing_notes, with_sharing
 from greenprune.tracking import Event, describe_damage
 
 _TWIN_KEYS = ("model", "data", "seed", "epochs", "batch_size", "precision")
@@ -102,6 +103,8 @@ def set_against_twins(runs: list[ComparedRun], to_accuracy: float | None = None)
         for run in runs
         if run.damage
     ]
+    runs = with_sharing(runs)
+    notes += sharing_notes(runs)
     compared = tuple(_set_against_twin(run, runs, notes) for run in runs)
     return Comparison(compared, tuple(notes), to_accuracy)
 
@@ -157,6 +160,7 @@ def _likeness(run: ComparedRun, other: ComparedRun) -> tuple[bool, ...]:
         not _executed_otherwise(run, other),
         not other.has_lost_work,
         other.energy_is_complete,
+        not other.shared,
         _metered_alike(run, other),
         _same_carbon(run, other),
     )
@@ -227,6 +231,8 @@ def _unlike(run: ComparedRun, twin: ComparedRun) -> tuple[str, tuple[str, ...]]:
     if incomplete := [one.name for one in (run, twin) if not one.energy_is_complete]:
         what = f"some joules of {' and '.join(incomplete)} could not be read: no ratios of joules and CO2e"
         return what, _OF_ENERGY
+    if run.shared or twin.shared:  # which a note of its own tells
+        return "", _OF_ENERGY
     if not _metered_alike(run, twin):
         return f"{both} were not metered alike: no ratios of joules and CO2e", _OF_ENERGY
     if not _same_carbon(run, twin):

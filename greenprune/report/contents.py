@@ -296,6 +296,8 @@ def _front(groups: Sequence[Group]) -> tuple[tuple[str, ...] | None, str]:
     metering = {run.metering for group in finished for run in group.runs if run.is_finished}
     if len(metering) > 1 or any(len(run.compared.hardware or ()) > 1 for group in finished for run in group.runs):
         return None, "No front is drawn: these runs were not all metered alike, on the same hardware, executed alike."
+    if any(run.compared.shared for group in finished for run in group.runs if run.is_finished):
+        return None, "No front is drawn: joules of these runs count other work on a machine that they shared."
     points = sorted((_mean(group, "energy_j"), -_mean(group, "accuracy"), group.label) for group in finished)
     front: list[str] = []
     best = float("-inf")

@@ -16,7 +16,7 @@ import yaml
 
 from greenprune.config import UserError, load_yaml, shaping_values
 from greenprune.formatting import format_counted, worst_quality
-from greenprune.report.attempts import Attempt, read_spans
+from greenprune.report.attempts import Allotment, Attempt, allotment_of, read_spans
 from greenprune.timing import StepTimes
 from greenprune.tracking import Event, RunFolder, describe_damage, gpus_of_attempt, read_attempts, salvage_events
 
@@ -47,7 +47,10 @@ class ComparedRun:
             without what its config.yaml does not tell.
         images: Where its own folder of images is; None if it was trained on a known data set, or no config.yaml tells.
         damage: What is wrong with each line of its events that is none, where they were needed and so were read.
-        attempts: When it went on and how each time ended, as its events tell; empty if they are not there.
+        attempts: When and where it went on and how each time ended, as its events tell; empty if they are not there.
+        allotment: The part of its machine that it had; None if it had all of it, or that is not known.
+        neighbours: Names of compared runs that were on its machine while it ran.
+        shared: What it shared with those, or other jobs, so that the joules of it count their work too.
         twin: Name of its dense twin among the compared runs, if there is one.
         against_twin: Differences and ratios to the twin by name; None where one is unknown or would compare anything
             but the networks, such as machines.
@@ -63,6 +66,9 @@ class ComparedRun:
     images: Path | None = None
     damage: tuple[str, ...] = ()
     attempts: tuple[Attempt, ...] = ()
+    allotment: Allotment | None = None
+    neighbours: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     twin: str | None = None
     against_twin: dict[str, float | None] | None = None
 
@@ -130,6 +136,15 @@ class ComparedRun:
         devices = (_DEVICE.fullmatch(name) for name in self.summary.get("energy_by_device_j") or {})
         return frozenset((device["kind"] or "gpu", device["meter"]) for device in devices if device)
 
+    @property
+    def counts_host(self) -> bool:
+        """Whether the joules of its machine's processor or memory are among its own, as far as is known."""
+        devices = self.summary.get("energy_by_device_j")
+        if not devices:
+            return self.summary.get("energy_j") is not None
+        found = ((_DEVICE.fullmatch(name), joules) for name, joules in devices.items())
+        return any(device and device["kind"] and joules is not None for device, joules in found)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
@@ -138,6 +153,7 @@ class ComparedRun:
             "state": self.state,
             "finished": self.is_finished,
             "summary": self.summary,
+            "shared_machine_with": list(self.neighbours),
             "twin": self.twin,
             "against_twin": self.against_twin,
         }
@@ -241,10 +257,12 @@ def read_run(path: Path, name: str) -> ComparedRun:
             raise UserError(f"RUN: {wrong}; expected one JSON object a line")
         summary, state = _unfinished(events)
     config = _read_config(folder.config)
-    hardware = hardware_of(read_provenance(path))
+    provenance = read_provenance(path)
+    hardware = hardware_of(provenance)
     shaping, execution, images = _dense_config(config), _execution(config), _images(config)
-    attempts = read_spans(folder.events)
-    return ComparedRun(path, name, summary, state, hardware, shaping, execution, images, damage, attempts)
+    attempts = read_spans(folder.events, provenance)
+    part = next(filter(None, map(allotment_of, provenance)), None)
+    return ComparedRun(path, name, summary, state, hardware, shaping, execution, images, damage, attempts, part)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

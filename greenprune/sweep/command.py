@@ -272,6 +272,12 @@ def _submit(sweep: Sweep, folder: SweepFolder, runs: list[PlannedRun], site: Sit
         # Runs of earlier arrays that still go on belong into the report as well.
         array, collect = _submit_both(folder, numbers, at_once, sorted({task.array for task in queue.values()}))
     left_alone = len(runs) - len(numbers)
+    if min(at_once, len(numbers)) > 1 and not site.exclusive:
+        print(
+            "greenprune: note: of runs whose jobs share a node each counts the joules of its CPU and memory as a "
+            "whole; to compare or add up joules, give jobs nodes of their own (exclusive: true in the site profile)",
+            file=sys.stderr,
+        )
     print(
         f"job {array}: {len(numbers)} runs, {at_once} at once"
         + (f"; {left_alone} are finished or in the queue already" if left_alone else "")

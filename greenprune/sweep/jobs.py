@@ -63,7 +63,7 @@ def _head(kind: JobKind, site: Site, shape: Shape | None) -> str:
     if shape is not None:
         processes = shape.processes
         options |= {"nodes": shape.nodes, "time": site.time, "signal": f"B:USR1@{site.warning_s}", "requeue": True}
-        options |= {"constraint": site.constraint}
+        options |= {"constraint": site.constraint, "exclusive": site.exclusive}
         options["gres"] = None if site.gres is None else site.gres.replace("{processes}", str(processes))
         options["cpus-per-task"] = None if site.cpus_per_process is None else site.cpus_per_process * processes
         options["mem"] = None if site.mem_per_process is None else _times(site.mem_per_process, processes)

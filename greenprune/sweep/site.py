@@ -31,6 +31,8 @@ class Site:
     """Processor cores for each process."""
     mem_per_process: str | None = None
     """Memory for each process, a number with a unit: 16G."""
+    exclusive: bool = False
+    """Whether each job has nodes to itself; those that share one each count the joules of all of its CPU and memory."""
     time: str = "04:00:00"
     """Longest time of an attempt, as Slurm writes it: minutes, HH:MM:SS or D-HH:MM:SS. A run that needs longer goes on
     in further attempts."""

@@ -15,7 +15,8 @@ from greenprune.config import UserError
 from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_seconds
 from greenprune.interrupt import STOP_SIGNALS
 from greenprune.locking import find_holder
-from greenprune.report.runs import read_run, read_run_events
+from greenprune.report.runs import ComparedRun, read_run, read_run_events
+from greenprune.report.sharing import with_sharing
 from greenprune.sweep.folder import PlannedRun, SweepFolder
 from greenprune.sweep.slurm import QueuedTask
 from greenprune.tracking import Event, describe_damage
@@ -38,6 +39,7 @@ class RunState:
         figures: Its summary, or what its events tell under the same keys.
         attempts: Times it was started.
         steps: Steps of the whole run; None if not known.
+        compared: It as one of those that a report compares; None if its files cannot be read.
     """
 
     run: PlannedRun
@@ -46,6 +48,7 @@ class RunState:
     figures: dict[str, Any]
     attempts: int
     steps: int | None
+    compared: ComparedRun | None = None
 
     @property
     def progress(self) -> float | None:
@@ -89,21 +92,22 @@ def read_states(
 
 def _read_state(folder: SweepFolder, run: PlannedRun, queued: QueuedTask | None) -> RunState:
     place = folder.run_folder(run)
-    figures = _read_figures(place.path, run)
+    compared = _read_compared(place.path, run)
+    figures = {} if compared is None else compared.summary
     events, damage = read_run_events(place.path)
     state, why = _judge(folder, run, queued, events[-1] if events else {})
     if place.summary.is_file() and figures.get("accuracy") is not None:
         # Its result is whole in any case; the events tell the rest as far as they can be read.
         state, why = "finished", f"events.jsonl: {describe_damage(damage)}" if damage else ""
     starts = [event for event in events if event["kind"] == "start"]
-    return RunState(run, state, why, figures, len(starts), _steps(starts))
+    return RunState(run, state, why, figures, len(starts), _steps(starts), compared)
 
 
-def _read_figures(path: Path, run: PlannedRun) -> dict[str, Any]:
+def _read_compared(path: Path, run: PlannedRun) -> ComparedRun | None:
     try:
-        return read_run(path, run.name).summary
+        return read_run(path, run.name)
     except UserError:  # half a file, which another machine is writing
-        return {}
+        return None
 
 
 def _steps(starts: Sequence[Event]) -> int | None:
@@ -180,4 +184,7 @@ def totals(states: Sequence[RunState]) -> str:
         counts[state.state] += 1
     known = [state.figures["energy_j"] for state in states if state.figures.get("energy_j") is not None]
     words = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return f"{len(states)} runs: {words}; {format_joules(sum(known)) if known else UNKNOWN} so far"
+    told = f"{len(states)} runs: {words}; {format_joules(sum(known)) if known else UNKNOWN} so far"
+    runs = with_sharing([state.compared for state in states if state.compared is not None])
+    shared = known and any(run.shared for run in runs)
+    return f"{told}, other work on machines that were shared counted as well" if shared else told

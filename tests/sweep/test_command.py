@@ -194,6 +194,20 @@ def test_a_submission_that_fails_takes_both_jobs_back(
     assert ("to take them back: scancel 77 78" in err) == bool(scancel)
 
 
+@pytest.mark.parametrize(("args", "site"), [(["--at-once", "1"], ""), ([], "exclusive: true\n")])
+def test_runs_that_cannot_share_a_node_are_submitted_without_a_note(
+    place: Path, capsys: pytest.CaptureFixture[str], args: list[str], site: str
+) -> None:
+    for name, script in (("sbatch", "echo 7"), ("scontrol", "echo is UP"), ("squeue", ":"), ("scancel", ":")):
+        (place / "programs" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (place / "programs" / name).chmod(0o755)
+    (place / "site.yaml").write_text(site)
+    code, _, err = sweep(capsys, "two.yaml", "--submit", "--site", "site.yaml", *args)
+    assert (code, err) == (0, "")
+    job = (place / "runs" / "sweeps" / "two" / "array.sbatch").read_text()
+    assert ("#SBATCH --exclusive\n" in job) == bool(site)
+
+
 WRONG = {
     "no file": (["nowhere.yaml"], "sweep 'nowhere.yaml': cannot be read"),
     "no site": (["two.yaml", "--dry-run", "--site", "nowhere.yaml"], "site 'nowhere.yaml': cannot be read"),
@@ -292,6 +306,20 @@ def test_a_finished_run_with_a_damaged_line_is_finished(place: Path, capsys: pyt
     assert code == 0
     assert "2 of 2 runs are finished" in out
     assert "started" not in out
+
+
+@pytest.mark.parametrize("machines", [["m1"], []])
+def test_totals_say_that_joules_of_shared_machines_are_counted_more_than_once(
+    place: Path, capsys: pytest.CaptureFixture[str], machines: list[str]
+) -> None:
+    assert sweep(capsys, "two.yaml")[0] == 0
+    folder = place / "runs" / "sweeps" / "two"
+    for name in ("0000-digits-resnet20-dense-seed0", "0001-digits-resnet20-block-0.5-seed0"):
+        record_run(folder / "runs" / name)  # both at one time
+        (folder / "runs" / name / "provenance.jsonl").write_text(json.dumps({"machines": machines}) + "\n")
+    out = " ".join(sweep(capsys, "status", str(folder))[1].split())
+    assert " J so far" in out
+    assert ("J so far, other work on machines that were shared counted as well" in out) == bool(machines)
 
 
 def here(place: Path, *args: str, **more: str) -> subprocess.Popen[str]:

@@ -74,6 +74,14 @@ def test_what_a_site_says_is_in_the_head() -> None:
     assert "gres" not in render_job("collect", site)
 
 
+def test_an_exclusive_job_has_whole_nodes_and_its_report_none() -> None:
+    """Else tasks that share a node each count the joules of all of it."""
+    for kind, wanted in (("array", True), ("single_node", True), ("many_nodes", True), ("collect", False)):
+        for exclusive in (True, False):
+            lines = render_job(kind, Site(exclusive=exclusive)).splitlines()  # type: ignore[arg-type]
+            assert ("#SBATCH --exclusive" in lines) == (wanted and exclusive)
+
+
 @pytest.mark.parametrize("kind", ["array", "single_node", "many_nodes", "collect"])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_job_is_bash(kind: str, processes: int) -> None:
@@ -104,6 +112,7 @@ BAD_SITES = {
     "no warning": ("warning_s: 0", "warning_s: 0 is not valid"),
     "memory": ("mem_per_process: much", "mem_per_process: 'much' is not valid"),
     "gres": ("gres: gpu:{gpus}", "gres: 'gpu:{gpus}' is not valid"),
+    "exclusive": ("exclusive: user", "exclusive: "),
     "variable": ("environment: {A-B: x}", "environment: 'A-B' is not valid"),
     "secret": ("environment: {WANDB_API_KEY: abc}", "environment: WANDB_API_KEY looks like a secret"),
     "secret as databases name it": ("environment: {PGPASSWORD: abc}", "environment: PGPASSWORD looks like a secret"),
