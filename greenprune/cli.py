@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from greenprune.interrupt import ended_by_ctrl_c
+from greenprune.interrupt import ended_by_ctrl_c, undone_by_ctrl_c
 from greenprune.redaction import print_error, without_secrets
 from greenprune.streams import ready_streams
 
@@ -163,15 +163,16 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from greenprune.export import export_run
 
-    exported = export_run(
-        arguments.run,
-        arguments.format,
-        arguments.output,
-        fold_batch_norm=arguments.fold_batch_norm,
-        opset=arguments.opset,
-        data_root=arguments.root,
-        default_root=os.environ.get("GREENPRUNE_DATA"),
-    )
+    with undone_by_ctrl_c():
+        exported = export_run(
+            arguments.run,
+            arguments.format,
+            arguments.output,
+            fold_batch_norm=arguments.fold_batch_norm,
+            opset=arguments.opset,
+            data_root=arguments.root,
+            default_root=os.environ.get("GREENPRUNE_DATA"),
+        )
     print(exported)
     return 0
 
@@ -229,7 +230,8 @@ def _carry_out(command: Callable[[argparse.Namespace], int], arguments: argparse
 def _report(arguments: argparse.Namespace) -> int:
     from greenprune.report.writing import write_report
 
-    path = write_report(arguments.runs, arguments.output, arguments.format)
+    with undone_by_ctrl_c():
+        path = write_report(arguments.runs, arguments.output, arguments.format)
     if path is not None:
         print(f"{path} is written: {path.stat().st_size / 1e6:.1f} MB")
     return 0
@@ -240,12 +242,13 @@ def _watch(arguments: argparse.Namespace) -> int:
     from greenprune.watch import watch_run
 
     display = open_display()
-    try:
-        ending = watch_run(arguments.run, display, follow=not arguments.once)
-    except KeyboardInterrupt:
-        ending = "The run goes on."
-    finally:
-        display.close()
+    with undone_by_ctrl_c():
+        try:
+            ending = watch_run(arguments.run, display, follow=not arguments.once)
+        except KeyboardInterrupt:
+            ending = "The run goes on."
+        finally:
+            display.close()
     print(ending)
     return 0
 
@@ -265,7 +268,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _sync(arguments: argparse.Namespace) -> int:
     from greenprune.sync import sync_run
 
-    print(sync_run(arguments.run, arguments.to, os.environ, offline=arguments.offline))
+    with undone_by_ctrl_c():
+        told = sync_run(arguments.run, arguments.to, os.environ, offline=arguments.offline)
+    print(told)
     return 0
 
 
@@ -310,22 +315,24 @@ def main(argv: list[str] | None = None) -> int:
         SystemExit: Help or the version was asked for (0), or the arguments are wrong (2).
     """
     ready_streams()
-    args = sys.argv[1:] if argv is None else argv
+    with ended_by_ctrl_c():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(args: list[str]) -> int:
     parser = _build_parser()
     if not args:
         parser.print_help()
         return 0
     if args[0] == "train":
         # Its flags are the fields of the config, which argparse must not touch.
-        with ended_by_ctrl_c():
-            from greenprune.command import run_command
+        from greenprune.command import run_command
 
-            return run_command(args[1:], os.environ, "greenprune train")
+        return run_command(args[1:], os.environ, "greenprune train")
     if args[0] == "sweep":
-        with ended_by_ctrl_c():
-            from greenprune.sweep.command import main as sweep
+        from greenprune.sweep.command import main as sweep
 
-            return sweep(args[1:])
+        return sweep(args[1:])
     if args[0] == "measure":
         from greenprune.energy.measure import main as measure
 

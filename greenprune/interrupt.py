@@ -85,6 +85,24 @@ def ended_by_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def undone_by_ctrl_c() -> Iterator[None]:
+    """Within, a Ctrl-C undoes what is half done, as an error does, and then ends it as :func:`ended_by_ctrl_c` does.
+
+    Where it is caught as a KeyboardInterrupt, the process goes on.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def outlive_signals() -> None:
     """Have a helper process ignore the signals that stop a run, but for the SIGTERM that its parent sends (Linux)."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):

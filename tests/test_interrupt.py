@@ -15,7 +15,9 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+sys.path.insert(0, str(Path(__file__).parent / "report"))
 from launching import ROOT, TRAIN, command, environment
+from recording import record_run
 
 from greenprune.interrupt import ended_by_ctrl_c
 
@@ -165,6 +167,77 @@ def test_a_signal_while_it_starts_ends_it_without_a_word(
     assert process.communicate(timeout=30) == ("", "")
     assert process.returncode == -number  # 128 + number to a shell
     assert not (tmp_path / "runs").exists()
+
+
+COMMANDS = {
+    "compare runs": "rich",
+    "report runs": "rich",
+    "watch runs": "rich",
+    "verify runs": "torch",
+    "sync runs": "psutil",
+    "dashboard --print": "wandb_workspaces",
+    "export runs --format onnx": "torch",
+    "eval file --data digits": "torch",
+    "infer-bench file": "torch",
+    "doctor": "torch",
+    "measure -- true": "jsonargparse",
+}
+
+
+def test_a_ctrl_c_while_a_command_still_imports_ends_it_without_a_word(tmp_path: Path) -> None:
+    """Every command but train and sweep, all at the same time."""
+    processes = {}
+    for number, (line, module) in enumerate(COMMANDS.items()):
+        libraries = tmp_path / str(number)
+        (libraries / module).mkdir(parents=True)
+        (libraries / module / "__init__.py").write_text(HANGING)
+        processes[line] = subprocess.Popen(
+            [sys.executable, "-m", "greenprune.cli", *line.split()],
+            cwd=tmp_path,
+            env=environment() | {"PYTHONPATH": f"{libraries}{os.pathsep}{ROOT}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    for line, process in processes.items():
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n", line
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", ""), line
+        assert process.returncode == -signal.SIGINT, line
+
+
+WRITES = """
+import pathlib, time
+class SummaryWriter:
+    def __init__(self, folder):
+        pathlib.Path(folder).mkdir()
+        print("writing", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_a_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
+    run = tmp_path / "it"
+    record_run(run)
+    (tmp_path / "torch" / "utils").mkdir(parents=True)
+    for module, text in (("__init__", ""), ("utils/__init__", ""), ("utils/tensorboard", WRITES)):
+        (tmp_path / "torch" / f"{module}.py").write_text(text)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "greenprune.cli", "sync", str(run), "--to", "tensorboard"],
+        env=environment() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    assert [path.name for path in run.iterdir() if path.name.endswith(".tmp")]
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == -signal.SIGINT
+    assert not [path.name for path in run.iterdir() if path.name.endswith(".tmp")]
+    assert (run / ".lock").read_text() == ""
 
 
 def test_a_ctrl_c_that_is_ignored_stays_ignored_while_it_starts() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -128,6 +129,28 @@ def test_a_run_of_another_machine_is_waited_for(tmp_path: Path) -> None:
     assert watch_run(tmp_path / "it", seen.append) == "The run is finished."
     timer.join()
     assert seen == events
+
+
+def test_a_ctrl_c_leaves_the_run_alone_and_says_so(tmp_path: Path) -> None:
+    run = tmp_path / "it"
+    stop_before(run, record_run(run), 20)
+    lock = FolderLock(run)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "greenprune.cli", "watch", str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    line = ""
+    while not line.lstrip().startswith("2/4"):
+        line = process.stdout.readline()
+        assert line
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    lock.release()
+    assert (process.returncode, err) == (0, "")
+    assert out.splitlines()[-1] == "The run goes on."
 
 
 def test_once_does_not_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

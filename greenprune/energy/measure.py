@@ -87,6 +87,8 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
         _blocked(signal.SIGCHLD, *_FORWARDED) as mask,
         open_local_meter(environment, interval_s=options.interval) as meter,
     ):
+        if _is_to_end():  # by what came while the meter was opened, as soon as that is let through
+            return 1
         with meter.window("command") as window:
             try:
                 # Not subprocess: it cannot give the command back the signals that are blocked here without
@@ -192,6 +194,11 @@ def _blocked(*signals: signal.Signals) -> Iterator[set[int]]:
         yield {int(number) for number in before}
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _is_to_end() -> bool:
+    """Whether a signal is held back that ends this process once it is let through."""
+    return any(signal.getsignal(number) is not signal.SIG_IGN for number in signal.sigpending() & set(_FORWARDED))
 
 
 def _wait(process: int) -> int:

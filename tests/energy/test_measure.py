@@ -248,6 +248,35 @@ def test_ctrl_c_at_a_terminal_reaches_the_command_once() -> None:
     assert os.waitstatus_to_exitcode(status) == 41
 
 
+OPENING = """
+import sys, time
+from greenprune.cli import main
+from greenprune.energy import measure
+opened = measure.open_local_meter
+def open_slowly(*args, **options):
+    print("opening", flush=True)
+    time.sleep(1)
+    return opened(*args, **options)
+measure.open_local_meter = open_slowly
+sys.exit(main(["measure", "--", "touch", sys.argv[1]]))
+"""
+
+
+def test_ctrl_c_before_the_command_has_begun_keeps_it_from_it(tmp_path: Path) -> None:
+    """The terminal has sent it to nobody but the meter, which holds signals back by then."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, [sys.executable, "-c", OPENING, str(tmp_path / "begun")])
+    shown = b""
+    while b"opening" not in shown:
+        shown += os.read(terminal, 1000)
+    os.write(terminal, b"\x03")
+    _, status = os.waitpid(process, 0)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGINT
+    assert not (tmp_path / "begun").exists()
+
+
 def test_the_command_starts_with_the_signals_that_it_would_have_had() -> None:
     def blocked_and_ignored(status: str) -> list[int]:
         # Signals 32 and 33 are the C library's own.
