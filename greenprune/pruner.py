@@ -517,19 +517,34 @@ def _world_size() -> int:
 
 
 def _measured_for_all(unit: MeasuredUnit, model: nn.Module, example: Tensor) -> UnitCost:
-    """What rank 0 measures: ranks that each went by figures of their own would not agree on what is removed."""
+    """What rank 0 measures: ranks that each went by figures of their own would not agree on what is removed.
+
+    Raises:
+        ConfigError: It cannot be measured here.
+        RuntimeError: Rank 0 has failed in another way, in which it fails itself.
+    """
     if _world_size() == 1:
         return measure_unit_cost(unit, model, example)
-    found: list[dict[str, Any] | str] = [""]
+
+    def from_rank_0(found: UnitCost | Exception | None) -> UnitCost | Exception | None:
+        shared = [found]
+        dist.broadcast_object_list(shared, src=0, device=example.device if example.is_cuda else None)
+        return shared[0]
+
     if dist.get_rank() == 0:
         try:
-            found = [measure_unit_cost(unit, model, example).to_dict()]
-        except ConfigError as error:
-            found = [str(error)]
-    dist.broadcast_object_list(found, src=0, device=example.device if example.is_cuda else None)
-    if isinstance(found[0], str):
-        raise ConfigError(found[0])
-    return UnitCost(**found[0])
+            measured = measure_unit_cost(unit, model, example)
+        except BaseException as error:  # whatever it is: the others wait for what is found
+            reason = f"budget.unit: {unit!r} could not be measured by rank 0 ({type(error).__name__}: {error})"
+            from_rank_0(error if isinstance(error, ConfigError) else RuntimeError(reason))
+            raise
+        from_rank_0(measured)
+        return measured
+    found = from_rank_0(None)
+    if isinstance(found, Exception):
+        raise found
+    assert found is not None
+    return found
 
 
 def _check_agreement(structure: Structure) -> None:

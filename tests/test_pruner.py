@@ -384,6 +384,16 @@ def test_a_measurement_that_fails_fails_on_every_process() -> None:
     assert done.stderr.count("ConfigError: budget.unit: 'energy' is not valid here: nothing counts here") == 2
 
 
+def test_a_measurement_that_breaks_on_the_first_process_is_told_on_the_others() -> None:
+    """Whatever broke: they wait for what it finds."""
+    worker = Path(__file__).parent / "distributed" / "pruner_worker.py"
+    done = run(worker, ["time", "0.6", "fails"], processes=2)
+    assert done.returncode != 0
+    assert "MemoryError: no room to measure" in done.stderr
+    told = "RuntimeError: budget.unit: 'time' could not be measured by rank 0 (MemoryError: no room to measure)"
+    assert done.stderr.count(told) == 1
+
+
 @pytest.mark.parametrize("moved", ["before", "after"])
 def test_the_pruner_is_where_the_network_is(moved: str) -> None:
     """With the meta device in a GPU's place, on which a tensor from elsewhere is refused as well."""

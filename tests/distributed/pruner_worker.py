@@ -20,11 +20,11 @@ from greenprune.models import CifarResNet
 STEPS = 48
 
 
-def only_rank_0_measures() -> None:
+def only_rank_0_measures(*, fails: bool) -> None:
     def measure(*_: object) -> None:
-        raise AssertionError("a rank of its own mind")
+        raise MemoryError("no room to measure") if fails else AssertionError("a rank of its own mind")
 
-    if dist.get_rank() != 0:
+    if fails or dist.get_rank() != 0:
         greenprune.pruner.measure_unit_cost = measure  # type: ignore[assignment]
 
 
@@ -32,9 +32,9 @@ def no_counter(*_: object, **__: object) -> None:
     raise MeterUnavailable("nothing counts here", "nothing would help")
 
 
-def main(unit: str, target: float) -> None:
+def main(unit: str, target: float, outcome: str = "succeeds") -> None:
     dist.init_process_group("gloo")
-    only_rank_0_measures()
+    only_rank_0_measures(fails=outcome == "fails")
     greenprune.unit_cost.open_counters = no_counter  # type: ignore[assignment]
     torch.manual_seed(0)
     model = CifarResNet(20, 10, channels=1)
@@ -72,4 +72,4 @@ def main(unit: str, target: float) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    main(sys.argv[1], float(sys.argv[2]), *sys.argv[3:])
