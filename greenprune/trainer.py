@@ -40,7 +40,7 @@ _LOG_EVERY = 10  # steps between two train events at least, where the config doe
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is not a number any more; the message names the last good checkpoint."""
+    """The loss or its gradients are no numbers any more; the message names the last good checkpoint."""
 
 
 class Trainer:
@@ -195,7 +195,7 @@ class Trainer:
 
         Raises:
             Interrupted: A signal asked to stop; a checkpoint is written.
-            TrainingDiverged: The loss is not finite.
+            TrainingDiverged: The loss is not finite, or its gradients are not and do not become so.
             StorageFailed: A file of the run cannot be written.
         """
         with self.interrupt, self.saving.naming_the_last(lambda: self.step):

@@ -227,7 +227,9 @@ class SurgeryConfig(Checked):
     """How units are taken out."""
 
     round_to: int | None = None
-    """Sets of channels shrink to multiples of this number, which kernels prefer. Unset: 8 on a GPU, 1 on a CPU."""
+    """Sets of channels shrink to multiples of this number, which kernels prefer. Unset: 8 on a GPU, 1 on a CPU.
+
+    A run that goes on elsewhere keeps the one it began with."""
 
     def _check(self) -> None:
         _require(self.round_to is None or self.round_to >= 1, "surgery.round_to", self.round_to, "at least 1, or null")
