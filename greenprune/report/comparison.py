@@ -105,7 +105,11 @@ def set_against_twins(runs: list[ComparedRun], to_accuracy: float | None = None)
     ]
     runs = with_sharing(runs)
     notes += sharing_notes(runs)
-    compared = tuple(_set_against_twin(run, runs, notes) for run in runs)
+    twins: dict[str, list[ComparedRun]] = {}
+    for run in runs:
+        if run.is_finished and run.is_dense:
+            twins.setdefault(_twin_key(run), []).append(run)
+    compared = tuple(_set_against_twin(run, twins.get(_twin_key(run), []), notes) for run in runs)
     return Comparison(compared, tuple(notes), to_accuracy)
 
 
@@ -133,10 +137,16 @@ def energy_to_accuracy_j(events: Sequence[Event], accuracy: float) -> float | No
 # Comparing.
 
 
-def _set_against_twin(run: ComparedRun, runs: list[ComparedRun], notes: list[str]) -> ComparedRun:
+def _twin_key(run: ComparedRun) -> str:
+    """What a run and its twin have in common, whatever they tell besides."""
+    return repr([run.summary.get(key) for key in _TWIN_KEYS])
+
+
+def _set_against_twin(run: ComparedRun, candidates: list[ComparedRun], notes: list[str]) -> ComparedRun:
+    """The run against its twin among the finished dense runs that have its key."""
     if not run.is_finished or run.is_dense:
         return run
-    twins = [other for other in runs if _is_twin(other, run)]
+    twins = [other for other in candidates if _is_twin(other, run)]
     twin = max(twins, key=lambda other: _likeness(run, other), default=None)
     if twin is None:
         dense = "--gate.enabled false" if run.summary.get("gated") else "--model.structure null"
@@ -146,11 +156,11 @@ def _set_against_twin(run: ComparedRun, runs: list[ComparedRun], notes: list[str
 
 
 def _is_twin(other: ComparedRun, run: ComparedRun) -> bool:
-    same = all(other.summary.get(key) == run.summary.get(key) for key in _TWIN_KEYS)
     if run.dense_config is not None and other.dense_config is not None:
         mine, theirs = run.dense_config, other.dense_config  # of an older version one may lack fields
-        same = same and all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys())
-    return other.is_finished and other.is_dense and same and _same_data(run, other)
+        if any(mine[key] != theirs[key] for key in mine.keys() & theirs.keys()):
+            return False
+    return _same_data(run, other)
 
 
 def _likeness(run: ComparedRun, other: ComparedRun) -> tuple[bool, ...]:

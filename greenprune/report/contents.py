@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from greenprune.config import UserError, shaping_values
 from greenprune.formatting import format_joules, format_percent
 from greenprune.locking import is_held
@@ -20,11 +18,11 @@ from greenprune.report.runs import (
     ComparedRun,
     find_runs,
     hardware_of,
+    read_config,
     read_provenance,
     read_run,
     read_run_events,
 )
-from greenprune.tracking import RunFolder
 
 _ALWAYS_DIFFERENT = ("output_dir", "run_name", "seed", "resume")
 _ENVIRONMENT = {
@@ -61,26 +59,18 @@ def build_report(paths: Sequence[Path], notes: Sequence[str] = ()) -> Report:
 
 
 def _read(path: Path, name: str) -> ReportedRun:
-    config = _read_config(RunFolder(path).config)
+    values = read_config(path)
+    config = _flat(values)
     attempts = read_provenance(path)
     provenance = attempts[-1] if attempts else {}
     try:
-        compared = read_run(path, name)
+        compared = read_run(path, name, values)
     except UserError as error:
         state = f"cannot be read: {str(error).removeprefix('RUN: ')}"
         unread = ComparedRun(path, name, {}, state, hardware_of(attempts))
         return ReportedRun(unread, read_history([]), config, provenance, None)
     events, damage = read_run_events(path)
     return ReportedRun(replace(compared, damage=damage), read_history(events), config, provenance, is_held(path))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """A config.yaml by dotted keys, whatever version wrote it; empty if there is none to be read."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return _flat(values) if isinstance(values, dict) else {}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -219,16 +209,21 @@ def _is_dense(run: ReportedRun) -> bool | None:
 
 def _labels(groups: Sequence[Sequence[ReportedRun]], several_models: bool) -> list[str]:
     """What each group is called: its gating, and as much else as tells it from the others."""
-    labels = [_label(runs[0], several_models) for runs in groups]
-    told = []
-    for index, label in enumerate(labels):
-        alike = [runs for runs, other in zip(groups, labels, strict=True) if other == label]
-        told.append(label if len(alike) == 1 else f"{label} ({_what_differs(groups[index], alike)})")
+    alike: dict[str, list[ReportedRun]] = {}
+    for runs in groups:
+        alike.setdefault(_label(runs[0], several_models), []).append(runs[0])
+    told = {
+        run.name: f"{label} ({what})"
+        for label, runs in alike.items()
+        if len(runs) > 1
+        for run, what in zip(runs, _what_differs(runs), strict=True)
+    }
+    labels = [told.get(runs[0].name) or _label(runs[0], several_models) for runs in groups]
     seen: dict[str, int] = {}
-    for index, label in enumerate(told):
+    for index, label in enumerate(labels):
         seen[label] = seen.get(label, 0) + 1
-        told[index] = label if seen[label] == 1 else f"{label} #{seen[label]}"
-    return told
+        labels[index] = label if seen[label] == 1 else f"{label} #{seen[label]}"
+    return labels
 
 
 def _label(run: ReportedRun, with_model: bool) -> str:
@@ -244,17 +239,19 @@ def _label(run: ReportedRun, with_model: bool) -> str:
     return f"{summary.get('model')}, {name}" if with_model else name
 
 
-def _what_differs(runs: Sequence[ReportedRun], alike: Sequence[Sequence[ReportedRun]]) -> str:
-    mine = _values(runs[0])
-    others = [_values(other[0]) for other in alike]
-    parts = [
-        f"{key.rpartition('.')[2]} {mine.get(key, 'not set')}"
-        for key in mine
-        if any(repr(other.get(key)) != repr(mine.get(key)) for other in others)
-        and not key.startswith(("tracking.", "checkpoint."))
-        and key != "greenprune revision"
+def _what_differs(runs: Sequence[ReportedRun]) -> list[str]:
+    """For each of several runs what tells it from the others, in a few of its keys."""
+    values = [_values(run) for run in runs]
+    found: dict[str, set[str]] = {}
+    for key in dict.fromkeys(key for one in values for key in one):
+        found[key] = {repr(one.get(key)) for one in values}
+    named = [
+        key
+        for key, different in found.items()
+        if len(different) > 1 and not key.startswith(("tracking.", "checkpoint.")) and key != "greenprune revision"
     ]
-    return ", ".join(parts[:3]) or f"as {runs[0].name}"
+    told = ([f"{key.rpartition('.')[2]} {one[key]}" for key in named if key in one] for one in values)
+    return [", ".join(parts[:3]) or f"as {run.name}" for run, parts in zip(runs, told, strict=True)]
 
 
 def _values(run: ReportedRun) -> dict[str, Any]:

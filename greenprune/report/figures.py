@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ _PART_COLOURS = ("#3d6fa8", "#e0a23c", "#6aa68c", "#b0607a", "#8d7fc0", "#9a9a92
 _OPEN_COLOURS = ((0.0, "#f1e8c9"), (0.5, "#7fbf9b"), (1.0, "#0d6b57"))
 _REMOVED_COLOUR = "#a3a099"
 _NO_LINE = "rgba(0,0,0,0)"
+
+_MOST_DEVICES = 8
+# A device in energy_by_device_j: perhaps its host, its kind or UUID, and what all of its kind have in common.
+_DEVICE = re.compile(r"(?:\S+: )?(?:(?P<kind>cpu|dram)(?::[^\s(]+)?|(?:GPU|MIG)-[\w-]+)(?P<rest>.*)")
 
 GONE, NOT_KNOWN = 125, 160
 """What stands in a gate map's percents for a unit that is gone, and for one that nothing is known of."""
@@ -58,24 +63,23 @@ def group_styles(report: Report) -> dict[int, Style]:
     return styles
 
 
-def _figure(x_title: str, y_title: str, height: int, **layout: object) -> go.Figure:
+def _figure(x_title: str, y_title: str, height: int) -> go.Figure:
     """An empty figure that takes its ink from the page."""
-    figure = go.Figure()
-    figure.update_layout(
-        template="none",
-        height=height,
-        margin={"l": 64, "r": 16, "t": 12, "b": 48},
-        paper_bgcolor=_NO_LINE,
-        plot_bgcolor=_NO_LINE,
-        font={"family": "system-ui, sans-serif", "size": 13},
-        xaxis={"title": {"text": x_title, "standoff": 8}, "automargin": True, "zeroline": False},
-        yaxis={"title": {"text": y_title, "standoff": 8}, "automargin": True, "zeroline": False},
-        showlegend=False,
-        hovermode="closest",
-        dragmode=False,
+    return go.Figure(
+        layout={
+            "template": "none",
+            "height": height,
+            "margin": {"l": 64, "r": 16, "t": 12, "b": 48},
+            "paper_bgcolor": _NO_LINE,
+            "plot_bgcolor": _NO_LINE,
+            "font": {"family": "system-ui, sans-serif", "size": 13},
+            "xaxis": {"title": {"text": x_title, "standoff": 8}, "automargin": True, "zeroline": False},
+            "yaxis": {"title": {"text": y_title, "standoff": 8}, "automargin": True, "zeroline": False},
+            "showlegend": False,
+            "hovermode": "closest",
+            "dragmode": False,
+        }
     )
-    figure.update_layout(**layout)
-    return figure
 
 
 def _run_meta(run: ReportedRun) -> dict[str, str]:
@@ -281,24 +285,21 @@ def joules_by_part(task: Task, styles: dict[int, Style], part: str) -> go.Figure
         styles: Their styles.
         part: ``phase`` or ``device``.
     """
-    means = {id(group): part_means(group, part) for group in task.groups}
-    parts = sorted({name for by_part in means.values() for name in by_part}, key=lambda name: -_largest(means, name))
-    shown = [group for group in task.groups if means[id(group)]]
+    means = [(group, by_part) for group, by_part in zip(task.groups, part_means(task, part), strict=True) if by_part]
+    parts = parts_by_size([by_part for _, by_part in means])
     if not parts:
         return None
     entries = [textwrap.wrap(name, 56) for name in parts]
     legend_lines = sum(map(len, entries)) if part == "device" else -(-len(parts) // 3)
-    figure = _figure("joules of a run, mean", "", 96 + 44 * len(shown) + 20 * legend_lines)
+    figure = _figure("joules of a run, mean", "", 96 + 44 * len(means) + 20 * legend_lines)
+    bars = []
     for index, name in enumerate(parts):
-        for position, group in enumerate(reversed(shown)):
-            joules = means[id(group)].get(name)
-            figure.add_trace(
+        having = [(group, by_part[name]) for group, by_part in reversed(means) if name in by_part]
+        for position, (group, joules) in enumerate(having):
+            label = group.label.replace(" %", "\u00a0%").replace("keep ", "keep\u00a0")
+            bars.append(
                 go.Bar(
-                    y=[
-                        "<br>".join(
-                            textwrap.wrap(group.label.replace(" %", "\u00a0%").replace("keep ", "keep\u00a0"), 22)
-                        )
-                    ],
+                    y=["<br>".join(textwrap.wrap(label, 22))],
                     x=[joules],
                     orientation="h",
                     name="<br>".join(entries[index]),
@@ -309,6 +310,7 @@ def joules_by_part(task: Task, styles: dict[int, Style], part: str) -> go.Figure
                     meta={"any": styles[id(group)].number, "part": name},
                 )
             )
+    figure.add_traces(bars)  # all at once: each call copies what is there
     figure.update_layout(
         barmode="stack",
         bargap=0.35,
@@ -331,26 +333,59 @@ def joules_by_part(task: Task, styles: dict[int, Style], part: str) -> go.Figure
     return figure
 
 
-def part_means(group: Group, part: str) -> dict[str, float]:
-    """Mean joules by phase or device over the runs of a group that tell any; parts that nobody could read left out.
+def part_means(task: Task, part: str) -> list[dict[str, float]]:
+    """Mean joules by phase or device over the runs of each group that tell any; parts that nobody could read left out.
+
+    Of more than a few devices those of one kind and model are one part, with the joules of all that a run has of it.
 
     Args:
-        group: The group.
+        task: The groups.
         part: ``phase`` or ``device``.
     """
-    told: list[dict[str, float | None]] = [
+    told = [_told_by_part(group, part) for group in task.groups]
+    names = {name for runs in told for by_part in runs for name in by_part}
+    if part == "device" and len(names) > _MOST_DEVICES:
+        kinds = {name: _kind_of_device(name) for name in names}
+        told = [[_added_up(by_device, kinds) for by_device in runs] for runs in told]
+    return [_means(runs) for runs in told]
+
+
+def _told_by_part(group: Group, part: str) -> list[dict[str, float | None]]:
+    told = [
         run.history.energy_by_phase_j if part == "phase" else run.history.energy_by_device_j
         for run in group.runs
         if run.is_finished
     ]
-    known = [by_part for by_part in told if by_part]
-    names = dict.fromkeys(name for by_part in known for name in by_part)
-    spreads = {name: spread_of(by_part.get(name) for by_part in known) for name in names}
-    return {name: spread.mean * spread.n / len(known) for name, spread in spreads.items() if spread is not None}
+    return [by_part for by_part in told if by_part]
 
 
-def _largest(means: dict[int, dict[str, float]], name: str) -> float:
-    return max(by_part.get(name, 0.0) for by_part in means.values())
+def _kind_of_device(name: str) -> str:
+    """A device's name without what tells it from others of its kind and model: its host and its number."""
+    found = _DEVICE.fullmatch(name)
+    return name if found is None else f"{found['kind'] or 'GPU'}{found['rest']}"
+
+
+def _added_up(by_device: dict[str, float | None], kinds: dict[str, str]) -> dict[str, float | None]:
+    added: dict[str, float | None] = {}
+    for name, joules in by_device.items():
+        known = [value for value in (added.get(kinds[name]), joules) if value is not None]
+        added[kinds[name]] = sum(known) if known else None
+    return added
+
+
+def _means(told: list[dict[str, float | None]]) -> dict[str, float]:
+    names = dict.fromkeys(name for by_part in told for name in by_part)
+    spreads = {name: spread_of(by_part.get(name) for by_part in told) for name in names}
+    return {name: spread.mean * spread.n / len(told) for name, spread in spreads.items() if spread is not None}
+
+
+def parts_by_size(means: list[dict[str, float]]) -> list[str]:
+    """The parts that :func:`part_means` tells of any group, those first that are the most in one."""
+    largest: dict[str, float] = {}
+    for by_part in means:
+        for name, joules in by_part.items():
+            largest[name] = max(joules, largest.get(name, joules))
+    return sorted(largest, key=lambda name: -largest[name])
 
 
 # All at one glance.

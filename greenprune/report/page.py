@@ -25,6 +25,7 @@ from greenprune.report.figures import (
     joules_over_epochs,
     mean_over_epochs,
     part_means,
+    parts_by_size,
 )
 from greenprune.report.history import BlockFate, Change
 from greenprune.report.parts import Group, Report, ReportedRun, Task
@@ -252,15 +253,13 @@ def _epoch_table(task: Task) -> dict[str, Any]:
 
 
 def _part_table(task: Task, part: str) -> dict[str, Any]:
-    means = [part_means(group, part) for group in task.groups]
-    names = sorted(
-        {name for by_part in means for name in by_part}, key=lambda name: -max(m.get(name, 0) for m in means)
-    )
+    means = part_means(task, part)
     return {
         "part": part,
         "groups": [group.label for group in task.groups],
         "rows": [
-            (name, [format_joules(by_part[name]) if name in by_part else "-" for by_part in means]) for name in names
+            (name, [format_joules(by_part[name]) if name in by_part else "-" for by_part in means])
+            for name in parts_by_size(means)
         ],
     }
 

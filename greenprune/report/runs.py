@@ -236,12 +236,13 @@ def _is_run(folder: Path) -> bool:
         return False
 
 
-def read_run(path: Path, name: str) -> ComparedRun:
+def read_run(path: Path, name: str, config: dict[str, Any] | None = None) -> ComparedRun:
     """Read one run, of which only a part may be there.
 
     Args:
         path: Its folder.
         name: What to call it.
+        config: What :func:`read_config` gave of it, if it was read already.
 
     Raises:
         UserError: A file of it cannot be read.
@@ -256,7 +257,7 @@ def read_run(path: Path, name: str) -> ComparedRun:
             wrong = f"{str(folder.events)!r} cannot be read ({describe_damage(damage)})"
             raise UserError(f"RUN: {wrong}; expected one JSON object a line")
         summary, state = _unfinished(events)
-    config = _read_config(folder.config)
+    config = read_config(path) if config is None else config
     provenance = read_provenance(path)
     hardware = hardware_of(provenance)
     shaping, execution, images = _dense_config(config), _execution(config), _images(config)
@@ -265,10 +266,10 @@ def read_run(path: Path, name: str) -> ComparedRun:
     return ComparedRun(path, name, summary, state, hardware, shaping, execution, images, damage, attempts, part)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """A config.yaml, whatever version wrote it; empty if there is none to be read."""
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.yaml of the run in a folder, whatever version wrote it; empty if there is none to be read."""
     try:
-        values = load_yaml(path.read_text(encoding="utf-8"))
+        values = load_yaml(RunFolder(path).config.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -490,6 +490,60 @@ def test_co2_of_other_grids_is_not_averaged(tmp_path: Path, g_per_kwh: float, me
         assert ("so there is no mean of it:" in text) == (mean is None)
 
 
+H100 = "NVIDIA H100 (counter: NVML energy counter)"
+LOAD = "cpu (estimate: CodeCarbon: load of 280 W (EPYC))"
+
+
+def record_on_devices(folder: Path, devices: list[dict[str, float]], **changes: Any) -> Report:
+    """Runs of one group each, with their joules by device."""
+    for number, by_device in enumerate(devices):
+        recorded = record_run(folder / f"run-{number:03}", epochs=1)
+        recorded[-1]["summary"]["energy_by_device_j"] = by_device
+        write_events(folder / f"run-{number:03}", recorded)
+        change_summary(folder / f"run-{number:03}", energy_by_device_j=by_device)
+        values = config(0, optim__lr=0.01 * (number + 1)) | changes
+        (folder / f"run-{number:03}" / "config.yaml").write_text(json.dumps(values))
+    return build_report([folder])
+
+
+def bars(report: Report) -> list[dict[str, Any]]:
+    drawn: list[dict[str, Any]] = embedded(render_page(report, "1"), "figures")["t0-device"]["data"]
+    return drawn
+
+
+def test_joules_of_many_devices_are_told_by_kind_and_model(tmp_path: Path) -> None:
+    """Each run on a GPU of its own, of which a bar for each would be mostly nothing."""
+    report = record_on_devices(tmp_path, [{f"GPU-{n:04x}-ab {H100}": 8.0 + n, LOAD: 2.0} for n in range(20)])
+    drawn = bars(report)
+    assert len(drawn) == 2 * 20
+    assert {trace["legendgroup"] for trace in drawn} == {f"GPU {H100}", LOAD}
+    assert sorted(trace["x"][0] for trace in drawn if trace["legendgroup"] != LOAD) == [8.0 + n for n in range(20)]
+    shown = [trace["legendgroup"] for trace in drawn if trace["showlegend"]]
+    assert sorted(shown) == sorted({f"GPU {H100}", LOAD})
+    seen = text_of(render_page(report, "1"))
+    assert f"GPU {H100} 8.00 J 9.00 J" in seen  # the table of the figure, a group a column
+
+
+def test_of_many_devices_of_one_run_the_joules_add_up(tmp_path: Path) -> None:
+    devices = {f"node-{n // 4}: GPU-{n:04x} {H100}": 1.0 for n in range(8)}
+    devices |= {f"node-{n}: cpu:package-{p} (counter: RAPL counter)": 3.0 for n in range(2) for p in range(2)}
+    devices |= {f"node-{n}: dram:package-0 (counter: RAPL counter)": 0.5 for n in range(2)}
+    drawn = bars(record_on_devices(tmp_path, [devices]))
+    assert {trace["legendgroup"]: trace["x"] for trace in drawn} == {
+        f"GPU {H100}": [8.0],
+        "cpu (counter: RAPL counter)": [12.0],
+        "dram (counter: RAPL counter)": [1.0],
+    }
+
+
+def test_a_few_devices_are_told_one_by_one_and_nothing_is_drawn_where_a_group_has_none(tmp_path: Path) -> None:
+    drawn = bars(record_on_devices(tmp_path, [{f"GPU-{n} {H100}": 8.0, LOAD: 2.0} for n in range(3)]))
+    assert len(drawn) == 2 * 3
+    assert all(trace["x"] != [None] for trace in drawn)
+    assert {trace["legendgroup"] for trace in drawn} == {LOAD, *(f"GPU-{n} {H100}" for n in range(3))}
+    assert sum(trace["showlegend"] for trace in drawn) == 4
+
+
 @pytest.mark.parametrize("damage", ["events.jsonl", "summary.json", "config.yaml", "provenance.jsonl"])
 def test_a_file_that_cannot_be_read_spoils_no_other_run(tmp_path: Path, damage: str) -> None:
     record_run(tmp_path / "good", gated=False)
