@@ -67,6 +67,7 @@ class _StraightThrough(torch.autograd.Function):
         decision = (logit > 0).to(logit.dtype)
         ctx.save_for_backward(logit, pull, decision)
         ctx.curvature, ctx.factor, ctx.loss_scale = curvature, factor, loss_scale
+        ctx.learnt_from = False
         return decision, decision.clone()
 
     @staticmethod
@@ -101,6 +102,7 @@ class _FusedDecision(torch.autograd.Function):
         ctx.pull, stands_for = _pull_of_one(len(x), gate.every, gate.parts)
         ctx.curvature = _curvature(len(x), gate.parts)
         ctx.factor = gate.gain * stands_for
+        ctx.learnt_from = False
         return decision, counted, logit
 
     @staticmethod
@@ -259,8 +261,10 @@ class Gate(nn.Module):
     def _remember(self, counted: Tensor, logit: Tensor) -> None:
         if not self.training:
             return
-        if not torch.compiler.is_compiling() and self.decision is not None and self.decision.grad_fn is not None:
-            self._replaced = weakref.ref(self.decision.grad_fn)
+        if not torch.compiler.is_compiling() and self.decision is not None:
+            node = self.decision.grad_fn
+            if getattr(node, "learnt_from", None) is False:  # compiled graphs have nodes of their own, without marks
+                self._replaced = weakref.ref(node)
         self.decision, self.logit = counted, logit.detach()
 
     @property
@@ -270,7 +274,7 @@ class Gate(nn.Module):
         The graph tells: that of a pass that was thrown away is no more, and a backward pass marks where it has been.
         """
         node = None if self._replaced is None else self._replaced()
-        return node is not None and not hasattr(node, "learnt_from")
+        return node is not None and not node.learnt_from
 
     def forget(self) -> None:
         """Let go of the decisions."""

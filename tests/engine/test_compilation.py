@@ -70,6 +70,21 @@ def test_compiled_blocks_compute_what_the_network_computes(kind: str) -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_a_compiled_pass_that_was_learnt_from_may_come_before_one_that_is_not_compiled() -> None:
+    """The compiled graph does not tell where a backward pass has been."""
+    model = network()
+    images = torch.randn(4, 3, 8, 8)
+    compile_blocks(model, "aot_eager")
+    loss = model(images).square().mean()
+    loss.backward()
+    with torch.compiler.set_stance("force_eager"):
+        logits = model(images)
+    rates, _ = take_decisions(list(find_gates(model).values()))
+    assert rates.requires_grad
+    assert loss.requires_grad
+    assert logits.requires_grad
+
+
 def test_only_what_changed_is_compiled_anew() -> None:
     plain, compiled = network(), network()
     backend = Counting()
