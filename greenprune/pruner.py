@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import Any
@@ -23,10 +22,10 @@ from greenprune.config import (
     UserError,
     check_budget_unit,
 )
-from greenprune.flops import trained_tensors
 from greenprune.gating import WINDOWS, GatePolicy, Verdict, attach_gates, find_gates, gate_parameters
 from greenprune.models import convert_blocks, put_back_on_failure
 from greenprune.network import UnitTable, gating_notes, round_to_on, unit_costs, units_present
+from greenprune.output_penalty import with_penalty
 from greenprune.surgery import (
     Operation,
     Structure,
@@ -330,7 +329,7 @@ class Pruner:
         def hook(_: nn.Module, __: object, output: object) -> object:
             if not (self.model.training and torch.is_grad_enabled() and self._policy.active):
                 return output
-            return _with_penalty(output, self.penalty() / accumulate)
+            return with_penalty(output, self.penalty() / accumulate)
 
         if self._beside_output is not None:  # of a training that failed, perhaps: two would ask the gates twice
             self._beside_output.remove()
@@ -424,84 +423,6 @@ def _count(model: nn.Module, example: Tensor) -> UnitTable:
             f"values (PyTorch's meta device): {' '.join(str(error).split())}; expected a forward pass that depends on "
             "shapes alone (no .item(), no branch on a value) and makes its tensors on its input's device"
         ) from error
-
-
-class _Once(torch.autograd.Function):
-    """Passes a penalty on; the first backward pass gives it the gradient that a term of the loss has, others nothing.
-
-    What goes back from several outputs comes here together, as one gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, penalty: Tensor) -> Tensor:
-        ctx.given = False
-        return penalty.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor | None:
-        if ctx.given:  # of one pass, whose parts of the loss go back one after the other
-            return None
-        ctx.given = True
-        return torch.ones_like(grads[0])
-
-
-class _PenaltyBeside(torch.autograd.Function):
-    """Passes an output on; what goes back from it asks for the penalty's gradient too.
-
-    Without ``as_view`` it is a tensor of its own to PyTorch, though of the same storage, so that it may be changed in
-    place. A view may not, which PyTorch tells.
-    """
-
-    @staticmethod
-    def forward(_: Any, output: Tensor, penalty: Tensor, as_view: bool) -> Tensor:
-        return output.view_as(output) if as_view else output.detach()
-
-    @staticmethod
-    def backward(_: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (grad,) = grads
-        return grad, torch.ones((), device=grad.device), None
-
-
-def _with_penalty(output: object, penalty: Tensor) -> object:
-    """The output with the penalty beside every tensor that training may go back through, counted once for all."""
-    once = _Once.apply(penalty)
-    if isinstance(output, Tensor):
-        return _PenaltyBeside.apply(output, once, False)
-    tensors = {id(tensor): tensor for tensor in trained_tensors(output)}.values()
-    # Of two views of the same, the one would not notice that the other is changed in place.
-    roots = Counter(_root(tensor) for tensor in tensors)
-    beside = {tensor: _PenaltyBeside.apply(tensor, once, roots[_root(tensor)] > 1) for tensor in tensors}
-    changed = _exchange(output, beside)
-    if changed is None:
-        raise TypeError(
-            f"the network gives a {type(output).__name__}; expected a tensor, or a tuple or dict of tensors"
-        )
-    return changed
-
-
-def _root(tensor: Tensor) -> int:
-    """Equal for tensors that autograd knows as views of the same."""
-    return id(tensor if tensor._base is None else tensor._base)
-
-
-def _exchange(output: object, beside: Mapping[Tensor, Tensor]) -> Any:
-    """An output with some of its tensors exchanged, dicts in place; None if there is none of them in it."""
-    if isinstance(output, Tensor):
-        return beside.get(output)
-    if not isinstance(output, dict | tuple | list):
-        return None
-    places = list(output.items() if isinstance(output, dict) else enumerate(output))
-    changes = {place: changed for place, item in places if (changed := _exchange(item, beside)) is not None}
-    if not changes:
-        return None
-    if isinstance(output, dict):
-        for key, item in changes.items():
-            output[key] = item
-        return output
-    items = [changes.get(place, item) for place, item in places]
-    if isinstance(output, list):
-        return items
-    return type(output)(*items) if hasattr(output, "_fields") else tuple(items)
 
 
 def _check_holds_gates(optimizer: Optimizer, model: nn.Module) -> None:

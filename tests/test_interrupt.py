@@ -136,6 +136,29 @@ except BaseException:  # as a library may whose callback is interrupted
 """
 
 
+def start_shadowed(args: list[str], libraries: Path, cwd: Path | None = None) -> subprocess.Popen[str]:
+    """Start Python with some libraries in place of those of the same names."""
+    return subprocess.Popen(
+        [sys.executable, *args],
+        cwd=cwd,
+        env=environment() | {"PYTHONPATH": f"{libraries}{os.pathsep}{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def assert_says(process: subprocess.Popen[str], word: str, what: str = "") -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"{word}\n", what
+
+
+def assert_ends_without_a_word(process: subprocess.Popen[str], number: signal.Signals, what: str = "") -> None:
+    process.send_signal(number)
+    assert process.communicate(timeout=30) == ("", ""), what
+    assert process.returncode == -number, what  # 128 + number to a shell
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("entry", "module"),
@@ -154,18 +177,9 @@ def test_a_signal_while_it_starts_ends_it_without_a_word(
     """A library that takes long to import, or that swallows what interrupts it, stands for all of them."""
     (tmp_path / module).mkdir()
     (tmp_path / module / "__init__.py").write_text(HANGING)
-    process = subprocess.Popen(
-        [sys.executable, *entry, "--output_dir", str(tmp_path / "runs")],
-        env=environment() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "importing\n"
-    process.send_signal(number)
-    assert process.communicate(timeout=30) == ("", "")
-    assert process.returncode == -number  # 128 + number to a shell
+    process = start_shadowed([*entry, "--output_dir", str(tmp_path / "runs")], tmp_path)
+    assert_says(process, "importing")
+    assert_ends_without_a_word(process, number)
     assert not (tmp_path / "runs").exists()
 
 
@@ -191,20 +205,10 @@ def test_a_ctrl_c_while_a_command_still_imports_ends_it_without_a_word(tmp_path:
         libraries = tmp_path / str(number)
         (libraries / module).mkdir(parents=True)
         (libraries / module / "__init__.py").write_text(HANGING)
-        processes[line] = subprocess.Popen(
-            [sys.executable, "-m", "greenprune.cli", *line.split()],
-            cwd=tmp_path,
-            env=environment() | {"PYTHONPATH": f"{libraries}{os.pathsep}{ROOT}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        processes[line] = start_shadowed(["-m", "greenprune.cli", *line.split()], libraries, cwd=tmp_path)
     for line, process in processes.items():
-        assert process.stdout is not None
-        assert process.stdout.readline() == "importing\n", line
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=30) == ("", ""), line
-        assert process.returncode == -signal.SIGINT, line
+        assert_says(process, "importing", line)
+        assert_ends_without_a_word(process, signal.SIGINT, line)
 
 
 WRITES = """
@@ -223,19 +227,11 @@ def test_a_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
     (tmp_path / "torch" / "utils").mkdir(parents=True)
     for module, text in (("__init__", ""), ("utils/__init__", ""), ("utils/tensorboard", WRITES)):
         (tmp_path / "torch" / f"{module}.py").write_text(text)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "greenprune.cli", "sync", str(run), "--to", "tensorboard"],
-        env=environment() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
+    args = ["-m", "greenprune.cli", "sync", str(run), "--to", "tensorboard"]
+    process = start_shadowed(args, tmp_path)
+    assert_says(process, "writing")
     assert [path.name for path in run.iterdir() if path.name.endswith(".tmp")]
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30) == ("", "")
-    assert process.returncode == -signal.SIGINT
+    assert_ends_without_a_word(process, signal.SIGINT)
     assert not [path.name for path in run.iterdir() if path.name.endswith(".tmp")]
     assert (run / ".lock").read_text() == ""
 

@@ -262,22 +262,30 @@ def parts_of(output: tuple[Tensor, dict[str, Any]]) -> dict[str, Tensor]:
     return {"features": features, "first": logits["first"], "second": logits["rest"][1][0]}
 
 
-@pytest.mark.parametrize("used", [["features"], ["first"], ["second"], ["features", "first", "second"]], ids="-".join)
-def test_the_penalty_is_in_the_loss_whatever_part_of_the_output_that_is_made_of(used: list[str]) -> None:
+def assert_learns_as_from_the_loss(make_loss: Callable[[dict[str, Tensor], Tensor], Tensor]) -> None:
+    """A network learns the same with its penalty beside the output as with the penalty in the loss."""
+
     def gradients(hidden: bool) -> list[Tensor | None]:
         model = Parted()
         pruner = Pruner(model, torch.randn(2, 1, 8, 8), total_steps=STEPS, gate=GateConfig(warmup=0.0))
         images, labels = batch_of(0)
         if hidden:
             pruner.penalize_output()
-        parts = parts_of(model(images))
-        loss = torch.stack([functional.cross_entropy(parts[name], labels) for name in used]).sum()
+        loss = make_loss(parts_of(model(images)), labels)
         (loss if hidden else loss + pruner.penalty()).backward()
         return [parameter.grad for parameter in model.parameters()]
 
     for mine, expected in zip(gradients(True), gradients(False), strict=True):
         assert (mine is None) == (expected is None)  # what the loss does not use stays without a gradient
         assert mine is None or torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("used", [["features"], ["first"], ["second"], ["features", "first", "second"]], ids="-".join)
+def test_the_penalty_is_in_the_loss_whatever_part_of_the_output_that_is_made_of(used: list[str]) -> None:
+    def make_loss(parts: dict[str, Tensor], labels: Tensor) -> Tensor:
+        return torch.stack([functional.cross_entropy(parts[name], labels) for name in used]).sum()
+
+    assert_learns_as_from_the_loss(make_loss)
 
 
 def test_the_penalty_counts_once_for_a_forward_pass() -> None:
@@ -312,22 +320,13 @@ def test_the_penalty_counts_once_for_a_forward_pass() -> None:
 
 
 def test_an_output_beside_which_the_penalty_stands_may_be_changed_in_place() -> None:
-    def gradients(hidden: bool) -> list[Tensor | None]:
-        model = Parted()
-        pruner = Pruner(model, torch.randn(2, 1, 8, 8), total_steps=STEPS, gate=GateConfig(warmup=0.0))
-        images, labels = batch_of(0)
-        if hidden:
-            pruner.penalize_output()
-        logits = parts_of(model(images))["second"]
+    def make_loss(parts: dict[str, Tensor], labels: Tensor) -> Tensor:
+        logits = parts["second"]
         logits.div_(2.0)
         logits[:, 0] = 0.0
-        loss = functional.cross_entropy(logits, labels)
-        (loss if hidden else loss + pruner.penalty()).backward()
-        return [parameter.grad for parameter in model.parameters()]
+        return functional.cross_entropy(logits, labels)
 
-    for mine, expected in zip(gradients(True), gradients(False), strict=True):
-        assert (mine is None) == (expected is None)
-        assert mine is None or torch.equal(mine, expected)
+    assert_learns_as_from_the_loss(make_loss)
 
 
 def test_outputs_that_are_views_of_each_other_are_not_changed_in_place_unnoticed() -> None:

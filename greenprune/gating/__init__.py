@@ -1,5 +1,6 @@
 """Gates on the units of a network, the penalty that polarizes them, the budget they meet, and their consensus."""
 
+from greenprune.gating.attaching import attach_gates
 from greenprune.gating.budget import (
     BudgetController,
     CostTerm,
@@ -14,7 +15,6 @@ from greenprune.gating.gates import (
     BlockGate,
     ChannelGate,
     Gate,
-    attach_gates,
     check_decided,
     find_gates,
     gate_parameters,

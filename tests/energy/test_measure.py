@@ -224,6 +224,20 @@ sys.exit(40 + len(got))
     assert "total:" in text
 
 
+def code_after_ctrl_c(command: list[str], *, once_it_says: bytes) -> int:
+    """Exit code of a command that gets a Ctrl-C from a terminal of its own, once a word has come there."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(command[0], command)
+    shown = b""
+    while once_it_says not in shown:
+        shown += os.read(terminal, 1000)
+    os.write(terminal, b"\x03")
+    _, status = os.waitpid(process, 0)
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(status)
+
+
 def test_ctrl_c_at_a_terminal_reaches_the_command_once() -> None:
     """The terminal signals the whole foreground group: handed on, it would come twice."""
     program = (
@@ -236,16 +250,7 @@ def test_ctrl_c_at_a_terminal_reaches_the_command_once() -> None:
         "time.sleep(0.3)\n"
         "sys.exit(40 + len(got))\n"
     )
-    process, terminal = pty.fork()
-    if process == 0:
-        os.execv(sys.executable, [*MEASURE, "--", sys.executable, "-c", program])
-    shown = b""
-    while b"ready" not in shown:
-        shown += os.read(terminal, 1000)
-    os.write(terminal, b"\x03")
-    _, status = os.waitpid(process, 0)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == 41
+    assert code_after_ctrl_c([*MEASURE, "--", sys.executable, "-c", program], once_it_says=b"ready") == 41
 
 
 OPENING = """
@@ -264,16 +269,8 @@ sys.exit(main(["measure", "--", "touch", sys.argv[1]]))
 
 def test_ctrl_c_before_the_command_has_begun_keeps_it_from_it(tmp_path: Path) -> None:
     """The terminal has sent it to nobody but the meter, which holds signals back by then."""
-    process, terminal = pty.fork()
-    if process == 0:
-        os.execv(sys.executable, [sys.executable, "-c", OPENING, str(tmp_path / "begun")])
-    shown = b""
-    while b"opening" not in shown:
-        shown += os.read(terminal, 1000)
-    os.write(terminal, b"\x03")
-    _, status = os.waitpid(process, 0)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGINT
+    command = [sys.executable, "-c", OPENING, str(tmp_path / "begun")]
+    assert code_after_ctrl_c(command, once_it_says=b"opening") == -signal.SIGINT
     assert not (tmp_path / "begun").exists()
 
 
