@@ -15,6 +15,7 @@ import shlex
 import signal
 import stat
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -73,34 +74,33 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
     if not hasattr(signal, "sigwaitinfo"):
         print_error("this system cannot tell who sent a signal; measure works on Linux", environment, prog)
         return 2
-    try:
-        carbon = _carbon(options)
-    except UserError as error:
-        message = str(error)
-        for key, flag in _FLAGS.items():
-            message = message.replace(key, flag)
-        print_error(message, environment, prog)
-        return 2
     shown = without_command_secrets(command, environment)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # one that was inherited as ignored would never be told
-    with (
-        _blocked(signal.SIGCHLD, *_FORWARDED) as mask,
-        open_local_meter(environment, interval_s=options.interval) as meter,
-    ):
-        if _is_to_end():  # by what came while the meter was opened, as soon as that is let through
-            return 1
-        with meter.window("command") as window:
-            try:
-                # Not subprocess: it cannot give the command back the signals that are blocked here without
-                # running Python code between fork and exec, which is not safe beside the meter's thread.
-                process = os.posix_spawnp(
-                    command[0], command, dict(environment), setsigmask=mask, setsigdef=_IGNORED_BY_PYTHON
-                )
-            except OSError as error:
-                print_error(f"{command[0]}: {error.strerror}", environment, prog)
-                return 127 if isinstance(error, FileNotFoundError) else 126
-            code = _wait(process)
-        notes = meter.notes
+    # From here on, before anything is imported that starts threads (NumPy's linear algebra): signals would reach those.
+    with _blocked(signal.SIGCHLD, *_FORWARDED) as mask:
+        try:
+            carbon = _carbon(options)
+        except UserError as error:
+            message = str(error)
+            for key, flag in _FLAGS.items():
+                message = message.replace(key, flag)
+            print_error(message, environment, prog)
+            return 2
+        with open_local_meter(environment, interval_s=options.interval) as meter:
+            if _is_to_end():  # by what came while the meter was opened, as soon as that is let through
+                return 1
+            with meter.window("command") as window:
+                try:
+                    # Not subprocess: it cannot give the command back the signals that are blocked here without
+                    # running Python code between fork and exec, which is not safe beside the meter's thread.
+                    process = os.posix_spawnp(
+                        command[0], command, dict(environment), setsigmask=mask, setsigdef=_IGNORED_BY_PYTHON
+                    )
+                except OSError as error:
+                    print_error(f"{command[0]}: {error.strerror}", environment, prog)
+                    return 127 if isinstance(error, FileNotFoundError) else 126
+                code = _wait(process)
+            notes = meter.notes
     report = _report(window.measurement, shown, code, carbon, notes)
     told = _tell(report, options, environment, prog)
     return code if told else code or 1
@@ -203,15 +203,29 @@ def _is_to_end() -> bool:
 
 def _wait(process: int) -> int:
     """Wait for a child and hand it the signals that come meanwhile; its exit code, or 128 + n if signal n ended it."""
+    watcher = threading.Thread(target=_signal_end, args=(process, threading.get_ident()), daemon=True)
+    watcher.start()
     while True:
         caught = signal.sigwaitinfo({signal.SIGCHLD, *_FORWARDED})
         if caught.si_signo == signal.SIGCHLD:
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
+                watcher.join()
                 code = os.waitstatus_to_exitcode(status)
                 return code if code >= 0 else 128 - code
         elif caught.si_code != _SI_KERNEL:
             os.kill(process, caught.si_signo)  # not reaped yet, so the number is still the child's
+
+
+def _signal_end(process: int, thread: int) -> None:
+    """Send a thread SIGCHLD once a child has ended; does not reap it.
+
+    The kernel's own SIGCHLD is for the whole process: a thread that does not block it, such as one of a library that
+    was imported before, takes it, and nobody would learn of a child that ended before it was waited for.
+    """
+    with contextlib.suppress(ChildProcessError):  # reaped already, on the kernel's signal
+        os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+    signal.pthread_kill(thread, signal.SIGCHLD)
 
 
 def _report(

@@ -274,6 +274,38 @@ def test_ctrl_c_before_the_command_has_begun_keeps_it_from_it(tmp_path: Path) ->
     assert not (tmp_path / "begun").exists()
 
 
+BESIDE_A_THREAD = """
+import os, sys, threading, time
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+from greenprune.cli import main
+spawned = os.posix_spawnp
+def spawn_slowly(*args, **options):
+    process = spawned(*args, **options)
+    os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+    time.sleep(0.2)
+    return process
+os.posix_spawnp = spawn_slowly
+sys.exit(main(["measure", "--", "sh", "-c", "exit 3"]))
+"""
+
+
+def test_a_command_that_ends_at_once_is_seen_beside_a_thread_that_takes_its_signal() -> None:
+    """The thread does not block SIGCHLD, as those of a library that was imported before; the command ends before it is
+    waited for, as on a busy machine."""
+    done = subprocess.run([sys.executable, "-c", BESIDE_A_THREAD], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 3
+
+
+def test_no_signal_can_reach_a_thread_of_a_library_instead() -> None:
+    """The carbon intensity of a country comes by way of NumPy, which starts threads; they are listed after the main
+    one, which waits for the signals."""
+    show = ["sh", "-c", "grep -h SigBlk /proc/$PPID/task/*/status"]
+    done = run("--country", "FRA", "--", *show, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    _, *others = [int(line.split()[1], 16) for line in done.stdout.splitlines()]
+    assert others
+    assert all(mask >> (signal.SIGTERM - 1) & 1 for mask in others)
+
+
 def test_the_command_starts_with_the_signals_that_it_would_have_had() -> None:
     def blocked_and_ignored(status: str) -> list[int]:
         # Signals 32 and 33 are the C library's own.
