@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ _CORRECTIONS = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
 def go_back_from(output: object) -> None:
-    """The backward pass of a sum over a network's output: a tensor, or tuples, lists and dicts of tensors.
+    """The backward pass of a sum over a network's output: a tensor, or what is made of such.
 
     Raises:
         UserError: There is nothing in it that training goes back through.
@@ -78,19 +78,25 @@ def go_back_from(output: object) -> None:
     if not tensors:
         raise UserError(
             f"the network gives a {type(output).__name__} without a tensor that training goes back through; expected a "
-            "tensor, or a tuple or dict of tensors"
+            "tensor, or a tuple, dict or dataclass of tensors"
         )
     torch.autograd.backward(tensors, [torch.ones_like(tensor) for tensor in tensors])
 
 
 def trained_tensors(output: object) -> Iterator[Tensor]:
-    """The tensors that training goes back through in a network's output, in tuples, lists and dicts of any depth."""
+    """The tensors that training goes back through in a network's output.
+
+    It may be made of tuples, lists, dicts and dataclasses of any depth.
+    """
     if isinstance(output, Tensor):
         if output.requires_grad:
             yield output
     elif isinstance(output, Mapping | tuple | list):
         for item in output.values() if isinstance(output, Mapping) else output:
             yield from trained_tensors(item)
+    elif is_dataclass(output) and not isinstance(output, type):
+        for item in fields(output):
+            yield from trained_tensors(getattr(output, item.name, None))
 
 
 def count_costs(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -52,7 +54,8 @@ def with_penalty(output: object, penalty: Tensor) -> object:
     """The output with a penalty beside every tensor that training may go back through, counted once for all.
 
     Args:
-        output: What a network gives: a tensor, or tuples, lists and dicts of tensors; dicts are changed in place.
+        output: What a network gives: a tensor, or tuples, lists, dicts and dataclasses of tensors; dicts are changed in
+            place.
         penalty: A scalar with gradient.
 
     Raises:
@@ -68,7 +71,7 @@ def with_penalty(output: object, penalty: Tensor) -> object:
     changed = _exchange(output, beside)
     if changed is None:
         raise TypeError(
-            f"the network gives a {type(output).__name__}; expected a tensor, or a tuple or dict of tensors"
+            f"the network gives a {type(output).__name__}; expected a tensor, or a tuple, dict or dataclass of tensors"
         )
     return changed
 
@@ -82,9 +85,7 @@ def _exchange(output: object, beside: Mapping[Tensor, Tensor]) -> Any:
     """An output with some of its tensors exchanged, dicts in place; None if there is none of them in it."""
     if isinstance(output, Tensor):
         return beside.get(output)
-    if not isinstance(output, dict | tuple | list):
-        return None
-    places = list(output.items() if isinstance(output, dict) else enumerate(output))
+    places = _places(output)
     changes = {place: changed for place, item in places if (changed := _exchange(item, beside)) is not None}
     if not changes:
         return None
@@ -92,7 +93,23 @@ def _exchange(output: object, beside: Mapping[Tensor, Tensor]) -> Any:
         for key, item in changes.items():
             output[key] = item
         return output
+    if not isinstance(output, tuple | list):
+        made = copy.copy(output)
+        for name, item in changes.items():
+            object.__setattr__(made, name, item)  # also of one that is frozen
+        return made
     items = [changes.get(place, item) for place, item in places]
     if isinstance(output, list):
         return items
     return type(output)(*items) if hasattr(output, "_fields") else tuple(items)
+
+
+def _places(output: object) -> list[tuple[Any, object]]:
+    """What an output is made of, each with its key, index or name; nothing if it is none that can be taken apart."""
+    if isinstance(output, dict):
+        return list(output.items())
+    if isinstance(output, tuple | list):
+        return list(enumerate(output))
+    if is_dataclass(output) and not isinstance(output, type):
+        return [(item.name, getattr(output, item.name, None)) for item in fields(output)]
+    return []

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,7 +205,13 @@ class Output(NamedTuple):
     extra: str = "kept"
 
 
-@pytest.mark.parametrize("shape", ["tensor", "tuple", "list", "dict", "named tuple"])
+@dataclass(frozen=True)
+class Frozen:
+    logits: Tensor
+    extra: str = "kept"
+
+
+@pytest.mark.parametrize("shape", ["tensor", "tuple", "list", "dict", "named tuple", "dataclass"])
 def test_the_penalty_beside_the_output_is_the_penalty_in_the_loss(shape: str) -> None:
     """For loops that do not let anyone at their loss."""
 
@@ -221,6 +228,7 @@ def test_the_penalty_beside_the_output_is_the_penalty_in_the_loss(shape: str) ->
                 "list": lambda: [images, logits],
                 "dict": lambda: {"nothing": None, "logits": logits},
                 "named tuple": lambda: Output(logits),
+                "dataclass": lambda: Frozen(logits),
             }
             return made[shape]()
 
@@ -233,8 +241,8 @@ def test_the_penalty_beside_the_output_is_the_penalty_in_the_loss(shape: str) ->
         if hidden:
             pruner.penalize_output()
         output = model(images)
-        ways = {"tensor": lambda: output, "dict": lambda: output["logits"], "named tuple": lambda: output.logits}
-        logits = ways.get(shape, lambda: output[1])()
+        ways = {"tensor": lambda: output, "tuple": lambda: output[1], "list": lambda: output[1]}
+        logits = output["logits"] if shape == "dict" else ways.get(shape, lambda: output.logits)()
         loss = functional.cross_entropy(logits, labels)
         (loss if hidden else loss + pruner.penalty()).backward()
         return [parameter.grad for parameter in model.parameters()]
