@@ -8,11 +8,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from greenprune.interrupt import ended_by_ctrl_c, undone_by_ctrl_c
 from greenprune.redaction import print_error, without_secrets
 from greenprune.streams import ready_streams
+
+if TYPE_CHECKING:
+    from greenprune.energy import CarbonIntensity
 
 _DESCRIPTION = """\
 Train a network and remove the blocks it does not need while it trains, with every joule accounted for.
@@ -89,6 +92,10 @@ def _build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--format", choices=("html", "md", "csv", "json", "png"), help="its form, if not told by the name of FILE"
     )
+    from greenprune.energy.options import add_carbon_options
+
+    for telling in (compare, report):
+        add_carbon_options(telling.add_argument_group("CO2e of runs that do not know it, or all at one intensity"))
     watch = commands.add_parser("watch", description="Show a run as train does, from another terminal or machine.")
     watch.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     watch.add_argument("--once", action="store_true", help="show what there is and do not wait for more")
@@ -148,11 +155,26 @@ def _add_export_parsers(
     return evaluate, benchmark
 
 
+def _carbon(arguments: argparse.Namespace) -> CarbonIntensity | None:
+    """The intensity at which all runs' CO2e is asked for; None if each has its own.
+
+    Raises:
+        UserError: An option is not valid, or a PUE stands alone.
+    """
+    from greenprune.config import UserError
+    from greenprune.energy.options import carbon_of
+
+    carbon = carbon_of(arguments)
+    if carbon is None and arguments.pue != 1:
+        raise UserError(f"--pue: {arguments.pue} changes nothing alone; expected --country or --intensity beside it")
+    return carbon
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     from greenprune.formatting import open_console
     from greenprune.report import compare_runs
 
-    comparison = compare_runs(arguments.runs, arguments.to_accuracy)
+    comparison = compare_runs(arguments.runs, arguments.to_accuracy, _carbon(arguments))
     if arguments.json:
         print(json.dumps(comparison.to_dict(), indent=2))
     else:
@@ -231,7 +253,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from greenprune.report.writing import write_report
 
     with undone_by_ctrl_c():
-        path = write_report(arguments.runs, arguments.output, arguments.format)
+        path = write_report(arguments.runs, arguments.output, arguments.format, carbon=_carbon(arguments))
     if path is not None:
         print(f"{path} is written: {path.stat().st_size / 1e6:.1f} MB")
     return 0

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from greenprune.config import EnergyConfig, UserError
-from greenprune.energy import CarbonIntensity, Measurement, carbon_intensity, co2_g, open_local_meter
+from greenprune.energy import CarbonIntensity, Measurement, co2_g, open_local_meter
+from greenprune.energy.options import add_carbon_options, as_options, carbon_of
 from greenprune.redaction import print_error, without_command_secrets, without_secrets
 from greenprune.whole_files import write_output
 
@@ -33,15 +34,6 @@ its own input and output, and its exit code is passed on; a report that cannot b
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
-
-# The options under the names that they have in a run's config, whose rules they follow.
-_FLAGS = {
-    "energy.country": "--country",
-    "energy.region": "--region",
-    "energy.intensity_g_per_kwh": "--intensity",
-    "energy.interval_s": "--interval",
-    "energy.pue": "--pue",
-}
 
 # si_code of a signal that the kernel sent, such as the terminal's on Ctrl-C, to the whole foreground group.
 _SI_KERNEL = 0x80
@@ -79,12 +71,10 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
     # From here on, before anything is imported that starts threads (NumPy's linear algebra): signals would reach those.
     with _blocked(signal.SIGCHLD, *_FORWARDED) as mask:
         try:
-            carbon = _carbon(options)
+            EnergyConfig(interval_s=options.interval)
+            carbon = carbon_of(options)
         except UserError as error:
-            message = str(error)
-            for key, flag in _FLAGS.items():
-                message = message.replace(key, flag)
-            print_error(message, environment, prog)
+            print_error(as_options(str(error)), environment, prog)
             return 2
         with open_local_meter(environment, interval_s=options.interval) as meter:
             if _is_to_end():  # by what came while the meter was opened, as soon as that is let through
@@ -158,12 +148,7 @@ def _parse(args: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str
     parser.add_argument(
         "--interval", type=float, default=1.0, metavar="S", help="seconds between two samples where there is no counter"
     )
-    parser.add_argument(
-        "--country", metavar="ISO", help="three-letter code of the country whose grid feeds the machine"
-    )
-    parser.add_argument("--region", help="state or province, where CodeCarbon knows it")
-    parser.add_argument("--intensity", type=float, metavar="G", help="the grid's gCO2e/kWh, instead of a country")
-    parser.add_argument("--pue", type=float, default=1.0, help="power usage effectiveness of the site (default: 1)")
+    add_carbon_options(parser)
     known = list(args)
     split = known.index("--") if "--" in known else len(known)
     (options, unknown), command = parser.parse_known_args(known[:split]), known[split + 1 :]
@@ -174,16 +159,6 @@ def _parse(args: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str
     if options.output is not None and not options.output.absolute().parent.is_dir():
         parser.error(f"--output: the folder of {str(options.output)!r} is not there; expected a file in one that is")
     return options, command
-
-
-def _carbon(options: argparse.Namespace) -> CarbonIntensity | None:
-    """The intensity that the options tell, under the rules of a run's config.
-
-    Raises:
-        UserError: An option is not valid.
-    """
-    valid = EnergyConfig(options.country, options.region, options.intensity, options.pue, options.interval)
-    return carbon_intensity(valid.country, valid.region, g_per_kwh=valid.intensity_g_per_kwh, pue=valid.pue)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from greenprune.config import UserError
+from greenprune.energy import CarbonIntensity
 from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_seconds, format_si
-from greenprune.report.runs import ComparedRun, find_runs, read_run, read_run_events
+from greenprune.report.runs import ComparedRun, find_runs, intensity_note, read_run, read_run_events
 from greenprune.report.sharing import sharing_notes, with_sharing
 from greenprune.tracking import Event, describe_damage
 
@@ -68,7 +69,9 @@ class Comparison:
         return any(run.summary.get("channels_dense") for run in self.runs)
 
 
-def compare_runs(paths: Sequence[Path], to_accuracy: float | None = None) -> Comparison:
+def compare_runs(
+    paths: Sequence[Path], to_accuracy: float | None = None, carbon: CarbonIntensity | None = None
+) -> Comparison:
     """Read runs and set each that is gated, or was given a structure, against its dense twin.
 
     The twin is the run that differs in that alone: nothing gated and nothing removed, and all else that shapes the
@@ -77,6 +80,7 @@ def compare_runs(paths: Sequence[Path], to_accuracy: float | None = None) -> Com
     Args:
         paths: Runs' folders, their summary.json, or folders that hold runs.
         to_accuracy: Also tell the joules that each run took until an evaluation reached this accuracy (0 to 1).
+        carbon: Tell all CO2e at this intensity and PUE; None: at those of each run, where it knows them.
 
     Raises:
         UserError: There is no run at a path, a file of one cannot be read, or the accuracy is not a share.
@@ -87,22 +91,28 @@ def compare_runs(paths: Sequence[Path], to_accuracy: float | None = None) -> Com
     runs = [read_run(path, name) for path, name in found.items()]
     if to_accuracy is not None:
         runs = [_with_joules_to(run, to_accuracy) for run in runs]
-    comparison = set_against_twins(runs, to_accuracy)
+    comparison = set_against_twins(runs, to_accuracy, carbon)
     return replace(comparison, notes=(*copies, *comparison.notes))
 
 
-def set_against_twins(runs: list[ComparedRun], to_accuracy: float | None = None) -> Comparison:
+def set_against_twins(
+    runs: list[ComparedRun], to_accuracy: float | None = None, carbon: CarbonIntensity | None = None
+) -> Comparison:
     """Set each run that is not dense against its dense twin, if that is among the runs.
 
     Args:
         runs: What :func:`read_run` gave.
         to_accuracy: As for :func:`compare_runs`.
+        carbon: As for :func:`compare_runs`.
     """
-    notes = [
+    notes = [] if carbon is None else [intensity_note(carbon)]
+    notes += [
         f"events.jsonl of {run.name} cannot be read in whole ({describe_damage(run.damage)}): that is left out"
         for run in runs
         if run.damage
     ]
+    if carbon is not None:
+        runs = [run.at_intensity(carbon) for run in runs]
     runs = with_sharing(runs)
     notes += sharing_notes(runs)
     twins: dict[str, list[ComparedRun]] = {}

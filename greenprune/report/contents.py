@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from greenprune.config import UserError, shaping_values
+from greenprune.energy import CarbonIntensity
 from greenprune.formatting import format_joules, format_percent
 from greenprune.locking import is_held
 from greenprune.report.comparison import set_against_twins
@@ -33,7 +34,7 @@ _ENVIRONMENT = {
 _SUMMARY_KEYS = ("model", "gated", "budget_target", "budget_unit", "epochs", "batch_size", "precision")
 
 
-def build_report(paths: Sequence[Path], notes: Sequence[str] = ()) -> Report:
+def build_report(paths: Sequence[Path], notes: Sequence[str] = (), carbon: CarbonIntensity | None = None) -> Report:
     """Read runs, finished or not, and put together all that a report says of them.
 
     A run with a file that cannot be read is shown as such, and is in no comparison.
@@ -41,14 +42,17 @@ def build_report(paths: Sequence[Path], notes: Sequence[str] = ()) -> Report:
     Args:
         paths: Runs' folders, their summary.json, or folders that hold runs.
         notes: What else a reader must know of the runs; it comes first.
+        carbon: Tell all CO2e at this intensity and PUE; None: at those of each run, where it knows them.
 
     Raises:
         UserError: There is no run at a path.
     """
     found, copies = find_runs(paths)
     read = [_read(path, name) for path, name in found.items()]
-    comparison = set_against_twins([run.compared for run in read])
+    comparison = set_against_twins([run.compared for run in read], carbon=carbon)
     runs = [replace(run, compared=compared) for run, compared in zip(read, comparison.runs, strict=True)]
+    if carbon is not None:
+        runs = [replace(run, history=run.history.at_intensity(carbon)) for run in runs]
     tasks = tuple(_task(*key, members) for key, members in sorted(_by_task(runs).items()))
     several = len(tasks) > 1
     groups = {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from greenprune.energy import CarbonIntensity, co2_g
 from greenprune.tracking import Event
 
 REMOVED = -1.0
@@ -147,6 +148,10 @@ class History:
     network: tuple[BlockFate, ...]
     energy_by_phase_j: dict[str, float | None]
     energy_by_device_j: dict[str, float | None]
+
+    def at_intensity(self, carbon: CarbonIntensity) -> History:
+        """The same with CO2e told at another carbon intensity and PUE."""
+        return replace(self, epochs=tuple(replace(one, co2_g=co2_g(one.energy_j, carbon)) for one in self.epochs))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

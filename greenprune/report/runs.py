@@ -7,7 +7,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from greenprune.config import UserError, load_yaml, shaping_values
+from greenprune.energy import CarbonIntensity, co2_g
 from greenprune.formatting import format_counted, worst_quality
 from greenprune.report.attempts import Allotment, Attempt, allotment_of, read_spans
 from greenprune.timing import StepTimes
@@ -130,6 +131,16 @@ class ComparedRun:
             return None
         return self.summary.get("carbon_intensity_g_per_kwh"), self.summary.get("pue") or 1.0
 
+    def at_intensity(self, carbon: CarbonIntensity) -> ComparedRun:
+        """The same with CO2e told at another carbon intensity and PUE, also where it knew none as it ran."""
+        told = {
+            "co2_g": co2_g(self.summary.get("energy_j"), carbon),
+            "carbon_intensity_g_per_kwh": carbon.g_per_kwh,
+            "carbon_intensity_source": carbon.source,
+            "pue": carbon.pue,
+        }
+        return replace(self, summary=self.summary | told) if self.summary else self
+
     @property
     def meters(self) -> frozenset[tuple[str, str | None]]:
         """Each kind of device that its joules are of (gpu, cpu, dram), with how it was metered; None: not at all."""
@@ -195,6 +206,16 @@ def _by_id(folders: Iterable[Path]) -> dict[str, list[Path]]:
         with suppress(OSError, UnicodeDecodeError):
             found.setdefault(RunFolder(folder).id.read_text().strip(), []).append(folder)
     return found
+
+
+def intensity_note(carbon: CarbonIntensity) -> str:
+    """What a reader must know where the CO2e of runs is not their own."""
+    place = " ".join(filter(None, (carbon.country, carbon.region)))
+    source = ", ".join(filter(None, (place, carbon.source)))
+    return (
+        f"CO2e of every run is its joules at {carbon.g_per_kwh:,.0f} g/kWh ({source}) and a PUE of {carbon.pue:g}, as "
+        "asked for with this report, not what the run was told"
+    )
 
 
 def _originality(path: Path, made: str) -> tuple[bool, int, bool]:

@@ -145,7 +145,7 @@ def _co2(summary: dict[str, Any]) -> str:
         pue = f" and a PUE of {summary['pue']:g}" if summary.get("pue", 1.0) != 1 else ""
         return f"{format_si(summary['co2_g'], 'g')}, at {summary['carbon_intensity_g_per_kwh']:,.0f} g/kWh{pue}"
     if summary["carbon_intensity_g_per_kwh"] is None:
-        return f"{UNKNOWN}: set energy.country"
+        return f"{UNKNOWN}: set energy.country, or afterwards: greenprune report --country"
     return f"{UNKNOWN}, as the energy is"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from greenprune.config import UserError
+from greenprune.energy import CarbonIntensity
 from greenprune.report.contents import build_report
 from greenprune.report.parts import Report
 from greenprune.report.words import render_csv, render_json, render_markdown
@@ -20,7 +21,11 @@ _TEXT = {"md": render_markdown, "csv": render_csv, "json": render_json}
 
 
 def write_report(
-    paths: Sequence[Path], output: Path | None, form: str | None, notes: Sequence[str] = ()
+    paths: Sequence[Path],
+    output: Path | None,
+    form: str | None,
+    notes: Sequence[str] = (),
+    carbon: CarbonIntensity | None = None,
 ) -> Path | None:
     """Read runs and write a report of them.
 
@@ -30,6 +35,7 @@ def write_report(
             the other forms.
         form: One of :data:`FORMATS`; None: what the file's name ends in, or html.
         notes: What else a reader must know of the runs.
+        carbon: Tell all CO2e at this intensity and PUE; None: at those of each run, where it knows them.
 
     Returns:
         The file that was written; None if it was standard output.
@@ -39,7 +45,7 @@ def write_report(
             written.
     """
     form = form or _form_of(output)
-    report = build_report(paths, notes)
+    report = build_report(paths, notes, carbon)
     content = _render(report, form)
     if output is None and form in ("html", "png"):
         output = Path(f"report.{form}")

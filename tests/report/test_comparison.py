@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from recording import damage_line
 
 from greenprune.config import Config, DataConfig, GateConfig, ModelConfig, OptimConfig, UserError, dump_config
+from greenprune.energy import CarbonIntensity
 from greenprune.report import Comparison, compare_runs
 
 DENSE: dict[str, Any] = {
@@ -638,3 +639,33 @@ def test_an_accuracy_that_is_no_share_is_the_users_error(tmp_path: Path, accurac
     write_run(tmp_path / "dense", DENSE)
     with pytest.raises(UserError, match=r"--to-accuracy: .* expected a share in \(0, 1\]"):
         compare_runs([tmp_path], to_accuracy=accuracy)
+
+
+# CO2e at one intensity.
+
+GIVEN = CarbonIntensity(g_per_kwh=360.0, source="given", country=None, region=None, pue=1.5)
+OF_ITS_OWN = {"carbon_intensity_g_per_kwh": 50.0, "carbon_intensity_source": "given", "pue": 1.0}
+
+
+def test_runs_that_knew_no_grid_have_the_co2e_that_is_asked_for(tmp_path: Path) -> None:
+    write_run(tmp_path / "dense", DENSE)
+    write_run(tmp_path / "gated", GATED)
+    comparison = compare_runs([tmp_path], carbon=GIVEN)
+    # 200 J at a PUE of 1.5 are a twelve-thousandth of a kWh.
+    assert [run.summary["co2_g"] for run in comparison.runs] == pytest.approx([0.030, 0.0195])
+    assert (comparison.runs[1].against_twin or {})["co2_g"] == pytest.approx(0.65)
+    (note,) = comparison.notes
+    assert "360 g/kWh (given) and a PUE of 1.5" in note
+    assert "30.0 mg" in render(comparison)
+
+
+def test_what_was_told_at_different_intensities_is_comparable_at_one(tmp_path: Path) -> None:
+    write_run(tmp_path / "dense", DENSE | OF_ITS_OWN | {"co2_g": 0.003})
+    write_run(tmp_path / "gated", GATED | OF_ITS_OWN | {"co2_g": 0.1, "pue": 2.0})
+    assert (compare_runs([tmp_path]).runs[1].against_twin or {})["co2_g"] is None
+    assert (compare_runs([tmp_path], carbon=GIVEN).runs[1].against_twin or {})["co2_g"] == pytest.approx(0.65)
+
+
+def test_unknown_joules_have_no_co2e_at_any_intensity(tmp_path: Path) -> None:
+    write_run(tmp_path / "dense", DENSE | {"energy_j": None})
+    assert compare_runs([tmp_path], carbon=GIVEN).runs[0].summary["co2_g"] is None

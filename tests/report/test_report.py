@@ -207,6 +207,43 @@ def test_differences_are_exact(tmp_path: Path) -> None:
     assert len({group.label for group in report.groups}) == 3
 
 
+def test_co2e_is_told_at_the_intensity_that_is_asked_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recorded = record_four(tmp_path)
+    asked = ["report", str(tmp_path), "--intensity", "360", "--pue", "1.5"]
+    assert main([*asked, "--format", "json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert len(report["runs"]) == 4
+    for run in report["runs"]:
+        joules = recorded[run["name"]][-1]["summary"]["energy_j"]
+        assert run["summary"]["co2_g"] == pytest.approx(joules * 1.5 / 10_000)
+        for epoch in run["history"]["epochs"]:
+            assert epoch["co2_g"] == pytest.approx(epoch["energy_j"] * 1.5 / 10_000)
+    assert main([*asked, "--format", "md"]) == 0
+    told = capfd.readouterr().out
+    assert "360 g/kWh (given) and a PUE of 1.5, as asked for" in told
+    assert "360 g/kWh, given" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--country", "France"], ["--country: 'France'", "three-letter"]),
+        (["--region", "bavaria"], ["--region: 'bavaria'", "--country"]),
+        (["--intensity", "-1"], ["--intensity: -1.0", "at least 0"]),
+        (["--pue", "1.5"], ["--pue: 1.5", "--country or --intensity"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_an_intensity_that_is_none_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], command: str, options: list[str], parts: list[str]
+) -> None:
+    record_run(tmp_path / "it")
+    assert main([command, str(tmp_path), *options]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert all(part in line for part in parts)
+    assert "energy." not in line
+
+
 # Runs that are not as they should be.
 
 
