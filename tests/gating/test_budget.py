@@ -121,6 +121,12 @@ def test_polarization(rates: list[float], expected: float) -> None:
     assert polarization(torch.tensor(rates)).item() == pytest.approx(expected)
 
 
+def test_units_count_in_the_polarization_by_their_weights() -> None:
+    """As the two channels of one gate beside a block's: the mean is over gates."""
+    scattered = polarization(torch.tensor([0.5, 0.25, 1.0]), torch.tensor([0.5, 0.25, 0.25]))
+    assert scattered.item() == pytest.approx(0.5 * 1.0 + 0.25 * 0.75)
+
+
 def test_polarization_pushes_a_rate_to_its_nearer_end() -> None:
     rates = torch.tensor([0.2, 0.5, 0.8], requires_grad=True)
     polarization(rates).backward()

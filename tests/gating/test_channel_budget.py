@@ -65,6 +65,12 @@ def test_names_of_units_are_read_back() -> None:
     assert split_unit("layer1.0") == ("layer1.0", None)
 
 
+def test_the_cheapest_unit_is_one_channel_where_channels_have_gates_and_else_a_block() -> None:
+    """A channel of a:hidden1 costs 0.3 / 8, of a:hidden2 0.25 / 4, of c 0.3 / 10."""
+    assert COSTS.cheapest == pytest.approx(0.03)
+    assert UnitCosts(fixed=0.4, units={"a": 0.4, "b": 0.2}).cheapest == 0.2
+
+
 def test_a_layer_between_two_sets_costs_the_product_of_both() -> None:
     kept = KeptCost(COSTS, COSTS.everything())
     assert kept.total == pytest.approx(1.0)
