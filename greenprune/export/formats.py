@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -360,13 +361,20 @@ def _run_module(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep log lines of PyTorch's and ONNX's exporters off the screen: errors are raised, and reported in one line."""
+    """Keep what PyTorch's and ONNX's exporters say of themselves off the screen.
+
+    Errors are raised, and reported in one line.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            # PyTorch 2.11's own code, as it exports to ONNX and as it reads a program.
+            warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+            warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -86,7 +86,8 @@ def render_page(report: Report, version: str) -> str:
         style=(templates / "page.css").read_text("utf-8"),
         script=(templates / "page.js").read_text("utf-8"),
         plotly=get_plotlyjs(),
-        figures=_embed({name: json.loads(figure.to_json()) for name, figure in figures.items()}),
+        # Not with orjson, where that is installed: it refuses names of files that are no text.
+        figures=_embed({name: json.loads(figure.to_json(engine="json")) for name, figure in figures.items()}),
         facts=_embed(
             {
                 "gone": GONE,

@@ -177,6 +177,13 @@ def test_after_every_removal_the_kept_cost_can_still_end_within_the_cheapest_uni
     assert settleable > 50
 
 
+def test_of_units_too_unequal_for_the_window_those_that_are_off_go_as_long_as_enough_stays() -> None:
+    """No choice keeps 0.75 to 0.85: without the small unit 0.9 is left, without the large one 0.1."""
+    costs = UnitCosts(fixed=0.1, units={"large": 0.8, "small": 0.1})
+    window = {"large": unit(0, openness=0.3), "small": unit(0, openness=0.4)}
+    assert removed(verdicts_of(window, costs, 0.85)) == ["small"]
+
+
 def test_units_over_the_ceiling_are_settled_by_rate_and_then_by_openness() -> None:
     window = {
         "u0": unit(80, openness=0.1),
