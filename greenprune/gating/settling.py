@@ -308,32 +308,24 @@ class _FinePlan(_Plan):
         self.removed.append(piece)
 
     def settle(self) -> None:
-        left = self.pieces
-        while self.kept > self.target + _ROUNDING:
-            self._waiting.clear()
-            before = len(self.removed)
-            staying = []
-            for piece in left:
-                if self.kept > self.target + _ROUNDING and self.may_go(piece):
-                    self.remove(piece)
-                else:
-                    staying.append(piece)
-            left = [piece for piece in staying if self._is_there(piece)]
-            if len(self.removed) == before:
-                break
+        for piece in self.pieces:
+            if self.kept > self.target + _ROUNDING and self.may_go(piece):
+                self.remove(piece)
         if self.kept > self.target + _ROUNDING:  # what is left is too coarse for the window
-            while self.kept > self.target + _ROUNDING and left:
-                self._remove_nearest(left)
+            self._remove_nearest()
             self._give_back()
 
-    def _remove_nearest(self, left: list[Piece]) -> None:
-        """Remove the piece that brings the kept cost to the target and least beyond, or else the most expensive."""
+    def _remove_nearest(self) -> None:
+        """Remove the piece that brings the kept cost least below the target.
+
+        Any that is left brings it below: it was not to go for that reason, and what went after it took no less from the
+        kept cost than from the piece's own.
+        """
+        went = set(map(id, self.removed))
+        left = [piece for piece in self.pieces if id(piece) not in went and self._is_there(piece)]
         first_of_each = {piece.owner: piece for piece in reversed(left)}
-        cost = {piece: self._cost_of(piece) for piece in first_of_each.values()}
-        enough = [piece for piece in cost if self.kept - cost[piece] <= self.target + _ROUNDING]
-        chosen = min(enough, key=cost.__getitem__) if enough else max(cost, key=cost.__getitem__)
-        self.remove(chosen)
-        left[:] = [piece for piece in left if piece is not chosen and self._is_there(piece)]
+        if first_of_each:
+            self.remove(min(first_of_each.values(), key=self._cost_of))
 
     def _give_back(self) -> None:
         """Keep after all what the last, large removal left room for, the most wanted first."""

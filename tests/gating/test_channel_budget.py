@@ -186,6 +186,19 @@ def test_the_least_wanted_go_first() -> None:
     assert {verdict.reason for verdict in verdicts if verdict.action == "remove"} == {"settled"}
 
 
+def test_where_what_is_left_is_too_coarse_the_block_that_is_just_enough_goes_and_the_room_is_filled_again() -> None:
+    """A channel of c went first: 0.9 are left, of 0.75. Without b it is 0.6, without a 0.5; c's channel fits again."""
+    costs = UnitCosts(
+        fixed=0.1,
+        units={"a": 0.4, "b": 0.3},
+        channels={"c:hidden": 2},
+        terms=(CostTerm(0.2, "c", ("c:hidden",)),),
+    )
+    window = window_of({"a": 50, "b": 60, "c:hidden[0]": 0, "c:hidden[1]": 70})
+    verdicts = decide(window, costs.everything(), costs, 0.75, ceiling=1.0, freeze_after=9, final=True)
+    assert [verdict.unit for verdict in verdicts if verdict.action == "remove"] == ["b"]
+
+
 def test_units_that_were_off_go_and_no_others_before_the_deadline() -> None:
     everything = COSTS.everything()
     rates = dict.fromkeys(everything, 50) | dict.fromkeys(units_of("c:hidden", range(4)), 0) | {"b": 0}
