@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train test test-system check format lint types contracts bench bench-gpu clean
+.PHONY: help setup train test test-system test-lowest check format lint types contracts bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,14 @@ test: $(STAMP)
 # What starts many processes: Slurm, every launch file and engine, kills. It needs tests/slurm/install-slurm.sh.
 test-system: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'system and not slow' -n auto --maxprocesses 4 --dist loadfile
+
+# The default tests with the oldest versions that pyproject.toml allows; PYTHON=python3.10 for the oldest Python too.
+test-lowest: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) build/lowest
+	VIRTUAL_ENV=build/lowest $(BIN)/uv pip install --quiet --resolution lowest-direct --requirement pyproject.toml --extra dev
+	VIRTUAL_ENV=build/lowest $(BIN)/uv pip install --quiet --no-deps --editable .
+	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: format-check lint types contracts test
 
