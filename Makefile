@@ -33,13 +33,14 @@ test: $(STAMP)
 test-system: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'system and not slow' -n auto --maxprocesses 4 --dist loadfile
 
-# The default tests with the oldest versions that pyproject.toml allows; PYTHON=python3.10 for the oldest Python too.
+# The default tests with the oldest versions that pyproject.toml allows; PYTHON=python3.10 for the oldest Python too. What
+# PyTorch 2.11 calls deprecated in itself is no error there.
 test-lowest: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) build/lowest
 	VIRTUAL_ENV=build/lowest $(BIN)/uv pip install --quiet --resolution lowest-direct --requirement pyproject.toml --extra dev
 	VIRTUAL_ENV=build/lowest $(BIN)/uv pip install --quiet --no-deps --editable .
-	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile -W default::DeprecationWarning
 
 check: format-check lint types contracts test
 

@@ -220,7 +220,8 @@ def _write_onnx(network: nn.Module, images: Tensor, path: Path, opset: int | Non
     if any(node.args[0].meta["val"].dim() != 4 for node in nodes):
         # The exporter knows attention with batch, heads, positions and width only: windows are one dimension more.
         decompositions = torch.export.default_decompositions()
-        program = program.run_decompositions({attention: decompositions[attention]})
+        with _quiet():
+            program = program.run_decompositions({attention: decompositions[attention]})
     try:
         with _quiet():
             exported = torch.onnx.export(
@@ -370,7 +371,7 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # onnxscript 0.6 prints
             # PyTorch 2.11's own code, as it exports to ONNX and as it reads a program.
             warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
             warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
