@@ -59,8 +59,9 @@ def rank(index: int, parent: Connection, mask: str | None, interval_s: float, wi
         last = Edge()
         total = plain(meter.total())
         last.passed()
-        total |= {"began_s": opened.after_s, "vague_s": opened.vague_s + last.vague_s}
         phases = {name: plain(phase) for name, phase in meter.by_phase().items()}
+        total |= {"began_s": opened.after_s, "vague_s": opened.vague_s + last.vague_s}
+        total["joules_later"] = plain(meter.total())["joules"]
     parent.send({"host": share.host, "sees": uuids, "windows": measured, "total": total, "phases": phases})
 
 
