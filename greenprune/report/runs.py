@@ -214,7 +214,7 @@ def intensity_note(carbon: CarbonIntensity) -> str:
     source = ", ".join(filter(None, (place, carbon.source)))
     return (
         f"CO2e of every run is its joules at {carbon.g_per_kwh:,.0f} g/kWh ({source}) and a PUE of {carbon.pue:g}, as "
-        "asked for with this report, not what the run was told"
+        "asked for, and not what the run was told"
     )
 
 
