@@ -147,7 +147,7 @@ def test_a_missing_package_is_named_and_makes_the_machine_unfit(monkeypatch: pyt
     ("version", "state", "detail", "advice"),
     [
         ("0.19.8", "ok", "0.19.8", "launch with a file launch/deepspeed_*.yaml"),
-        ("0.9.1", "note", "0.9.1 is older than 0.18", "pip install 'greenprune[deepspeed]'"),
+        ("0.9.1", "note", "0.9.1 is older than 0.18.6", "pip install 'greenprune[deepspeed]'"),
         (None, "note", "not installed", "pip install 'greenprune[deepspeed]'"),
     ],
 )
