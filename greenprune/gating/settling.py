@@ -278,7 +278,6 @@ class _FinePlan(_Plan):
         super().__init__(pieces, costs, target)
         self._cost = KeptCost(costs, present)
         self._slack = min((self._cost_of(piece) for piece in pieces), default=0.0)
-        self._waiting: set[str] = set()  # sets of which a less wanted piece stays, so that the others stay too
 
     @property
     def kept(self) -> float:
@@ -293,12 +292,7 @@ class _FinePlan(_Plan):
         return piece.block in self._cost.blocks or piece.block not in self.costs.units
 
     def may_go(self, piece: Piece) -> bool:
-        if not self._is_there(piece) or piece.owner in self._waiting:
-            return False
-        if self.kept - self._cost_of(piece) > self.target - self._slack + _ROUNDING:
-            return True
-        self._waiting.add(piece.owner)
-        return False
+        return self._is_there(piece) and self.kept - self._cost_of(piece) > self.target - self._slack + _ROUNDING
 
     def remove(self, piece: Piece) -> None:
         if piece.channels is None or piece.last:
