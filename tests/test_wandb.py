@@ -523,7 +523,7 @@ def test_a_tracker_that_hangs_holds_nothing_up(tmp_path: Path, capsys: pytest.Ca
     began_s = time.perf_counter()
     for step in range(1000):
         guarded({"step": step})
-    assert time.perf_counter() - began_s < 5  # of the 30 that each of them would take
+    assert time.perf_counter() - began_s < 0.5
     guarded.close(timeout_s=0.1)
     hangs.set()
     assert "it has not taken everything within 0.1 s" in capsys.readouterr().err

@@ -59,9 +59,9 @@ def rank(index: int, parent: Connection, mask: str | None, interval_s: float, wi
         last = Edge()
         total = plain(meter.total())
         last.passed()
-        phases = {name: plain(phase) for name, phase in meter.by_phase().items()}
         total |= {"began_s": opened.after_s, "vague_s": opened.vague_s + last.vague_s}
-        total["joules_later"] = plain(meter.total())["joules"]
+    phases = {name: plain(phase) for name, phase in meter.by_phase().items()}
+    total["joules_of_closed"] = plain(meter.total())["joules"]  # nothing moves any more from one reading to another
     parent.send({"host": share.host, "sees": uuids, "windows": measured, "total": total, "phases": phases})
 
 

@@ -711,7 +711,7 @@ def test_twenty_runs_of_two_hundred_epochs_are_quick_and_light(tmp_path: Path) -
     output = tmp_path / "report.html"
     command = [sys.executable, "-m", "greenprune.cli", "report", str(tmp_path), "-o", str(output)]
     seconds, _ = processor_seconds(command)
-    assert seconds <= 5
+    assert seconds <= 2  # of the five that people are promised
     assert output.stat().st_size <= 6e6
 
 
@@ -723,5 +723,5 @@ def test_compare_is_quick_and_needs_no_torch_and_no_plotting(tmp_path: Path) -> 
         "print([name for name in ('torch', 'plotly', 'numpy', 'wandb') if name in sys.modules]); sys.exit(code)"
     )
     seconds, told = processor_seconds([sys.executable, "-c", code])
-    assert seconds <= 1
+    assert seconds <= 0.6
     assert told.splitlines()[-1] == "[]"

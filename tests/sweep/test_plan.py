@@ -197,4 +197,4 @@ def test_200_runs_expand_within_two_seconds(tmp_path: Path) -> None:
         written_s.append(time.process_time() - started)
         assert len(list((tmp_path / f"sweeps{attempt}" / "some" / "configs").iterdir())) == 200
     print(f"200 runs: shown in {min(shown_s):.2f} s, written in {min(written_s):.2f} s")
-    assert max(min(shown_s), min(written_s)) < 2
+    assert max(min(shown_s), min(written_s)) < 1.2  # of the two seconds that people are promised
