@@ -5,7 +5,7 @@ One YAML file is one complete run. Every field can be set on the command line by
 message that names the key, the value and what is valid, before any file is written.
 """
 
-from greenprune.config.checked import ConfigError, UserError
+from greenprune.config.checked import ConfigError, UserError, told_by_flags
 from greenprune.config.fields import (
     MAY_CHANGE,
     BudgetConfig,
@@ -58,4 +58,5 @@ __all__ = [
     "parse_config",
     "plain_message",
     "shaping_values",
+    "told_by_flags",
 ]

@@ -19,6 +19,20 @@ class UserError(ValueError):
     known_to_all = False
 
 
+def told_by_flags(error: UserError, section: str, **flags: str) -> UserError:
+    """An error about a section of a config, for a command that has flags of its own in place of its fields.
+
+    Args:
+        error: What checking the section raised.
+        section: The section.
+        flags: For fields of it, the flag that stands for each.
+    """
+    told = str(error)
+    for field, flag in flags.items():
+        told = told.replace(f"{section}.{field}", flag)
+    return UserError(told)
+
+
 class ConfigError(UserError):
     """A configuration that cannot be run; the message names the key, the value and what is valid."""
 

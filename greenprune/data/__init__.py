@@ -6,7 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
-from greenprune.config import ConfigError, DataConfig, UserError
+from greenprune.config import ConfigError, DataConfig, UserError, told_by_flags
 from greenprune.data.folders import LAYOUTS, FolderData
 from greenprune.data.image_data import ImageData, derive_seed
 from greenprune.data.in_memory import InMemoryData
@@ -15,7 +15,7 @@ from greenprune.data.readers import SOURCES
 DATASETS: tuple[str, ...] = (*SOURCES, *LAYOUTS)
 """Registered names, the valid values of ``data.name``."""
 
-__all__ = ["DATASETS", "ImageData", "check_data_name", "derive_seed", "open_data", "told_by_flags"]
+__all__ = ["DATASETS", "ImageData", "check_data_name", "data_error_by_flags", "derive_seed", "open_data"]
 
 
 def check_data_name(name: str) -> None:
@@ -30,17 +30,15 @@ def check_data_name(name: str) -> None:
         raise ConfigError(f"data.name: {name!r} is not valid; {hint}expected one of {', '.join(DATASETS)}")
 
 
-def told_by_flags(error: UserError, **flags: str) -> UserError:
-    """What is wrong with a data set, for a command that has flags of its own in place of a config's fields.
+def data_error_by_flags(error: UserError, **flags: str) -> UserError:
+    """What is wrong with a data set, for a command that has flags of its own in place of ``data``, and no download.
 
     Args:
         error: What :func:`open_data` raised.
         flags: For fields of ``data``, the flag that stands for each.
     """
     told = re.sub(r" \((?:with )?data\.download[^)]*\)|, for example with data\.download=true", "", str(error))
-    for field, flag in flags.items():
-        told = told.replace(f"data.{field}", flag)
-    return UserError(told)
+    return told_by_flags(UserError(told), "data", **flags)
 
 
 def open_data(config: DataConfig, root: str | None, seed: int) -> ImageData:

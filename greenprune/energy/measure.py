@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TextIO
 
 from greenprune.config import EnergyConfig, UserError
 from greenprune.energy import CarbonIntensity, Measurement, co2_g, open_local_meter
-from greenprune.energy.options import add_carbon_options, as_options, carbon_of
+from greenprune.energy.options import add_carbon_options, by_options, carbon_of
 from greenprune.redaction import print_error, without_command_secrets, without_secrets
 from greenprune.whole_files import write_output
 
@@ -74,7 +74,7 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
             EnergyConfig(interval_s=options.interval)
             carbon = carbon_of(options)
         except UserError as error:
-            print_error(as_options(str(error)), environment, prog)
+            print_error(by_options(error), environment, prog)
             return 2
         with open_local_meter(environment, interval_s=options.interval) as meter:
             if _is_to_end():  # by what came while the meter was opened, as soon as that is let through

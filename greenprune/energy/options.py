@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from greenprune.config import EnergyConfig, UserError
+from greenprune.config import EnergyConfig, UserError, told_by_flags
 from greenprune.energy.carbon import CarbonIntensity, carbon_intensity
 
-# The options under the names that they have in a run's config, whose rules they follow.
+# The options by the fields of a run's config whose rules they follow.
 _FLAGS = {
-    "energy.country": "--country",
-    "energy.region": "--region",
-    "energy.intensity_g_per_kwh": "--intensity",
-    "energy.interval_s": "--interval",
-    "energy.pue": "--pue",
+    "country": "--country",
+    "region": "--region",
+    "intensity_g_per_kwh": "--intensity",
+    "interval_s": "--interval",
+    "pue": "--pue",
 }
 
 
@@ -37,11 +37,9 @@ def carbon_of(options: argparse.Namespace) -> CarbonIntensity | None:
         valid = EnergyConfig(options.country, options.region, options.intensity, options.pue)
         return carbon_intensity(valid.country, valid.region, g_per_kwh=valid.intensity_g_per_kwh, pue=valid.pue)
     except UserError as error:
-        raise UserError(as_options(str(error))) from None
+        raise by_options(error) from None
 
 
-def as_options(message: str) -> str:
-    """A message about keys of a run's config as one about the options of the same meaning."""
-    for key, flag in _FLAGS.items():
-        message = message.replace(key, flag)
-    return message
+def by_options(error: UserError) -> UserError:
+    """An error about the energy of a run's config as one about the options of the same meaning."""
+    return told_by_flags(error, "energy", **_FLAGS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from greenprune.config import DataConfig, UserError
-from greenprune.data import open_data, told_by_flags
+from greenprune.data import data_error_by_flags, open_data
 from greenprune.data.folders import LAYOUTS
 from greenprune.export.exporting import read_record
 from greenprune.export.formats import ExportError, read_network
@@ -65,7 +65,7 @@ def evaluate_file(
     try:
         data = open_data(DataConfig(name=data_name, image_size=size, batch_size=1), data_root, seed=0)
     except UserError as error:
-        raise told_by_flags(error, name="--data", root="--root") from None
+        raise data_error_by_flags(error, name="--data", root="--root") from None
     has, takes = (data.channels, data.image_size, data.classes), (channels, height, record["classes"])
     if has != takes:
         form = "{0} channels and {1} x {1} pixels in {2} classes".format

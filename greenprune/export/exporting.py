@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from greenprune.checkpoint import CheckpointCorrupt, list_checkpoints, load_checkpoint
 from greenprune.config import Config, UserError, load_config
-from greenprune.data import ImageData, open_data, told_by_flags
+from greenprune.data import ImageData, data_error_by_flags, open_data
 from greenprune.export.card import model_card
 from greenprune.export.formats import (
     FILES,
@@ -370,7 +370,7 @@ def open_run(path: Path, data_root: str | None, default_root: str | None = None)
     try:
         data = open_data(wanted, data_root or own_root, config.seed)
     except UserError as error:
-        raise told_by_flags(error, root="--root") from None
+        raise data_error_by_flags(error, root="--root") from None
     if summary.get("data_digest", data.digest) != data.digest:
         raise UserError(
             f"--root: {data_root or own_root!r} holds another {data.name} than the one that the run was trained on; "
