@@ -359,7 +359,7 @@ def test_the_deadline_lies_after_the_warm_up(decide_by: float) -> None:
         ("optim.lrate", "optim.lr", ["optim.lr", "optim.epochs"]),
         ("budget.taget", "budget.target", ["budget.target", "budget.unit"]),
         ("sed", "seed", ["seed", "optim", "output_dir"]),
-        ("optmi.lr", "optim.lr", ["optim", "seed"]),
+        ("optm", "optim", ["optim", "seed"]),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_closest_one(
@@ -371,6 +371,33 @@ def test_an_unknown_key_is_refused_with_the_closest_one(
         assert "unknown key" in message
         assert f"did you mean {suggestion}?" in message
         assert all(name in message.split("valid here: ")[1].split(", ") for name in valid)
+
+
+def test_an_unknown_section_is_refused_with_the_closest_one(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^optmi: unknown key; did you mean optim\? valid here: .*\boptim, output_dir"
+    ):
+        parse_values(tmp_path, {"optmi": {"lr": 1}})
+    assert "did you mean optim.lr?" in refusal(["--optmi.lr", "1"])
+
+
+def test_a_field_that_is_given_by_itself_and_in_its_section_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^optim\.epochs: given by itself and in optim; expected each key once$"):
+        parse_values(tmp_path, {"optim.epochs": 1, "optim": {"epochs": 2}})
+    assert parse_values(tmp_path, {"optim.epochs": 1, "optim": {"lr": 0.5}}).optim.epochs == 1
+
+
+@pytest.mark.parametrize("key", ["output_dir", "data.root"])
+def test_a_home_folder_that_only_a_shell_knows_is_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: '~/here' is not valid; expected a path without ~"):
+        parse_values(tmp_path, nested(key, "~/here"))
+    assert parse_values(tmp_path, nested(key, "./~/here"))
+
+
+def test_a_name_that_no_file_system_takes_is_refused_before_anything_is_written() -> None:
+    assert refusal(["--run_name", "a" * 241]).endswith("expected a folder name of at most 240 bytes")
+    assert refusal(["--run_name", "é" * 121]).endswith("expected a folder name of at most 240 bytes")
+    assert parse_config(["--run_name", "a" * 240]).run_name == "a" * 240
 
 
 def test_a_key_like_no_other_is_refused_without_a_guess() -> None:

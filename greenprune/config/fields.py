@@ -24,6 +24,19 @@ def _require(condition: bool, key: str, value: object, valid: str) -> None:
         raise ConfigError(f"{key}: {value!r} is not valid; expected {valid}")
 
 
+_LONGEST_NAME = 240  # of the 255 bytes that file systems take, less what a folder's temporary name has besides
+
+
+def _require_path(path: str | None, key: str) -> None:
+    """Refuse what only a shell reads as the home folder: a folder named ``~`` would be made in its place."""
+    _require(
+        path is None or not path.startswith("~"),
+        key,
+        path,
+        "a path without ~, which only a shell replaces by your home folder (./~ for a folder of that name)",
+    )
+
+
 @dataclass(frozen=True)
 class ModelConfig(Checked):
     """The network."""
@@ -85,6 +98,7 @@ class DataConfig(Checked):
         _require(0 <= self.validation < 1, "data.validation", self.validation, "a share in [0, 1)")
         _require(self.workers >= 0, "data.workers", self.workers, "a whole number of at least 0")
         _require(self.image_size is None or self.image_size >= 8, "data.image_size", self.image_size, "at least 8")
+        _require_path(self.root, "data.root")
 
 
 @dataclass(frozen=True)
@@ -357,6 +371,13 @@ class Config(Checked):
             self.run_name,
             "a folder name of letters, digits and _ . + -",
         )
+        _require(
+            len((self.run_name or "").encode()) <= _LONGEST_NAME,
+            "run_name",
+            self.run_name,
+            f"a folder name of at most {_LONGEST_NAME} bytes",
+        )
+        _require_path(self.output_dir, "output_dir")
         _require(
             self.data.batch_size % self.optim.accumulate == 0,
             "optim.accumulate",

@@ -119,6 +119,8 @@ def _check_file(path: Path) -> None:
             for name, item in value.items():
                 _check_key(f"{key}.{name}", known)
                 _check_null(f"{key}.{name}", item)
+                if f"{key}.{name}" in values:  # YAML sees two keys, and the parser would take the later one
+                    raise ConfigError(f"{key}.{name}: given by itself and in {key}; expected each key once")
         elif key in sections:
             valid = [name for name in known if name.startswith(f"{key}.")]
             raise ConfigError(f"{key}: {value!r} is not valid; expected a mapping of {', '.join(valid)}")
@@ -138,8 +140,9 @@ def _check_key(key: str, known: list[str]) -> None:
         return
     section = key.split(".", maxsplit=1)[0]
     siblings = [name for name in known if name.startswith(f"{section}.")] if "." in key else []
-    siblings = siblings or sorted({name.split(".")[0] for name in known})
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    top = sorted({name.split(".")[0] for name in known})
+    siblings = siblings or top
+    close = difflib.get_close_matches(key, known if "." in key else [*top, *known], n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}? " if close else ""
     shown = key if key.isprintable() and key.strip() else repr(key)
     raise ConfigError(f"{shown}: unknown key; {hint}valid here: {', '.join(siblings)}")
