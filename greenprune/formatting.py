@@ -6,11 +6,16 @@ import math
 import os
 import signal
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.table import Column, Table
+from rich.text import Text
 
 UNKNOWN = "unknown"
 """How a figure is shown that nobody knows."""
@@ -81,6 +86,50 @@ def worst_quality(qualities: Iterable[str | None]) -> str | None:
 def open_console() -> Console:
     """A console on standard output: as wide as the terminal, or 120 columns where there is none."""
     return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+
+
+_LEAST_OF_A_NAME = 20
+"""Columns that a table has to leave for the names of its rows."""
+
+
+@dataclass(frozen=True)
+class NamedFigures:
+    """A table whose first column is of names, which fold, and whose figures are whole at any width.
+
+    Where the figures leave no room for names, each row is a line with its name and lines with what it has of figures,
+    each behind the heading of its column.
+    """
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = options.update(width=10_000)
+
+        def width_of(*cells: RenderableType) -> int:
+            return max((Measurement.get(console, wide, cell).maximum for cell in cells), default=0)
+
+        names, *others = self.table.columns
+        figures = sum(width_of(one.header, *one.cells) + self.table.padding[1] for one in others if one.no_wrap)
+        name_width = width_of(names.header, *names.cells)
+        if options.max_width - figures >= min(name_width, _LEAST_OF_A_NAME) + self.table.padding[1]:
+            yield self.table
+            return
+        for row, (name, *cells) in zip(
+            self.table.rows, zip(*(column.cells for column in self.table.columns), strict=True), strict=True
+        ):
+            yield Text.assemble(name if isinstance(name, Text) else str(name), style=row.style or "")
+            told = "; ".join(_in_words(column, cell) for column, cell in zip(others, cells, strict=True) if str(cell))
+            for line in textwrap.wrap(told, max(options.max_width - 4, 1), break_on_hyphens=False):
+                yield Text("    " + line.replace(_UNBROKEN, " "), style=row.style or "")
+
+
+_UNBROKEN = "\N{NO-BREAK SPACE}"
+
+
+def _in_words(column: Column, cell: RenderableType) -> str:
+    """A cell behind its column's heading; a figure stays on one line."""
+    told = f"{' '.join(str(column.header).split())} {' '.join(str(cell).split())}".strip()
+    return told.replace(" ", _UNBROKEN) if column.no_wrap else told
 
 
 def leave_closed_pipe() -> int:

@@ -24,7 +24,7 @@ from greenprune.config import ModelConfig
 from greenprune.energy import Measurement, Meter, open_meter
 from greenprune.export.exporting import form_to_write, read_record, weights_bytes
 from greenprune.export.formats import ExportError, Loaded, check_format, load_written, read_network, write_network
-from greenprune.formatting import UNKNOWN, format_joules, format_seconds, format_si
+from greenprune.formatting import UNKNOWN, NamedFigures, format_joules, format_seconds, format_si
 from greenprune.models import build_model
 from greenprune.provenance import gpu_uuid
 
@@ -140,7 +140,7 @@ class InferenceReport:
         }
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         notes = [f"{self.turns} turn{'' if self.turns == 1 else 's'}, {threads}", *sorted(sources), *self.notes]
-        return Group(table, *(Text(note, style="dim") for note in notes))
+        return Group(NamedFigures(table), *(Text(note, style="dim") for note in notes))
 
 
 def _cells(cost: Cost) -> list[str]:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from greenprune.config import UserError
 from greenprune.energy import CarbonIntensity
-from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_seconds, format_si
+from greenprune.formatting import UNKNOWN, NamedFigures, format_joules, format_percent, format_seconds, format_si
 from greenprune.report.runs import ComparedRun, find_runs, intensity_note, read_run, read_run_events
 from greenprune.report.sharing import sharing_notes, with_sharing
 from greenprune.tracking import Event, describe_damage
@@ -58,7 +58,7 @@ class Comparison:
             ratios = [_ratio_cell(run, column.ratio) for column in columns]
             table.add_row(Text(f"  {run.standing}"), *ratios, style="green" if run.twin else "dim")
         notes = [Text(f"note: {note}", style="dim") for note in self.notes]
-        return Group(table, *notes)
+        return Group(NamedFigures(table), *notes)
 
     @property
     def _knows_co2(self) -> bool:

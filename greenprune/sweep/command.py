@@ -16,7 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from greenprune.config import UserError
-from greenprune.formatting import format_joules, format_percent, format_seconds, leave_closed_pipe, open_console
+from greenprune.formatting import (
+    NamedFigures,
+    format_joules,
+    format_percent,
+    format_seconds,
+    leave_closed_pipe,
+    open_console,
+)
 from greenprune.interrupt import InterruptRequest
 from greenprune.redaction import print_error, without_secrets
 from greenprune.sweep.collect import collect_report
@@ -127,7 +134,7 @@ def _sweep(args: Sequence[str], prog: str) -> int:
             return _submit(sweep, folder, runs, site, at_once)
         if options.local is not None:
             return _run_here(sweep, folder, runs, options.local)
-    open_console().print(_plan_table(sweep))
+    open_console().print(NamedFigures(_plan_table(sweep)))
     print(f"{len(runs)} runs are in {folder.path}. Do them with --local or --submit.")
     return 0
 
@@ -235,7 +242,7 @@ def _jobs_of(sweep: Sweep, site: Site) -> dict[str, str]:
 
 def _show(sweep: Sweep, folder: SweepFolder, site: Site, at_once: int) -> None:
     """Print what would be submitted; as text, so that it can be read and copied."""
-    open_console().print(_plan_table(sweep))
+    open_console().print(NamedFigures(_plan_table(sweep)))
     for name, text in _jobs_of(sweep, site).items():
         print(f"\n# {folder.path / name}\n{text}", end="")
     numbers = [task.number for task in sweep.tasks]
@@ -249,8 +256,8 @@ def _plan_table(sweep: Sweep) -> Table:
     table.add_column("run", overflow="fold")
     keys = list(dict.fromkeys(key for task in sweep.tasks for key in task.changes if key not in sweep.config.settings))
     for key in keys:
-        table.add_column(key, justify="right")
-    table.add_column("")
+        table.add_column(key, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for task in sweep.tasks:
         cells = [json.dumps(task.changes[key]) if key in task.changes else "" for key in keys]
         table.add_row(Text(task.name), *map(Text, cells), Text("dense twin" if task.is_twin else "", style="dim"))

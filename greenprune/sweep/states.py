@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from greenprune.config import UserError
-from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_seconds
+from greenprune.formatting import UNKNOWN, NamedFigures, format_joules, format_percent, format_seconds
 from greenprune.interrupt import STOP_SIGNALS
 from greenprune.locking import find_holder
 from greenprune.report.runs import ComparedRun, read_run, read_run_events
@@ -174,7 +174,7 @@ def states_table(states: Sequence[RunState]) -> RenderableType:
             str(state.attempts or "-"),
             Text(state.why),
         )
-    return Group(table, Text(totals(states)))
+    return Group(NamedFigures(table), Text(totals(states)))
 
 
 def totals(states: Sequence[RunState]) -> str:

@@ -117,6 +117,19 @@ def test_figures_are_whole_at_80_columns(tmp_path: Path) -> None:
     assert "…" not in text
 
 
+@pytest.mark.parametrize("width", [30, 40, 80])
+def test_figures_and_names_are_whole_at_any_width(tmp_path: Path, width: int) -> None:
+    more = {"co2_g": 0.0123, "carbon_intensity_g_per_kwh": 56.0, "pue": 1.0, "channels": 1234, "channels_dense": 5678}
+    for name, summary in (("dense-run-of-digits", DENSE), ("gated-run-of-digits", GATED)):
+        write_run(tmp_path / name, summary | more)
+    text = render(compare_runs([tmp_path]), width)
+    facts = ["97.00 %", "-1.00 pts", "130 J", "20.0 ms", "counter", "1234/5678", "12.3 mg", "9/18", "0.65x"]
+    for fact in [*facts, "gated-run-of-digits", "against"]:
+        assert fact in text
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+
+
 @pytest.mark.parametrize("key", ["model", "data", "seed", "epochs", "batch_size", "precision"])
 def test_a_dense_run_of_another_config_is_no_twin(tmp_path: Path, key: str) -> None:
     write_run(tmp_path / "dense", DENSE | {key: "another"})
