@@ -90,8 +90,9 @@ class RunFolder:
             temporary.rename(self.path)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if self.path.is_dir() and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise FileExistsError(error.errno, error.strerror, str(self.path)) from None
+            # On a file system that is read-only or full, where the error is another one, too.
+            if self.path.is_dir() and (error.errno in (errno.ENOTEMPTY, errno.EEXIST) or self.config.is_file()):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.path)) from None
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"output_dir: {str(self.path)!r} is a file; expected a folder") from None
             reason = os.strerror(errno.ENOTDIR) if isinstance(error, FileExistsError) else error.strerror

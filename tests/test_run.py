@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from safetensors.torch import load_file
 from torch import equal
 
 from greenprune.checkpoint import CheckpointCorrupt, list_checkpoints, load_checkpoint, save_checkpoint
+from greenprune.command import run_command
 from greenprune.config import Config, ConfigError, load_config, parse_config
 from greenprune.progress import Display
 from greenprune.run import _new_or_same_folder, train
@@ -381,6 +385,24 @@ def test_a_finished_run_is_not_done_again(config: Path, finished: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (finished / "events.jsonl").read_bytes() == before
     assert done.stdout.startswith("Finished before, so nothing was done")
+
+
+def test_a_finished_run_is_told_where_nothing_can_be_written(
+    config: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = Path.mkdir
+
+    def read_only(path: Path, *args: Any, **more: Any) -> None:
+        if path.parent == finished.parent:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        make(path, *args, **more)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    args = ["--config", str(config), "--output_dir", str(finished.parent), "--resume", "auto"]
+    assert run_command([*args, "--run_name", "whole"], os.environ, "train.py") == 0
+    assert capsys.readouterr().out.startswith("Finished before, so nothing was done")
+    assert run_command([*args, "--run_name", "another"], os.environ, "train.py") == 2
+    assert "(Read-only file system); expected a folder you can write to" in capsys.readouterr().err
 
 
 def test_runs_without_a_name_do_not_share_a_folder(config: Path, tmp_path: Path) -> None:
