@@ -358,9 +358,7 @@ def _run_here(sweep: Sweep, folder: SweepFolder, runs: list[PlannedRun], at_once
             return
         ended += 1
         (state,) = read_states(folder, [run])
-        print(
-            f"{ended + done:>4}/{len(runs)} {run.name}: {_outcome(state, code)}, {format_seconds(time_s)}", flush=True
-        )
+        print(f"{ended + done:>4}/{len(runs)} {run.name}: {_outcome(state, code, time_s)}", flush=True)
 
     processes = sweep.config.nodes * sweep.config.processes
     number = run_here(folder, todo, at_once, processes, tell)
@@ -373,11 +371,13 @@ def _run_here(sweep: Sweep, folder: SweepFolder, runs: list[PlannedRun], at_once
     )
 
 
-def _outcome(state: RunState, code: int) -> str:
+def _outcome(state: RunState, code: int, time_s: float) -> str:
+    """A run's accuracy, and the joules and seconds of all its attempts; else why it ended, after how many seconds."""
     if state.state != "finished":
-        return f"{state.state}, {state.why or f'exit code {code}'}"
+        return f"{state.state}, {state.why or f'exit code {code}'}, {format_seconds(time_s)}"
     figures = state.figures
-    return f"{format_percent(figures.get('accuracy'), 2)}, {format_joules(figures.get('energy_j'))}"
+    spent = f"{format_joules(figures.get('energy_j'))}, {format_seconds(figures.get('time_s'))}"
+    return f"{format_percent(figures.get('accuracy'), 2)}, {spent}"
 
 
 def _report(folder: SweepFolder, runs: list[PlannedRun], patience_s: float) -> int:

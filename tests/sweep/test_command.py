@@ -20,6 +20,7 @@ from launching import ROOT, environment
 from recording import damage_line, record_run, stop_before
 
 from greenprune.config import load_config
+from greenprune.formatting import format_joules, format_seconds
 from greenprune.sweep.command import main
 from greenprune.sweep.folder import PlannedRun
 from greenprune.sweep.local import _Started
@@ -377,6 +378,10 @@ def test_here_it_is_stopped_in_good_order_and_goes_on(place: Path) -> None:
     assert again.returncode == 0, err
     assert "counts the joules of the whole machine" in err
     assert "2/2" in out
+    for name in names:  # joules and seconds of both attempts
+        summary = json.loads((folder / "runs" / name / "summary.json").read_text())
+        told = f"{format_joules(summary['energy_j'])}, {format_seconds(summary['time_s'])}"
+        assert any(line.endswith(told) for line in out.splitlines() if f"/2 {name}: " in line)
     states = json.loads(here(place, "status", str(folder), "--json").communicate(timeout=60)[0])
     assert [(state["state"], state["attempts"], state["progress"]) for state in states] == [("finished", 2, 1.0)] * 2
     assert all(name in (folder / "report.md").read_text() for name in names)
