@@ -157,10 +157,7 @@ def _processor() -> Finding:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = psutil.virtual_memory()
-    detail = (
-        f"{cpu_name()}, {cores} cores usable, {memory.total / _GIB:.0f} GiB of memory "
-        f"({memory.available / _GIB:.0f} GiB free)"
-    )
+    detail = f"{cpu_name()}, {cores} cores usable, {_size(memory.total)} of memory ({_size(memory.available)} free)"
     return Finding("devices", "cpu", "ok", detail)
 
 
@@ -304,7 +301,14 @@ def _output(folder: Path) -> Finding:
     """Whether runs can be written where they go by default; nothing is created."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
-        free_gib = shutil.disk_usage(existing).free / _GIB
-        return Finding("output", f"{folder}/", "ok", f"writable, {free_gib:.0f} GiB free", needed=True)
+        free = shutil.disk_usage(existing).free
+        told = f"writable, {_size(free)} free"
+        if free < _GIB:
+            return Finding("output", f"{folder}/", "note", told, "make room: a run keeps several checkpoints there")
+        return Finding("output", f"{folder}/", "ok", told, needed=True)
     detail = f"{existing} is not a folder that you can write to"
     return Finding("output", f"{folder}/", "missing", detail, "work in another folder, or set output_dir", needed=True)
+
+
+def _size(size: int) -> str:
+    return f"{size / _GIB:.0f} GiB" if size >= _GIB else f"{size / 2**20:.0f} MiB"

@@ -14,7 +14,7 @@ _POLL_S = 0.5
 _ENDINGS = {
     "end": "The run is finished.",
     "interrupt": "The run was stopped; it goes on with --resume auto.",
-    "failure": "The run failed: {error}.",
+    "failure": "The run failed: {error}",  # no dot behind the command that it may end with
 }
 
 
@@ -49,7 +49,7 @@ def watch_run(path: Path, show: Callable[[Event], None], *, follow: bool = True)
     ending = "The run has stopped without a word." if follow else "These are its events so far."
     why = str(last.get("error", "it is not told why")).rstrip(".")
     ending = _ENDINGS.get(last.get("kind", ""), ending).format(error=why)
-    return f"{ending} Left out: {describe_damage(damaged)}." if damaged else ending
+    return f"{ending.removesuffix('.')}. Left out: {describe_damage(damaged)}." if damaged else ending
 
 
 def _events(folder: RunFolder, follow: bool, damaged: list[str]) -> Iterator[Event]:

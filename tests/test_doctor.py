@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -214,6 +215,14 @@ def test_an_output_folder_that_cannot_be_written_makes_the_machine_unfit() -> No
     findings = diagnose({})
     assert by_name(findings)["runs/"].state == "missing"
     assert not is_fit(findings)
+
+
+def test_a_disk_that_is_nearly_full_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3 * 2**20))
+    finding = by_name(diagnose({}))["runs/"]
+    assert (finding.state, finding.detail) == ("note", "writable, 3 MiB free")
+    assert "make room" in finding.advice
 
 
 def test_findings_are_printed_with_their_advice(capsys: pytest.CaptureFixture[str]) -> None:

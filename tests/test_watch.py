@@ -109,7 +109,16 @@ def test_why_a_run_failed_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     stop_before(tmp_path / "it", events, 18, rest=json.dumps(failure) + "\n")
     (tmp_path / "it" / ".lock").write_text("process 1 on another-machine")  # of which it is not seen that it is gone
     assert main(["watch", str(tmp_path / "it")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "The run failed: the loss is nan."
+    assert capsys.readouterr().out.splitlines()[-1] == "The run failed: the loss is nan"
+
+
+def test_the_command_that_a_failure_ends_with_can_be_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events = record_run(tmp_path / "it")
+    command = "the disk is full; go on with the same command and --resume auto --run_name it"
+    failure = {"time": 1.0, "step": 19, "kind": "failure", "error": command}
+    stop_before(tmp_path / "it", events, 18, rest=json.dumps(failure) + "\n")
+    assert main(["watch", "--once", str(tmp_path / "it")]) == 0
+    assert capsys.readouterr().out.endswith(" --run_name it\n")
 
 
 @pytest.mark.parametrize("owner", ["", "process 4194305 on {host}"])
