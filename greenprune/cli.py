@@ -250,12 +250,14 @@ def _carry_out(command: Callable[[argparse.Namespace], int], arguments: argparse
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from greenprune.formatting import format_si
     from greenprune.report.writing import write_report
 
     with undone_by_ctrl_c():
         path = write_report(arguments.runs, arguments.output, arguments.format, carbon=_carbon(arguments))
     if path is not None:
-        print(f"{path} is written: {path.stat().st_size / 1e6:.1f} MB")
+        size = f": {format_si(path.stat().st_size, 'B')}" if path.is_file() else ""  # a pipe has none
+        print(f"{path} is written{size}")
     return 0
 
 

@@ -9,7 +9,7 @@ from greenprune.accounts import Accounts, Records
 from greenprune.checkpoint import Written
 from greenprune.config import Config
 from greenprune.data import ImageData
-from greenprune.energy import co2_g
+from greenprune.energy import co2_g, format_intensity
 from greenprune.engine import Engine
 from greenprune.evaluation import Evaluation
 from greenprune.flops import Cost
@@ -120,8 +120,8 @@ class Recorder:
         now = self._g_per_kwh
         if known and now is not None and known[-1] != now:
             notes.append(
-                f"CO2e of the whole run, earlier attempts included, is told at {now:,.0f} g/kWh from now on (with the "
-                f"site's share); it was at {known[-1]:,.0f}"
+                f"CO2e of the whole run, earlier attempts included, is told at {format_intensity(now)} from now on "
+                f"(with the site's share); it was at {format_intensity(known[-1])}"
             )
         reached = max((event["step"] for event in previous), default=0)
         if reached > step:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from greenprune.energy.carbon import CarbonIntensity, carbon_intensity, co2_g
+from greenprune.energy.carbon import CarbonIntensity, carbon_intensity, co2_g, format_intensity
 from greenprune.energy.estimate import open_cpu_estimate, open_ram_estimate
 from greenprune.energy.meter import IDLE, Measurement, Meter, Reading, Window
 from greenprune.energy.nvml import doubtful_order, nvml_session, open_gpu, visible_gpu_uuids
@@ -39,6 +39,7 @@ __all__ = [
     "carbon_intensity",
     "co2_g",
     "describe_sources",
+    "format_intensity",
     "node_id",
     "open_counters",
     "open_local_meter",

@@ -122,3 +122,8 @@ def _check_region(country: str, region: str, valid: list[str]) -> None:
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     expected = f"one of {', '.join(valid)}, or null" if valid else f"null, for CodeCarbon has no regions of {country}"
     raise UserError(f"energy.region: {region!r} is not valid; {hint}expected {expected}")
+
+
+def format_intensity(g_per_kwh: float) -> str:
+    """A carbon intensity for people: ``56 g/kWh``; a low one to three digits, so that it is not shown as 0."""
+    return f"{g_per_kwh:,.0f} g/kWh" if g_per_kwh >= 100 else f"{g_per_kwh:.3g} g/kWh"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from greenprune.config import EnergyConfig, UserError
-from greenprune.energy import CarbonIntensity, Measurement, co2_g, open_local_meter
+from greenprune.energy import CarbonIntensity, Measurement, co2_g, format_intensity, open_local_meter
 from greenprune.energy.options import add_carbon_options, by_options, carbon_of
 from greenprune.redaction import print_error, without_command_secrets, without_secrets
 from greenprune.whole_files import write_output
@@ -249,10 +249,10 @@ def _text(report: dict[str, Any]) -> str:
     total = f"{least}{_joules(report['energy_j'], report['energy_bound_j'])}"
     if report["energy_j"] is not None:
         total += f" ({report['energy_quality']}), {report['power_w']:.1f} W on average"
-    lines.append(f"  total: {total}, {report['time_s']:.2f} s")
+    lines.append(f"  total: {total}, {_number(report['time_s'])} s")
     if report["co2_g"] is not None:
         lines.append(
-            f"  CO2e: {report['co2_g']:.3g} g, at {report['carbon_intensity_g_per_kwh']:,.0f} g/kWh "
+            f"  CO2e: {report['co2_g']:.3g} g, at {format_intensity(report['carbon_intensity_g_per_kwh'])} "
             f"({report['carbon_intensity_source']}) and a PUE of {report['pue']:g}"
         )
     lines += [f"  note: {note}" for note in report["notes"]]
@@ -262,4 +262,9 @@ def _text(report: dict[str, Any]) -> str:
 def _joules(energy_j: float | None, bound_j: float | None) -> str:
     if energy_j is None:
         return "unknown"
-    return f"{energy_j:,.2f} J" if bound_j is None else f"{energy_j:,.2f} J ± {bound_j:,.2f}"
+    return f"{_number(energy_j)} J" if bound_j is None else f"{_number(energy_j)} J ± {bound_j:,.2f}"
+
+
+def _number(value: float) -> str:
+    """To two decimals, but never 0.00 for what is more than nothing."""
+    return f"{value:,.2f}" if value == 0 or abs(value) >= 0.1 else f"{value:.3g}"

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from greenprune.energy import format_intensity
 from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_removed, format_share, format_si
 
 _LIBRARIES = {"onnx": "onnx", "hf": "transformers"}
@@ -92,7 +93,7 @@ def _front_matter(record: dict[str, Any], summary: dict[str, Any]) -> str:
 
 def _intensity(summary: dict[str, Any]) -> str:
     """What turned joules into grams."""
-    text = f"{summary['carbon_intensity_g_per_kwh']:,.0f} g/kWh"
+    text = format_intensity(summary["carbon_intensity_g_per_kwh"])
     if summary.get("carbon_intensity_source"):
         text += f" ({summary['carbon_intensity_source']})"
     return text if summary.get("pue") in (None, 1) else f"{text} and a PUE of {summary['pue']:g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -10,6 +11,8 @@ from typing import Any
 
 from greenprune.report.history import History
 from greenprune.report.runs import ComparedRun
+
+_METERED = re.compile(r"(?P<device>.+?) \((?P<quality>counter|integrated power|estimate): (?P<source>.*)\)")
 
 FIGURES = ("accuracy", "flops_forward", "flops_train", "energy_j", "co2_g", "time_s", "step_time_s")
 """Figures of a run that a group has a spread of."""
@@ -74,6 +77,14 @@ class ReportedRun:
         state = self.compared.state.replace("unfinished", "running", 1) if self.is_held else self.compared.state
         heard = datetime.fromtimestamp(self.history.last_time, timezone.utc)
         return f"{state}; last event {heard:%Y-%m-%d %H:%M} UTC"
+
+    @property
+    def energy_sources(self) -> tuple[tuple[str, str | None, str | None], ...]:
+        """Device, source and quality of what it metered: as its events tell, or without them as its summary does."""
+        if self.history.energy_sources:
+            return self.history.energy_sources
+        named = (_METERED.fullmatch(name) for name in self.compared.summary.get("energy_by_device_j") or {})
+        return tuple((found["device"], found["source"], found["quality"]) for found in named if found)
 
     def figure(self, key: str) -> float | None:
         """One of :data:`FIGURES`; None if it is not known."""

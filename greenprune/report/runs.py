@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from greenprune.config import UserError, load_yaml, shaping_values
-from greenprune.energy import CarbonIntensity, co2_g
+from greenprune.energy import CarbonIntensity, co2_g, format_intensity
 from greenprune.formatting import format_counted, worst_quality
 from greenprune.report.attempts import Allotment, Attempt, allotment_of, read_spans
 from greenprune.timing import StepTimes
@@ -213,8 +213,8 @@ def intensity_note(carbon: CarbonIntensity) -> str:
     place = " ".join(filter(None, (carbon.country, carbon.region)))
     source = ", ".join(filter(None, (place, carbon.source)))
     return (
-        f"CO2e of every run is its joules at {carbon.g_per_kwh:,.0f} g/kWh ({source}) and a PUE of {carbon.pue:g}, as "
-        "asked for, and not what the run was told"
+        f"CO2e of every run is its joules at {format_intensity(carbon.g_per_kwh)} ({source}) and a PUE of "
+        f"{carbon.pue:g}, as asked for, and not what the run was told"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from greenprune.energy import format_intensity
 from greenprune.formatting import (
     UNKNOWN,
     cost_name,
@@ -143,7 +144,7 @@ def _attempt(attempt: dict[str, Any]) -> str:
 def _co2(summary: dict[str, Any]) -> str:
     if summary["co2_g"] is not None:
         pue = f" and a PUE of {summary['pue']:g}" if summary.get("pue", 1.0) != 1 else ""
-        return f"{format_si(summary['co2_g'], 'g')}, at {summary['carbon_intensity_g_per_kwh']:,.0f} g/kWh{pue}"
+        return f"{format_si(summary['co2_g'], 'g')}, at {format_intensity(summary['carbon_intensity_g_per_kwh'])}{pue}"
     if summary["carbon_intensity_g_per_kwh"] is None:
         return f"{UNKNOWN}: set energy.country, or afterwards: greenprune report --country"
     return f"{UNKNOWN}, as the energy is"

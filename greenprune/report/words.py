@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from greenprune.energy import format_intensity
 from greenprune.formatting import UNKNOWN, format_joules, format_percent, format_seconds, format_si
 from greenprune.report.parts import Group, Report, ReportedRun, Spread, Task
 
@@ -183,7 +184,7 @@ def _energy_cell(run: ReportedRun) -> Cell:
 def _metered_by(run: ReportedRun) -> Cell:
     summary = run.compared.summary
     quality = summary.get("energy_quality")
-    named = (str(source).partition(":")[0] for _, source, of in run.history.energy_sources if of)
+    named = (str(source).partition(":")[0] for _, source, of in run.energy_sources if of)
     sources = dict.fromkeys(named)
     return Cell(quality or "nothing could be read", ", ".join(sources))
 
@@ -244,13 +245,13 @@ def where_from(report: Report) -> list[Source]:
     }
     meters: dict[str, dict[str, None]] = {}
     for run in report.runs:
-        for device, source, quality in run.history.energy_sources:
+        for device, source, quality in run.energy_sources:
             told = f"{device}: {source}" if source else f"{device}: not measured"
             meters.setdefault(quality or "unknown", {})[told] = None
     intensities = dict.fromkeys(
-        f"{summary['carbon_intensity_g_per_kwh']:,.0f} g/kWh, {summary.get('carbon_intensity_source') or UNKNOWN}"
+        f"{format_intensity(g_per_kwh)}, {run.compared.summary.get('carbon_intensity_source') or UNKNOWN}"
         for run in report.runs
-        if (summary := run.compared.summary).get("carbon_intensity_g_per_kwh") is not None
+        if (g_per_kwh := run.compared.summary.get("carbon_intensity_g_per_kwh")) is not None
     )
     rows = [
         Source("accuracy", f"last evaluation, {'; '.join(sorted(samples)) or UNKNOWN}", "measured"),
@@ -262,7 +263,10 @@ def where_from(report: Report) -> list[Source]:
         Source("kept cost, blocks, channels", "the structure of the network", "counted"),
         Source("time, a step", "wall clock; a step is the median after the last removal", "measured"),
     ]
-    return rows if meters else [*rows, Source("energy", "nothing was metered", UNKNOWN)]
+    if meters:
+        return rows
+    known = any(run.figure("energy_j") is not None for run in report.runs)
+    return [*rows, Source("energy", UNKNOWN if known else "nothing was metered", UNKNOWN)]
 
 
 # Forms that need no library.
@@ -322,7 +326,7 @@ def render_csv(report: Report) -> str:
     for group in report.groups:
         for run in group.runs:
             summary = run.compared.summary
-            sources = "; ".join(f"{d}: {s} ({q})" for d, s, q in run.history.energy_sources if q)
+            sources = "; ".join(f"{d}: {s} ({q})" for d, s, q in run.energy_sources if q)
             against = run.compared.against_twin or {}
             row = [run.name, run.compared.path, group.label, run.state, *(summary.get(key) for key in _CSV_KEYS)]
             row += [run.compared.step_time_s, sources, "; ".join(run.compared.hardware or ()), run.compared.twin]

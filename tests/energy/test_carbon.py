@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from greenprune.config import UserError
-from greenprune.energy import carbon_intensity, co2_g
+from greenprune.energy import carbon_intensity, co2_g, format_intensity
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,14 @@ def test_the_unit_is_grams_for_a_kilowatt_hour() -> None:
     assert co2_g(2.5 * 3.6e6, intensity) == pytest.approx(expected_g)
     assert 0.25 * expected_g < 2.5 * 1000  # A grid emits less than 1 kg for each kWh, and more than nothing.
     assert expected_g > 0
+
+
+@pytest.mark.parametrize(
+    ("g_per_kwh", "told"),
+    [(0.0, "0 g/kWh"), (0.4, "0.4 g/kWh"), (3.937, "3.94 g/kWh"), (56.039, "56 g/kWh"), (1234.5, "1,234 g/kWh")],
+)
+def test_a_low_intensity_is_not_told_as_none(g_per_kwh: float, told: str) -> None:
+    assert format_intensity(g_per_kwh) == told
 
 
 def test_there_is_no_default_country_and_unknown_stays_unknown() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -83,6 +84,13 @@ def test_secrets_in_the_command_are_left_out(tmp_path: Path) -> None:
         assert "hunter22" not in told
     missing = run("--", f"/{secret}", env=environment)
     assert (missing.returncode, secret in missing.stderr) == (127, False)
+
+
+def test_what_a_short_command_took_is_not_told_as_nothing() -> None:
+    (total,) = [line for line in run("--", "true").stderr.splitlines() if line.startswith("  total: ")]
+    found = re.fullmatch(r"  total: (\S+) J \(estimate\), .*, (\S+) s", total)
+    assert found is not None
+    assert all(float(figure) > 0 for figure in found.groups())
 
 
 def test_what_libraries_print_while_they_are_imported_is_not_in_the_output(tmp_path: Path) -> None:

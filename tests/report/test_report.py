@@ -607,6 +607,22 @@ def test_a_damaged_line_of_a_finished_run_leaves_its_summary_in_the_means(tmp_pa
         assert f"events.jsonl of gated-1 cannot be read in whole (line {epoch_1} is no event: " in text
 
 
+def test_without_its_events_a_finished_run_is_metered_by_what_its_summary_tells(tmp_path: Path) -> None:
+    record_run(tmp_path / "it")
+    (tmp_path / "it" / "events.jsonl").unlink()
+    report = build_report([tmp_path])
+    devices = report.runs[0].compared.summary["energy_by_device_j"]
+    text = render_markdown(report)
+    assert devices
+    assert "nothing was metered" not in text
+    for device, source, quality in report.runs[0].energy_sources:
+        assert f"{device} ({quality}: {source})" in devices
+        assert f"{device}: {source}" in text
+    assert len(report.runs[0].energy_sources) == len(devices)
+    change_summary(tmp_path / "it", energy_by_device_j={})
+    assert "| energy | unknown | unknown |" in render_markdown(build_report([tmp_path]))
+
+
 def test_a_run_that_only_has_a_config_is_shown(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.yaml").write_text(json.dumps(config(0)))
@@ -672,12 +688,19 @@ def test_a_report_that_does_not_fit_leaves_the_earlier_one(
     assert os.listdir(output.parent) == ["report.md"]
 
 
+def test_the_size_of_a_small_report_is_not_told_as_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record_run(tmp_path / "it")
+    output = tmp_path / "it.md"
+    assert main(["report", str(tmp_path / "it"), "-o", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output} is written: {format_si(output.stat().st_size, 'B')}\n"
+
+
 def test_a_report_goes_to_what_is_no_file(tmp_path: Path) -> None:
     record_run(tmp_path / "it")
     command = [sys.executable, "-m", "greenprune.cli", "report", str(tmp_path / "it"), "--format", "md", "-o"]
     piped = subprocess.run([*command, "/dev/stdout"], check=True, capture_output=True, text=True)
     assert piped.stdout.startswith("# ")
-    assert piped.stdout.endswith("/dev/stdout is written: 0.0 MB\n")
+    assert piped.stdout.endswith("/dev/stdout is written\n")
     subprocess.run([*command, "/dev/null"], check=True)
     assert Path("/dev/null").is_char_device()
 
