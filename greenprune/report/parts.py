@@ -75,7 +75,10 @@ class ReportedRun:
         if self.is_finished or self.history.last_time is None:
             return self.compared.state
         state = self.compared.state.replace("unfinished", "running", 1) if self.is_held else self.compared.state
-        heard = datetime.fromtimestamp(self.history.last_time, timezone.utc)
+        try:
+            heard = datetime.fromtimestamp(self.history.last_time, timezone.utc)
+        except (ValueError, OverflowError, OSError):  # of a clock that was wrong beyond all years
+            return state
         return f"{state}; last event {heard:%Y-%m-%d %H:%M} UTC"
 
     @property

@@ -269,6 +269,15 @@ def test_a_killed_run_with_a_truncated_last_line_is_shown_as_far_as_it_came(tmp_
         assert "unfinished: step 20 of 40" in text
 
 
+@pytest.mark.parametrize("time", [1e15, -1e12, 1e300])
+def test_a_clock_beyond_all_years_stops_no_report(tmp_path: Path, time: float) -> None:
+    events = record_run(tmp_path / "it")
+    stop_before(tmp_path / "it", events, 25, json.dumps(events[-2] | {"step": 25, "time": time}) + "\n")
+    for text in forms(build_report([tmp_path])):
+        assert "unfinished: step 25 of 40" in text
+        assert "last event" not in text
+
+
 def test_copies_of_a_run_are_no_seeds(tmp_path: Path) -> None:
     record_run(tmp_path / "a", gated=False)
     (tmp_path / "a" / "id.txt").write_text("a-1\n")
