@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from greenprune.checkpoint import CheckpointCorrupt, list_checkpoints, load_checkpoint
-from greenprune.config import Config, UserError, load_config
+from greenprune.config import Config, ConfigError, UserError, load_config
 from greenprune.data import ImageData, data_error_by_flags, open_data
 from greenprune.export.card import model_card
 from greenprune.export.formats import (
@@ -348,10 +349,9 @@ def open_run(path: Path, data_root: str | None, default_root: str | None = None)
     checkpoints = list_checkpoints(folder.checkpoints)
     if not folder.summary.is_file():
         done = f"{checkpoints[-1].name} is its newest checkpoint" if checkpoints else "it has no checkpoint yet"
-        flags = ("--config", folder.config, "--output_dir", path.parent, "--run_name", path.name, "--resume", "auto")
         raise UserError(
             f"RUN: {str(path)!r} is not finished ({done}); expected a finished run: go on with greenprune train "
-            f"{shlex.join(map(str, flags))}"
+            f"{shlex.join(_flags_to_go_on(folder, config, checkpoints))}"
         )
     summary = _read_json(folder.summary)
     if not summary.keys() >= _SUMMARISED:
@@ -405,6 +405,16 @@ def _load_tensors(model: nn.Module, tensors: dict[str, Tensor], run: Path, check
     if wrong:
         raise CheckpointCorrupt(f"{checkpoint}: does not fit the run's structure, first at {wrong[0]}")
     model.load_state_dict(tensors)
+
+
+def _flags_to_go_on(folder: RunFolder, config: Config, checkpoints: Sequence[Path]) -> list[str]:
+    """Flags of train that go on with a run wherever its folder was moved, and whatever it is called since."""
+    try:
+        dataclasses.replace(config, run_name=folder.path.name)
+        how = ["--output_dir", str(folder.path.parent), "--run_name", folder.path.name, "--resume", "auto"]
+    except ConfigError:  # no name that a run may have, or "." from within the folder
+        how = ["--resume", str(checkpoints[-1]) if checkpoints else "auto"]
+    return ["--config", str(folder.config), *how]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

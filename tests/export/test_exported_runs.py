@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from greenprune.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from greenprune.cli import main
+from greenprune.config import parse_config
 from greenprune.export import ExportError, benchmark_inference, evaluate_file, export_network
 from greenprune.export.exporting import open_run
 from greenprune.export.formats import FILES
@@ -316,6 +318,19 @@ def test_a_bad_run_is_refused(case: str, run: Path, tmp_path: Path, capsys: pyte
     assert error.count("\n") == 1
     assert message in error
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("name", ["moved", "a copy", "."])
+def test_the_command_that_goes_on_with_an_unfinished_run_can_be_given(
+    name: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = broken(run, tmp_path / ("it" if name == "." else name), lambda run: (run / "summary.json").unlink())
+    monkeypatch.chdir(folder if name == "." else tmp_path)
+    assert main(["export", name, "--format", "safetensors"]) == 2
+    command = shlex.split(capsys.readouterr().err.split("go on with greenprune train ")[1])
+    config = parse_config(command)
+    assert config.resume == "auto" or Path(config.resume).resolve() == list_checkpoints(folder / "checkpoints")[-1]
+    assert config.resume != "auto" or Path(config.output_dir, str(config.run_name)).resolve() == folder
 
 
 BAD_FLAGS = {
