@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -35,6 +36,11 @@ class FolderInUse(UserError):
             f"run_name: {str(folder)!r} is in use by another process ({owner}); expected one that has stopped"
         )
         self.owner = owner
+        self._folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # One rank finds it out and tells the others: made again from its message alone, it would lack its owner.
+        return type(self), (self._folder, self.owner), self.__dict__
 
 
 class FolderLock:

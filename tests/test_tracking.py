@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import stat
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import yaml
 
 from greenprune.config import BudgetConfig, Config, DataConfig, GateConfig, ModelConfig, UserError
-from greenprune.locking import FolderLock, find_holder, is_held
+from greenprune.locking import FolderInUse, FolderLock, find_holder, is_held
 from greenprune.tracking import (
     Event,
     EventLog,
@@ -286,8 +287,10 @@ def test_a_folder_is_held_by_one_at_a_time(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "one")
     folder.create(Config())
     lock = FolderLock(folder.path)
-    with pytest.raises(UserError, match=rf"in use by another process \(process {os.getpid()} on "):
+    with pytest.raises(FolderInUse, match=rf"in use by another process \(process {os.getpid()} on ") as refused:
         FolderLock(folder.path)
+    told = pickle.loads(pickle.dumps(refused.value))  # as one rank tells the others
+    assert (str(told), told.owner) == (str(refused.value), refused.value.owner)
     lock.release()
     FolderLock(folder.path).release()
 
