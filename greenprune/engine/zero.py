@@ -341,9 +341,16 @@ class ZeroParallel:
         engine.backward(loss)
 
     def step(self) -> None:
-        """Clip, and one step of the optimizer; the gradients are gone afterwards."""
+        """Clip, and one step of the optimizer; the gradients are gone afterwards.
+
+        ZeRO leaves a step out whose gradient is not finite, and tells nobody. Done, it would break the weights, by
+        which the run is stopped when the loss is read next; so they are broken here.
+        """
         engine: Any = self.model
         engine.step()
+        if getattr(engine.optimizer, "overflow", False):  # on the host already, and alike on all ranks
+            with torch.no_grad():
+                next(engine.module.parameters()).fill_(torch.nan)
 
 
 def _all_gather(whole: Tensor, part: Tensor) -> None:

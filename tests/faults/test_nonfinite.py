@@ -32,9 +32,11 @@ FLAGS = ["--model.name", "resnet20", "--optim.epochs", "2", "--optim.lr", "0.05"
 FLAGS += ["--removal.decide_by", "0.9", "--tracking.log_every", "4", "--device", "cpu", "--run_name", "it"]
 
 
-def broken(folder: Path, *faults: str, flags: tuple[str, ...] = ()) -> tuple[Any, list[dict]]:
+def broken(
+    folder: Path, *faults: str, flags: tuple[str, ...] = (), launch: str | None = None
+) -> tuple[Any, list[dict]]:
     """A run on two processes with faults, each as FAULT:VALUE:RANK:STEP, and its events."""
-    done = run(WORKER, [",".join(faults), *FLAGS, "--output_dir", str(folder), *flags], 2)
+    done = run(WORKER, [",".join(faults), *FLAGS, "--output_dir", str(folder), *flags], 2, launch=launch)
     return done, read_events(folder / "it" / "events.jsonl")
 
 
@@ -49,6 +51,18 @@ def test_all_ranks_stop_together(fault: str, tmp_path: Path) -> None:
     )
     assert [step for _, step in found] == ["28"], done.stderr  # the next read of the loss, said once
     assert "step-000000022" in done.stderr
+    assert [event["step"] for event in events if event["kind"] == "train"][-1] == 24
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(("stage", "flags"), [(0, ()), (1, ()), (2, ("--optim.clip_norm", "1"))])
+def test_deepspeed_stops_by_a_gradient_that_is_not_finite_as_the_others_do(
+    tmp_path: Path, stage: int, flags: tuple[str, ...]
+) -> None:
+    """ZeRO would leave such steps out by itself, each of them, and nobody would know."""
+    done, events = broken(tmp_path, "gradient:inf:1:26", flags=flags, launch=f"deepspeed_zero{stage}_cpu_2")
+    assert done.returncode != 0
+    assert re.findall(r"greenprune: error: .* is nan after step (\d+); the last good", done.stderr) == ["28"]
     assert [event["step"] for event in events if event["kind"] == "train"][-1] == 24
 
 
