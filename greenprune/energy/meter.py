@@ -14,10 +14,6 @@ from greenprune.energy.source import BEST_FIRST, MeterUnavailable, Quality, Sour
 IDLE = "idle"
 """The phase outside all windows."""
 
-# A device that is on takes some energy: a counter that stands still for so many periods, and for so long, is broken.
-_STILL_PERIODS = 20
-_STILL_S = 1.0
-
 # Watts over less than this many periods of a counter would show its steps.
 _POWER_PERIODS = 10
 
@@ -365,9 +361,8 @@ def _reading(source: Source, seconds: float, joules: float | None, missing: str 
         spans: How many spans there are: the edges of each may fall between two updates.
     """
     period_s = source.period_s or 0.0
-    stands_still = joules == 0 and source.quality == "counter" and period_s > 0
-    if stands_still and missing is None and seconds > max(_STILL_S, _STILL_PERIODS * period_s):
-        joules, missing = None, f"the energy counter did not move in {seconds:.3g} s"
+    if joules == 0 and seconds > source.still_s:
+        joules, missing = None, missing or f"the energy counter did not move in {seconds:.3g} s"
     too_short = joules is not None and seconds < spans * period_s
     reason = missing
     if too_short and reason is None:

@@ -24,6 +24,13 @@ _POLLS_PER_WRAP = 10
 # How long a counter may jump ahead of the clock: reads are late, and counters are brought up to date in steps.
 _SLACK_S = 1.0
 
+# A device that is on takes some energy: a counter that stands still for so many periods, and for so long, is broken.
+_STILL_PERIODS = 20
+_STILL_S = 1.0
+
+# Samples come late under load; after so many periods without one the process was stopped, or its machine was.
+_LATE_PERIODS = 10
+
 
 class MeterUnavailable(Exception):
     """A device's energy cannot be read.
@@ -105,6 +112,12 @@ class Source(ABC):
             self._release()
 
     @property
+    def still_s(self) -> float:
+        """Seconds after which a counter that has not moved is broken; infinite for other sources."""
+        is_counter = self.quality == "counter" and self.period_s
+        return max(_STILL_S, _STILL_PERIODS * (self.period_s or 0.0)) if is_counter else math.inf
+
+    @property
     def bound_j(self) -> float | None:
         """Most joules by which a span is off because its edges fall between two updates.
 
@@ -128,7 +141,8 @@ class CounterSource(Source):
 
     A counter that steps back has wrapped, where ``wraps_at_j`` tells at what value, or was restarted: then it
     counts from zero, and what was used between the last read and the restart is lost. A step that no device could
-    take in the time is not counted: it is a restart that looks like a wrap, or a broken counter.
+    take in the time is not counted: it is a restart that looks like a wrap, or a broken counter. One that stands still
+    for long cannot be read until it moves, and one that may have wrapped once more than was seen tells too little.
 
     Args:
         device: The device's name.
@@ -168,13 +182,17 @@ class CounterSource(Source):
         self._clock = clock
         self._joules = 0.0
         self._last_j = read()
-        self._last_s = self._peak_from_s = clock()
+        self._last_s = self._moved_s = self._peak_from_s = clock()
+        self._stands_still = False
         self._peak_from_j = 0.0
 
     def _advance(self, fresh: bool) -> float:
         value_j, now_s = self._read(), self._clock()
-        delta_j = value_j - self._last_j
-        most_j = math.inf if self._implausible_w is None else self._implausible_w * (now_s - self._last_s + _SLACK_S)
+        delta_j, still_s, unread_s = value_j - self._last_j, now_s - self._moved_s, now_s - self._last_s
+        self._last_s = now_s
+        self._check_moves(delta_j, now_s)
+        # What it stood still for may come all at once.
+        most_j = math.inf if self._implausible_w is None else self._implausible_w * (still_s + _SLACK_S)
         if delta_j < 0 and self._wraps_at_j is not None and delta_j + self._wraps_at_j <= most_j:
             delta_j += self._wraps_at_j
         elif delta_j < 0:
@@ -182,14 +200,37 @@ class CounterSource(Source):
             self._lose("the energy counter was restarted, and what it held since the last read is lost")
         if delta_j > most_j:
             self._lose(
-                f"the energy counter jumped by {delta_j:,.0f} J in {now_s - self._last_s:.3g} s, more than the device "
-                "can take; the jump is not counted"
+                f"the energy counter jumped by {delta_j:,.0f} J in {still_s:.3g} s, more than the device can take; the "
+                "jump is not counted"
             )
             delta_j = 0.0
-        self._last_j, self._last_s = value_j, now_s
+        elif self._may_have_wrapped(delta_j, unread_s):
+            self._lose(f"the energy counter was not read for {unread_s:,.0f} s and may have wrapped unseen")
+        self._last_j = value_j
         self._joules += delta_j
         self._note_power(now_s)
         return self._joules
+
+    def _check_moves(self, delta_j: float, now_s: float) -> None:
+        """Note when the counter moved last.
+
+        Raises:
+            MeterUnavailable: It has not for long.
+        """
+        if delta_j:
+            self._moved_s, self._stands_still = now_s, False
+        elif now_s - self._moved_s > self.still_s:
+            reason = f"the energy counter did not move in {now_s - self._moved_s:.3g} s"
+            if not self._stands_still:
+                self._lose(reason)
+            self._stands_still = True
+            raise MeterUnavailable(reason, "see what greenprune doctor says of it")
+
+    def _may_have_wrapped(self, delta_j: float, span_s: float) -> bool:
+        """Whether the device could take, in a span, one more round of the counter than was seen."""
+        if self._wraps_at_j is None or self._implausible_w is None:
+            return False
+        return delta_j + self._wraps_at_j <= self._implausible_w * span_s
 
     def _note_power(self, now_s: float) -> None:
         """Keep the highest mean power over at least two periods: over less, a step of the counter looks like a peak."""
@@ -203,7 +244,8 @@ class PowerSource(Source):
     """Power samples, integrated over time up to the moment of the read.
 
     Joules that were reported are never taken back: the span since the last read or sample is added at each of
-    them.
+    them. A span without samples that is much longer than it should be is left out, and on record: a model's mean power
+    is of any span, but of a sensor's nothing is known.
 
     Args:
         device: The device's name.
@@ -253,6 +295,10 @@ class PowerSource(Source):
         now_s = self._clock()
         span_s = now_s - self._counted_to_s
         power_w = self._power_w
+        unsampled_s = now_s - self._sampled_at_s
+        if not self._mean and power_w is not None and unsampled_s > _LATE_PERIODS * (self.period_s or math.inf):
+            self._lose(f"no power was sampled for {unsampled_s:,.0f} s, and what was used meanwhile is not counted")
+            power_w = None
         if fresh or power_w is None or now_s - self._sampled_at_s >= self._min_span_s:
             new_w = self._take(now_s)
             # After an outage nothing is known about the span up to now: it stays out, and the gap is on
