@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,22 +78,27 @@ class Accounts:
         Args:
             events: All events of the run so far; call once, after the checkpoint's ledger was taken up.
             step: Steps done by then.
-            complete: Whether these are all events; else some could not be read.
+            complete: Whether these are all events, and of all attempts; else some could not be read, or are not there.
         """
         ledger = self.ledger = _as_closed(self.ledger, events, step)
         ledger.energy_complete &= complete
         self._resumed_at_j = ledger.energy_j or 0.0
         last: Event = {}
         time_s = 0.0
+        qualities = {ledger.energy_quality}
         for event in events:
             if event["kind"] == "start" or not self._ended_j:  # a first line may be damaged
                 self._end_attempt(last.get("kind"), event.get("energy/resumed_at_j"))
                 self._ended_j.append(None)
+            # Of all attempts, for the joules of those that left no checkpoint count as well.
+            qualities |= {quality for _, _, quality in event.get("energy_sources", ())}
+            ledger.energy_complete &= (event.get("energy/ledger") or {}).get("energy_complete", True)
             if event.get("energy/total_j") is not None:
                 self._ended_j[-1] = self._reached_j = event["energy/total_j"]
             time_s = event.get("time_s", time_s)
             last = event
         self._end_attempt(last.get("kind"), self._resumed_at_j)
+        ledger.energy_quality = _worst(qualities)
         ledger.attempts = len(self._ended_j) + 1
         ledger.energy_lost_j += max(0.0, self._reached_j - self._resumed_at_j)
         ledger.time_s = max(ledger.time_s, time_s)
@@ -182,7 +187,7 @@ class Accounts:
             energy_by_phase_j=phases,
             energy_by_phase_bound_j=bounds,
             energy_by_device_j=devices,
-            energy_quality=next((quality for quality in _WORST_FIRST if quality in qualities), None),
+            energy_quality=_worst(qualities),
             energy_complete=complete,
             time_s=ledger.time_s + sum(measured.seconds for measured in mine),
         )
@@ -203,7 +208,8 @@ class Accounts:
             "energy_by_device_j": ledger.energy_by_device_j,
             "energy_by_epoch_j": epochs,
             "energy_by_attempt": self._by_attempt(energy_j),
-            "energy_lost_j": ledger.energy_lost_j,
+            # Nothing is known to be lost where nothing is known, unless there was nothing to lose.
+            "energy_lost_j": None if energy_j is None and ledger.attempts > 1 else ledger.energy_lost_j,
             "energy_per_sample_j": energy_j / ledger.samples if energy_j is not None and ledger.samples else None,
             "energy_per_epoch_j": _mean(epochs),
             "energy_slurm_j": slurm.energy_j,
@@ -228,7 +234,8 @@ class Accounts:
         """
         shares = self._engine.gather_objects(self.meter.total().readings)
         bounds = [reading.bound_j for share in shares for reading in share if reading.joules is not None]
-        if not bounds or None in [*bounds, *ledger.energy_by_phase_bound_j.values()]:
+        is_estimated = ledger.energy_quality == "estimate"  # of lost work too, which is in no phase
+        if is_estimated or not bounds or None in [*bounds, *ledger.energy_by_phase_bound_j.values()]:
             return None
         return self.ledger.attempts * float(sum(bounds))
 
@@ -245,6 +252,10 @@ def _as_closed(ledger: Ledger, events: Sequence[Event], step: int) -> Ledger:
     books = stops[-1].get("energy/ledger") if stops else None
     closed = replace(ledger, **{key: books[key] for key in _OF_ENERGY}) if books else ledger
     return closed if (closed.energy_j or 0.0) > (ledger.energy_j or 0.0) else ledger
+
+
+def _worst(qualities: Collection[str | None]) -> str | None:
+    return next((quality for quality in _WORST_FIRST if quality in qualities), None)
 
 
 def _joules(numbers: dict[str, object]) -> float | None:

@@ -19,7 +19,7 @@ from greenprune.network import Network
 from greenprune.process_load import by_rank
 from greenprune.surgery import Operation, Structure
 from greenprune.timing import StepTimes
-from greenprune.tracking import Event, EventLog, salvage_events, write_json
+from greenprune.tracking import Event, EventLog, read_attempts, salvage_events, write_json
 from greenprune.unit_cost import MEASURED
 
 
@@ -104,13 +104,23 @@ class Recorder:
         """
         previous, damaged = salvage_events(self._folder.events)
         self.events = EventLog(self._folder.events if self._engine.is_main else None, self._mirrors)
-        self.accounts.add_earlier_attempts(previous, step, complete=not damaged)
+        silent = self._silent_attempts(previous)
+        self.accounts.add_earlier_attempts(previous, step, complete=not damaged and not silent)
         self._notes += self._on_resuming(step, previous, damaged)
+        if silent and not damaged:
+            times = "an earlier attempt" if silent == 1 else f"{silent} earlier attempts"
+            self._notes.append(f"{times} ended before anything was recorded; what was spent is a lower bound now")
         self._start(step, resumed_from)
         if resumed_from is not None:
             self._catch_up(step, structure, resumed_from, previous)
         elif structure.operations:  # given before training
             self._tell(step, structure, structure.operations)
+
+    def _silent_attempts(self, previous: list[Event]) -> int:
+        """Earlier attempts that ended before their first event: of each that took the folder there is a provenance."""
+        begun = [event["kind"] for event in previous].count("start")
+        attempts = len(read_attempts(self._folder.provenance)) - 1  # without this one
+        return max(0, attempts - begun)
 
     def _on_resuming(self, step: int, previous: list[Event], damaged: list[str]) -> list[str]:
         """What going on costs: steps that are done again, lines of the log that tell nothing any more."""

@@ -195,6 +195,33 @@ def test_a_bound_is_unknown_where_an_earlier_attempt_was_estimated(engine: Engin
     assert figures(accounts)["energy_bound_j"] is None
 
 
+def test_lost_work_that_was_estimated_makes_the_run_an_estimate(engine: Engine, meter: Meter, dial: Dial) -> None:
+    """Killed before its first checkpoint on a machine without counters, and begun anew on one that has them."""
+    accounts = Accounts(engine, meter, None)
+    events = attempt([5.0, 60.0])
+    events[0]["energy_sources"] = [["cpu", "CodeCarbon: load of 8 W", "estimate"], ["GPU-1", "none", None]]
+    accounts.add_earlier_attempts(events, 0)
+    dial.joules += 20
+    ledger = accounts.ledger_now()
+    assert (ledger.energy_j, ledger.energy_lost_j, ledger.energy_quality) == (80, 60, "estimate")
+    assert accounts.energy_figures(ledger)["energy_bound_j"] is None
+
+
+def test_what_a_stopped_attempt_could_not_read_stays_missing_after_an_older_checkpoint(
+    engine: Engine, meter: Meter, dial: Dial
+) -> None:
+    """It stopped in good order, with a GPU that had failed meanwhile; the run goes on from before that."""
+    events = attempt([5.0, 60.0], last="interrupt")
+    events[-1] |= {"step": 7, "energy/ledger": {"energy_complete": False}}
+    accounts = Accounts(engine, meter, None)
+    accounts.ledger = Ledger(energy_by_phase_j={"train": 30.0}, energy_quality="counter")
+    accounts.add_earlier_attempts(events, 3)
+    dial.joules += 20
+    found = figures(accounts)
+    assert found["energy_lost_j"] == 30
+    assert not found["energy_complete"]
+
+
 def test_a_bound_is_unknown_where_a_part_is_an_estimate(engine: Engine, dial: Dial) -> None:
     counter = CounterSource("GPU-1", "test counter", dial.read, period_s=0.001, limit_w=500)
     estimate = PowerSource("cpu", "guess", "estimate", lambda: 5.0, mean=True, min_span_s=0)
@@ -222,7 +249,7 @@ def test_unknown_energy_is_unknown_in_every_figure(engine: Engine) -> None:
         {"attempt": 1, "energy_j": None, "lost_j": None},
         {"attempt": 2, "energy_j": None, "lost_j": None},
     ]
-    for key in ("energy_bound_j", "energy_per_sample_j", "energy_per_epoch_j"):
+    for key in ("energy_bound_j", "energy_per_sample_j", "energy_per_epoch_j", "energy_lost_j"):
         assert found[key] is None, key
     assert found["energy_by_epoch_j"] == [None]
     assert set(found["energy_by_phase_j"].values()) == {None}

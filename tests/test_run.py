@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
-from in_process import after_step, killed_at, stopped_at
+from in_process import Killed, after_step, killed_at, stopped_at
 from launching import ROOT, TRAIN, command, environment, run
 from safetensors.torch import load_file
 from torch import equal
@@ -29,6 +30,7 @@ from greenprune.checkpoint import CheckpointCorrupt, list_checkpoints, load_chec
 from greenprune.command import run_command
 from greenprune.config import Config, ConfigError, load_config, parse_config
 from greenprune.progress import Display
+from greenprune.recording import Recorder
 from greenprune.run import _new_or_same_folder, train
 from greenprune.tracking import EventLog, RunFolder, course_of
 from greenprune.verify import verify_run
@@ -255,6 +257,25 @@ def test_a_course_that_was_left_for_an_older_checkpoint_is_not_gone_on_with(kill
     train(parse_config([*SHORT, "--output_dir", str(tmp_path), "--run_name", "it", "--resume", "auto"]), {}, silent)
     assert [event["step"] for event in read_events(folder) if event["kind"] == "start"] == [0, 22, 22]
     assert not [finding for finding in verify_run(folder) if finding.good is False]
+
+
+def test_joules_of_an_attempt_that_was_killed_before_it_told_anything_are_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It set up for so long that it got no further: what it took is on no record."""
+    config = parse_config([*SHORT, "--optim.epochs", "1", "--output_dir", str(tmp_path), "--run_name", "it"])
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched, suppress(Killed):
+        patched.setattr(Recorder, "begin", kill)
+        train(config, {}, silent)
+    assert not (tmp_path / "it" / "events.jsonl").exists()
+    train(dataclasses.replace(config, resume="auto"), {}, silent)
+    assert not read_summary(tmp_path / "it")["energy_complete"]
+    (start,) = (event for event in read_events(tmp_path / "it") if event["kind"] == "start")
+    assert any("before anything was recorded" in note for note in start["notes"])
 
 
 @pytest.mark.parametrize("damage", ["a file cut short", "an optimizer of another network", "channels by halves"])
