@@ -12,7 +12,9 @@ from typing import Any
 
 from greenprune.tracking import Event, EventsCorrupt, parse_event
 
-_IN_GOOD_ORDER = ("interrupt", "end")
+IN_GOOD_ORDER = ("interrupt", "end")
+"""Last events of an attempt after which nothing of it is missing."""
+
 _START = b'"kind": "start"'
 _HEAD = 200  # bytes of a line that its time, step and kind are among: a start may be long
 
@@ -110,7 +112,7 @@ def _attempt(
     ended_s, lost = start["time"], True
     if last is not None:
         ended_s = max(ended_s, last["time"])
-        lost = last["kind"] not in _IN_GOOD_ORDER or goes_on_at < last["step"]
+        lost = last["kind"] not in IN_GOOD_ORDER or goes_on_at < last["step"]
     return Attempt(start["time"], ended_s, lost, machines, host)
 
 

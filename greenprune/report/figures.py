@@ -336,6 +336,8 @@ def joules_by_part(task: Task, styles: dict[int, Style], part: str) -> go.Figure
 def part_means(task: Task, part: str) -> list[dict[str, float]]:
     """Mean joules by phase or device over the runs of each group that tell any; parts that nobody could read left out.
 
+    The runs are those in which joules count, so that the parts add up to the mean that is told of the group.
+
     Of more than a few devices those of one kind and model are one part, with the joules of all that a run has of it.
 
     Args:
@@ -354,7 +356,7 @@ def _told_by_part(group: Group, part: str) -> list[dict[str, float | None]]:
     told = [
         run.history.energy_by_phase_j if part == "phase" else run.history.energy_by_device_j
         for run in group.runs
-        if run.is_finished
+        if run.is_finished and run.counts("energy_j")
     ]
     return [by_part for by_part in told if by_part]
 

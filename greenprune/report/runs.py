@@ -17,7 +17,7 @@ import yaml
 from greenprune.config import UserError, load_yaml, shaping_values
 from greenprune.energy import CarbonIntensity, co2_g, format_intensity
 from greenprune.formatting import format_counted, worst_quality
-from greenprune.report.attempts import Allotment, Attempt, allotment_of, read_spans
+from greenprune.report.attempts import IN_GOOD_ORDER, Allotment, Attempt, allotment_of, read_spans
 from greenprune.timing import StepTimes
 from greenprune.tracking import Event, RunFolder, describe_damage, gpus_of_attempt, read_attempts, salvage_events
 
@@ -435,10 +435,19 @@ def _unfinished(events: list[Event]) -> tuple[dict[str, Any], str]:
     summary["energy_quality"] = worst_quality(quality for _, _, quality in sources)
     named = (f"{device} ({quality}: {source})" if quality else device for device, source, quality in sources)
     summary["energy_by_device_j"] = last.get("energy/by_device_j") or dict.fromkeys(named)
+    if _lacks_joules(events):
+        summary["energy_complete"] = False
     summary["step_time_s"] = step_times.medians()
     steps = start["epochs"] * start["steps_per_epoch"] if {"epochs", "steps_per_epoch"} <= start.keys() else None
     state = f"unfinished: step {last['step']:,}" + ("" if steps is None else f" of {steps:,}")
     return summary, state + _ending(events[-1])
+
+
+def _lacks_joules(events: Sequence[Event]) -> bool:
+    """Whether joules are known to be missing: of a device that no source can read, or of an attempt that was killed."""
+    starts = [place for place, event in enumerate(events) if event["kind"] == "start"]
+    unread = any(quality is None for place in starts for _, _, quality in events[place].get("energy_sources", []))
+    return unread or any(events[place - 1]["kind"] not in IN_GOOD_ORDER for place in starts if place)
 
 
 def _ending(last: Event) -> str:

@@ -23,8 +23,9 @@ from greenprune.cli import main
 from greenprune.config import UserError
 from greenprune.formatting import format_joules, format_percent, format_si
 from greenprune.locking import FolderLock
+from greenprune.report.comparison import compare_runs
 from greenprune.report.contents import build_report
-from greenprune.report.figures import gate_map_figure, overview
+from greenprune.report.figures import gate_map_figure, overview, part_means
 from greenprune.report.history import REMOVED, read_history
 from greenprune.report.page import render_page
 from greenprune.report.parts import Report
@@ -489,9 +490,29 @@ def test_joules_that_are_a_lower_bound_are_in_no_mean_and_no_ratio(tmp_path: Pat
     gated = report.groups[1]
     spreads = (gated.spreads["accuracy"], gated.spreads["energy_j"], gated.against_twins["energy_j"])
     assert [spread.n if spread else 0 for spread in spreads] == [2, 1, 1]
+    assert gated.spreads["energy_j"] is not None
+    for part in ("phase", "device"):
+        assert sum(part_means(report.tasks[0], part)[1].values()) == pytest.approx(gated.spreads["energy_j"].mean)
     for text in forms(report):
         assert "at least" in text
         assert "so in no mean and no ratio: gated-1." in text
+
+
+def test_joules_so_far_of_a_run_that_was_killed_before_are_told_as_a_lower_bound(tmp_path: Path) -> None:
+    """Killed in its third epoch, it goes on from the second: what the first attempt took last is on no record."""
+    events = record_four(tmp_path)["gated-1"]
+    folder = tmp_path / "gated-1"
+    stop_before(folder, events, 3 * STEPS)
+    begun = [event for event in events if event["step"] <= 3 * STEPS]
+    assert compare_runs([folder]).runs[0].energy_is_complete
+    for last, is_complete in (("interrupt", True), ("train", False)):
+        ending = {"time": events[0]["time"], "step": 3 * STEPS, "kind": last}
+        write_events(folder, [*begun, ending, events[0] | {"step": 2 * STEPS, "attempt": 2}])
+        (run,) = compare_runs([folder]).runs
+        assert run.energy_is_complete == is_complete
+    unread = events[0] | {"energy_sources": [["GPU-1", "none", None]]}
+    write_events(folder, [unread, *begun[1:]])
+    assert not compare_runs([folder]).runs[0].energy_is_complete
 
 
 def test_work_that_was_done_twice_is_in_no_mean_of_joules_and_seconds(tmp_path: Path) -> None:
