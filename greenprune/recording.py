@@ -111,8 +111,10 @@ class Recorder:
             times = "an earlier attempt" if silent == 1 else f"{silent} earlier attempts"
             self._notes.append(f"{times} ended before anything was recorded; what was spent is a lower bound now")
         self._start(step, resumed_from)
+        if self._engine.is_main and self._folder.structure.exists():  # an attempt that was killed was behind or ahead
+            write_json(self._folder.structure, structure.to_dict())
         if resumed_from is not None:
-            self._catch_up(step, structure, resumed_from, previous)
+            self._catch_up(step, resumed_from, previous)
         elif structure.operations:  # given before training
             self._tell(step, structure, structure.operations)
 
@@ -145,10 +147,8 @@ class Recorder:
         carbon = self.accounts.carbon
         return None if carbon is None else carbon.g_per_kwh * carbon.pue
 
-    def _catch_up(self, step: int, structure: Structure, path: Path, previous: list[Event]) -> None:
-        """Bring the files of the run to the checkpoint: an attempt that was killed may have been behind or ahead."""
-        if self._engine.is_main and self._folder.structure.exists():
-            write_json(self._folder.structure, structure.to_dict())
+    def _catch_up(self, step: int, path: Path, previous: list[Event]) -> None:
+        """Tell of the checkpoint where the attempt that wrote it was killed before it did."""
         if not any(event["kind"] == "checkpoint" and event["step"] == step for event in previous):
             self.events.record("checkpoint", step, path=str(path), pause_s=None, write_s=None)
 
@@ -212,11 +212,17 @@ class Recorder:
             train__samples_per_s=self._config.data.batch_size / step_s,
             train__step_time_s=step_s,
             **self._skipped(told),
+            **({} if told.loss_scale is None else {"train__loss_scale": told.loss_scale}),
             gate__price=told.price,
             **self._numbers,
             **self.accounts.numbers(),
             **by_rank(told.loads),
         )
+
+    @property
+    def _is_left_to_scaler(self) -> bool:
+        """Whether steps may be left out that nobody counts."""
+        return self._engine.loss_scale is not None and self._config.optim.nonfinite != "skip"
 
     def _skipped(self, told: Told) -> dict[str, int]:
         if self._config.optim.nonfinite != "skip":
@@ -377,5 +383,6 @@ class Recorder:
             "time_s": ledger.time_s,
             "attempts": ledger.attempts,
             "samples": ledger.samples,
-            "skipped_steps": ledger.skipped_steps,
+            # Those that a loss scaler leaves out by itself are not counted: its scale alone tells of them.
+            "skipped_steps": None if self._is_left_to_scaler else ledger.skipped_steps,
         }

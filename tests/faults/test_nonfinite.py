@@ -110,12 +110,18 @@ def test_skipping_what_does_not_pass_ends_in_a_stop(tmp_path: Path) -> None:
     assert f"{said} (optim.nonfinite skip); there is no checkpoint yet" in done.stderr
 
 
-def test_gradients_that_no_loss_scale_makes_finite_end_in_a_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As fp16 has it: the scaler halves its scale and leaves the step out, of which the loss tells nothing.
+def train_with_loss_scaler(
+    folder: Path, epochs: int, is_bad: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], Any]:
+    """A run as fp16 has it: the scaler halves its scale and leaves out a step of which the loss tells nothing.
 
     In the run's precision on a CPU, with the scaler that it has on a GPU.
+
+    Args:
+        folder: Where it goes.
+        epochs: Its epochs, of 22 steps.
+        is_bad: Says of a step, from 1, whether its gradient is not finite.
+        monkeypatch: Of the test.
     """
 
     def with_scaler(config: Config) -> Engine:
@@ -126,7 +132,7 @@ def test_gradients_that_no_loss_scale_makes_finite_end_in_a_stop(
     def backward(engine: Engine, loss: torch.Tensor) -> None:
         plain(engine, loss)
         passes.append(1)
-        if 4 <= len(passes) < 10 or len(passes) > 24:  # a passing fault, and one that stays
+        if is_bad(len(passes)):
             gradient = next(engine.module.parameters()).grad
             assert gradient is not None
             gradient.view(-1)[0] = torch.nan
@@ -134,12 +140,29 @@ def test_gradients_that_no_loss_scale_makes_finite_end_in_a_stop(
     plain, passes = Engine.backward, list[int]()
     monkeypatch.setattr(Engine, "backward", backward)
     monkeypatch.setattr("greenprune.run._open_engine", with_scaler)
-    config = parse_config([*FLAGS, "--optim.epochs", "3", "--output_dir", str(tmp_path)])
+    config = parse_config([*FLAGS, "--optim.epochs", str(epochs), "--output_dir", str(folder)])
+    return lambda: train(config, {}, lambda: Display(io.StringIO()))
+
+
+def test_gradients_that_no_loss_scale_makes_finite_end_in_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a fault that passes, one that stays."""
+    fit = train_with_loss_scaler(tmp_path, 3, lambda step: 4 <= step < 10 or step > 24, monkeypatch)
     said = r"finite whatever the loss is scaled by .* after step 52; the last good checkpoint is .*step-000000044"
     with pytest.raises(TrainingDiverged, match=said):
-        train(config, {}, lambda: Display(io.StringIO()))
+        fit()
     losses = [event["train/loss"] for event in read_events(tmp_path / "it" / "events.jsonl") if "train/loss" in event]
     assert None not in losses
+
+
+def test_a_step_that_the_loss_scaler_leaves_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its scale: how many there were it does not count, so nothing says that there were none."""
+    train_with_loss_scaler(tmp_path, 1, lambda step: step == 6, monkeypatch)()
+    events = read_events(tmp_path / "it" / "events.jsonl")
+    scales = {event["step"]: event["train/loss_scale"] for event in events if event["kind"] == "train"}
+    assert {step: scales[step] for step in (4, 8, 20)} == {4: 2.0**16, 8: 2.0**15, 20: 2.0**15}
+    assert json.loads((tmp_path / "it" / "summary.json").read_text())["skipped_steps"] is None
 
 
 class Step:
