@@ -259,6 +259,18 @@ def test_a_course_that_was_left_for_an_older_checkpoint_is_not_gone_on_with(kill
     assert not [finding for finding in verify_run(folder) if finding.good is False]
 
 
+def test_the_structure_of_a_course_without_a_checkpoint_is_lost_with_it(tmp_path: Path) -> None:
+    """structure.json is a run's own so far, which others may be given: not that of removals which are undone."""
+    config = parse_config([*SHORT, "--checkpoint.every", "3", "--output_dir", str(tmp_path), "--run_name", "it"])
+    with killed_at(41):
+        train(config, {}, silent)
+    structure = tmp_path / "it" / "structure.json"
+    assert json.loads(structure.read_text())["operations"]
+    with killed_at(1):
+        train(dataclasses.replace(config, resume="auto"), {}, silent)
+    assert json.loads(structure.read_text())["operations"] == []
+
+
 def test_joules_of_an_attempt_that_was_killed_before_it_told_anything_are_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
