@@ -15,7 +15,7 @@ from greenprune.tracking import Event, Ledger, RunFolder
 _WORST_FIRST = ("estimate", "integrated power", "counter")
 _OF_ENERGY = (
     *("energy_by_phase_j", "energy_by_phase_bound_j", "energy_by_device_j"),
-    *("energy_lost_j", "energy_quality", "energy_complete"),
+    *("energy_lost_j", "energy_quality", "energy_complete", "energy_missing"),
 )
 """Fields of a ledger that tell all joules of the run up to some moment."""
 
@@ -85,20 +85,22 @@ class Accounts:
         self._resumed_at_j = ledger.energy_j or 0.0
         last: Event = {}
         time_s = 0.0
-        qualities = {ledger.energy_quality}
+        qualities, missing = {ledger.energy_quality}, dict(ledger.energy_missing)
         for event in events:
             if event["kind"] == "start" or not self._ended_j:  # a first line may be damaged
                 self._end_attempt(last.get("kind"), event.get("energy/resumed_at_j"))
                 self._ended_j.append(None)
             # Of all attempts, for the joules of those that left no checkpoint count as well.
             qualities |= {quality for _, _, quality in event.get("energy_sources", ())}
-            ledger.energy_complete &= (event.get("energy/ledger") or {}).get("energy_complete", True)
+            books = event.get("energy/ledger") or {}
+            ledger.energy_complete &= books.get("energy_complete", True)
+            missing |= books.get("energy_missing", {})
             if event.get("energy/total_j") is not None:
                 self._ended_j[-1] = self._reached_j = event["energy/total_j"]
             time_s = event.get("time_s", time_s)
             last = event
         self._end_attempt(last.get("kind"), self._resumed_at_j)
-        ledger.energy_quality = _worst(qualities)
+        ledger.energy_quality, ledger.energy_missing = _worst(qualities), missing
         ledger.attempts = len(self._ended_j) + 1
         ledger.energy_lost_j += max(0.0, self._reached_j - self._resumed_at_j)
         ledger.time_s = max(ledger.time_s, time_s)
@@ -169,7 +171,7 @@ class Accounts:
         phases, devices = dict(ledger.energy_by_phase_j), dict(ledger.energy_by_device_j)
         bounds = dict(ledger.energy_by_phase_bound_j)
         qualities = {ledger.energy_quality}
-        complete = ledger.energy_complete
+        complete, missing = ledger.energy_complete, dict(ledger.energy_missing)
         for _, host, by_phase in shares:
             for phase, measured in by_phase.items():
                 if measured.energy_j is not None:
@@ -181,6 +183,8 @@ class Accounts:
                 for reading in measured.readings:
                     name = f"{host}: {_name(reading)}" if several_nodes else _name(reading)
                     devices[name] = _add(devices.get(name), reading.joules)
+                    if not reading.complete:
+                        missing[name] = str(reading.reason)
         mine = shares[self._engine.rank][2].values()
         return replace(
             ledger,
@@ -189,6 +193,7 @@ class Accounts:
             energy_by_device_j=devices,
             energy_quality=_worst(qualities),
             energy_complete=complete,
+            energy_missing=missing,
             time_s=ledger.time_s + sum(measured.seconds for measured in mine),
         )
 
@@ -202,6 +207,7 @@ class Accounts:
         slurm = self._slurm()
         return {
             "energy_complete": ledger.energy_complete,
+            "energy_missing": ledger.energy_missing,
             "energy_bound_j": self._bound_j(ledger),
             "energy_by_phase_j": ledger.energy_by_phase_j,
             "energy_by_phase_bound_j": ledger.energy_by_phase_bound_j,
@@ -250,7 +256,8 @@ def _as_closed(ledger: Ledger, events: Sequence[Event], step: int) -> Ledger:
     """A checkpoint's ledger with the joules that an attempt had in its books when it stopped at this step, if later."""
     stops = [event for event in events if event["kind"] == "interrupt" and event["step"] == step]
     books = stops[-1].get("energy/ledger") if stops else None
-    closed = replace(ledger, **{key: books[key] for key in _OF_ENERGY}) if books else ledger
+    # An older version may lack one.
+    closed = replace(ledger, **{key: books[key] for key in _OF_ENERGY if key in books}) if books else ledger
     return closed if (closed.energy_j or 0.0) > (ledger.energy_j or 0.0) else ledger
 
 

@@ -401,6 +401,7 @@ class Ledger:
         energy_at_epoch_j: Joules of the run when the last of them ended.
         energy_quality: Quality of the worst source that any attempt used; None if nothing could be read.
         energy_complete: Whether nothing is missing; else the joules are a lower bound.
+        energy_missing: Why joules of a device are missing, the last reason that there was, by the device's name.
         attempts: Times the run was started.
         energy_lost_j: Joules of attempts spent after their last checkpoint: the work was done again.
         skipped_steps: Steps up to the last whole epoch that were left out because a gradient was not finite.
@@ -417,6 +418,7 @@ class Ledger:
     energy_at_epoch_j: float | None = None
     energy_quality: str | None = None
     energy_complete: bool = True
+    energy_missing: dict[str, str] = field(default_factory=dict)
     attempts: int = 0
     energy_lost_j: float = 0.0
     skipped_steps: int = 0

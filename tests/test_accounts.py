@@ -256,6 +256,38 @@ def test_unknown_energy_is_unknown_in_every_figure(engine: Engine) -> None:
     assert not found["energy_complete"]
 
 
+def test_why_joules_are_missing_is_told_and_kept_by_the_attempts_that_follow(engine: Engine, dial: Dial) -> None:
+    """The GPU falls off in the first attempt, which is asked to stop; the second one can read it to the end."""
+    lost = MeterUnavailable("GPU is lost", "reboot")
+
+    def read() -> float:
+        if dial.joules < 0:
+            raise lost
+        return dial.joules
+
+    def accounts_of(ledger: Ledger, events: list[Event]) -> Accounts:
+        source = CounterSource("GPU-1", "test counter", read, model="H100", period_s=0.001, limit_w=500)
+        accounts = Accounts(engine, Meter([source]), None)
+        accounts.ledger = ledger
+        accounts.add_earlier_attempts(events, 7)
+        return accounts
+
+    first = accounts_of(Ledger(), [])
+    dial.joules += 50
+    assert figures(first)["energy_missing"] == {}
+    saved = first.ledger_now()
+    with first.meter.window("train"):
+        dial.joules = -1
+    expected = {"GPU-1 H100 (counter: test counter)": "GPU is lost"}
+    assert figures(first)["energy_missing"] == expected
+    stop = {"kind": "interrupt", "step": 7} | {key.replace("__", "/"): value for key, value in first.stop().items()}
+    dial.joules = 5.0
+    for step in (7, 3):  # gone on with as it stopped, or from before that
+        second = accounts_of(saved, [{"kind": "start"}, stop | {"step": step}])
+        found = figures(second)
+        assert (found["energy_missing"], found["energy_complete"]) == (expected, False)
+
+
 def test_slurms_own_figure_stands_beside_the_meters_and_is_not_added(
     engine: Engine, meter: Meter, dial: Dial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

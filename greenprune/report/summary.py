@@ -133,6 +133,8 @@ def _energy_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("  by device" if index == 0 else "", f"{format_joules(joules)}, {device}")
         for index, (device, joules) in enumerate(by_device.items())
     ]
+    missing = summary.get("energy_missing", {}).items()
+    rows += [("" if index else "  missing", f"{device}: {why}") for index, (device, why) in enumerate(missing)]
     return rows
 
 

@@ -133,6 +133,13 @@ def test_a_device_that_was_not_read_makes_the_sum_a_lower_bound(printed: Any) ->
     assert "unknown, GPU-1" in text
 
 
+def test_why_joules_are_missing_is_told_of_each_device(printed: Any) -> None:
+    text = printed(energy_complete=False, energy_missing={"GPU-1": "GPU is lost", "cpu": "it was restarted"})
+    assert "missing" in text
+    assert "GPU-1: GPU is lost" in text
+    assert "cpu: it was restarted" in text
+
+
 def test_work_done_again_and_gates_that_are_left_are_told(printed: Any) -> None:
     text = printed(energy_lost_j=20.0, attempts=2, gates_left=3, co2_g=0.224, carbon_intensity_g_per_kwh=56.0)
     assert "20.0 J of it for work that was lost and done again" in text
