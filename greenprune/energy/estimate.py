@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from greenprune.energy.slurm import slurm_memory_gib
-from greenprune.energy.source import PowerSource, Source
+from greenprune.energy.source import MeterUnavailable, PowerSource, Source
 
 # The kernel counts CPU time in ticks of 10 ms; below ten of them the load of two cores is mostly chance.
 _MIN_SPAN_S = 0.1
@@ -80,7 +80,15 @@ def open_cpu_estimate(model: str | None = None) -> Source:
         with _outside_slurm():
             cpu = CPU(output_dir="", mode=MODE_CPU_LOAD, model=model, tdp=full_w, tracking_mode="machine")
         cpu.start()
-    return PowerSource("cpu", name, "estimate", lambda: float(cpu.total_power().W), mean=True, min_span_s=_MIN_SPAN_S)
+
+    def power_w() -> float:
+        try:
+            return float(cpu.total_power().W)
+        except OSError as error:
+            reason = f"{error.filename or 'the load'}: {error.strerror or error}"
+            raise MeterUnavailable(reason, "it may be readable again in a moment") from error
+
+    return PowerSource("cpu", name, "estimate", power_w, mean=True, min_span_s=_MIN_SPAN_S)
 
 
 def open_ram_estimate(environment: Mapping[str, str]) -> Source:

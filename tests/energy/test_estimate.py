@@ -54,6 +54,28 @@ def test_an_unknown_cpu_is_taken_for_4_watts_a_thread_and_says_so() -> None:
     )
 
 
+def test_a_load_that_cannot_be_read_for_a_moment_is_a_gap_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a program has all files open that it may: neither the run nor the sampling of counters stops by it."""
+
+    def fail(*_: object, **__: object) -> float:
+        raise OSError(24, "Too many open files", "/proc/stat")
+
+    with Meter([open_cpu_estimate(KNOWN)], interval_s=0.02) as meter:
+        with monkeypatch.context() as patched, meter.window("train") as window:
+            patched.setattr(psutil, "cpu_times", fail)
+            patched.setattr(psutil, "cpu_percent", fail)  # by which older versions of CodeCarbon go
+            time.sleep(0.2)
+        assert meter._thread is not None
+        assert meter._thread.is_alive()
+        time.sleep(0.2)
+        total = meter.total()
+    (reading,) = window.measurement.readings
+    assert not reading.complete
+    assert "/proc/stat: Too many open files" in str(reading.reason)
+    assert total.energy_j
+    assert not total.complete
+
+
 def test_the_estimate_follows_the_load_of_the_whole_machine() -> None:
     others = multiprocessing.get_context("fork")
     workers = [others.Process(target=burn, args=(1.0,)) for _ in os.sched_getaffinity(0)]
