@@ -432,7 +432,9 @@ def _unfinished(events: list[Event]) -> tuple[dict[str, Any], str]:
         summary["blocks_dense"] = len(start["units"])
     summary["channels_dense"] = sum(start.get("channels", {}).values())
     sources = start.get("energy_sources", [])
-    summary["energy_quality"] = worst_quality(quality for _, _, quality in sources)
+    summary["energy_quality"] = worst_quality(
+        quality for event in events if event["kind"] == "start" for _, _, quality in event.get("energy_sources", [])
+    )
     named = (f"{device} ({quality}: {source})" if quality else device for device, source, quality in sources)
     summary["energy_by_device_j"] = last.get("energy/by_device_j") or dict.fromkeys(named)
     if _lacks_joules(events):

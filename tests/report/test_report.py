@@ -510,6 +510,9 @@ def test_joules_so_far_of_a_run_that_was_killed_before_are_told_as_a_lower_bound
         write_events(folder, [*begun, ending, events[0] | {"step": 2 * STEPS, "attempt": 2}])
         (run,) = compare_runs([folder]).runs
         assert run.energy_is_complete == is_complete
+    counted = events[0] | {"step": 2 * STEPS, "attempt": 2, "energy_sources": [["cpu", "RAPL counter", "counter"]]}
+    write_events(folder, [*begun, ending, counted])
+    assert compare_runs([folder]).runs[0].summary["energy_quality"] == "estimate"  # as of the first attempt's memory
     unread = events[0] | {"energy_sources": [["GPU-1", "none", None]]}
     write_events(folder, [unread, *begun[1:]])
     assert not compare_runs([folder]).runs[0].energy_is_complete
