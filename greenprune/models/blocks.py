@@ -364,7 +364,7 @@ def _vit_block(block: vision_transformer.EncoderBlock) -> nn.Module:
 
 def _self_attention(attention: nn.MultiheadAttention) -> SelfAttention:
     plain = attention.batch_first and attention.bias_k is None and not attention.add_zero_attn
-    if not plain or attention.in_proj_weight is None:
+    if not plain or not isinstance(attention.in_proj_weight, nn.Parameter):
         raise AttributeError("its attention is not plain self-attention with the batch first")
     width = attention.embed_dim
     qkv = nn.Linear(width, 3 * width, bias=False, device="meta")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -34,10 +34,17 @@ _MIXING_ACTIVATIONS = (
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
+# Pools, by the number of positions they go over: the last ones of what they are given.
+_POOLS: dict[type[nn.Module], int] = {
+    getattr(nn, f"{kind}Pool{dims}d"): dims
+    for kind in ("Avg", "Max", "AdaptiveAvg", "AdaptiveMax")
+    for dims in (1, 2, 3)
+}
+
 # Modules without tensors of their own that treat each channel alike and by itself.
 _CHANNELWISE: set[type[nn.Module]] = {
     nn.Identity,
-    *(getattr(nn, f"{kind}Pool{dims}d") for kind in ("Avg", "Max", "AdaptiveAvg", "AdaptiveMax") for dims in (1, 2, 3)),
+    *_POOLS,
     StochasticDepth,
     *(
         kind
@@ -60,6 +67,10 @@ _NOT_ZERO_AT_ZERO = (
     nn.FeatureAlphaDropout,
 )
 _NOT_ZERO_AT_ZERO_IN_TIMM = ("Sigmoid", "HardSigmoid")
+
+
+# Tensors that lose entries when channels go.
+_CUT = ("weight", "bias", "running_mean", "running_var", "table", "logit_scale")
 
 
 def register_channelwise(kind: type[nn.Module]) -> type[nn.Module]:
@@ -204,6 +215,7 @@ class _Walk:
         self._open: ChannelSet | None = None  # its next dense layer is still to come
         self._from = ""
         self._width = 0  # channels of the open set, where the walk stands
+        self._positions = 0  # dimensions behind the channels of the open set
         self._switched = False  # the place for the open set's gate is fixed
         self._previous = ""
         self._spoilt = ""  # why the channels that are open cannot be gated
@@ -218,19 +230,21 @@ class _Walk:
 
     def pass_through(self, path: str, module: nn.Module) -> None:
         """Take the next module of the chain."""
-        if isinstance(module, _Conv | nn.Linear) and _holds_its_weight(module):
+        if isinstance(module, _Conv | nn.Linear) and _is_plain_layer(module):
             if isinstance(module, _Conv) and (module.groups > 1 or was_grouped(module)):
                 self._grouped(path, module)
             else:
                 self._dense(path, module)
-        elif isinstance(module, SelfAttention | WindowAttention):
+        elif isinstance(module, SelfAttention | WindowAttention) and _are_plain(module, "qkv", "proj"):
             self._attention(path, module)
-        elif isinstance(module, batchnorm._BatchNorm):
+        elif isinstance(module, batchnorm._BatchNorm) and _hold_their_tensors([module]):
             self._carry(path, module)
-        elif _is_squeeze_excitation(module):
+        elif _is_squeeze_excitation(module) and _are_plain(module, "fc1", "fc2"):
             self._squeeze_excitation(path, module)
         elif type(module) not in _CHANNELWISE and not _is_channelwise_by_name(module):
             self._unknown(path, module)
+        elif type(module) in _POOLS and _POOLS[type(module)] != self._positions:
+            self._spoil(f"{path} ({type(module).__name__}) pools over the channels")
         elif self._switched and _makes_constants(module):
             self._spoil(f"{path} ({type(module).__name__}) makes a constant of a channel that is off")
         self._previous = path
@@ -244,10 +258,12 @@ class _Walk:
     def _dense(self, path: str, module: _Conv | nn.Linear) -> None:
         self._close(path, module)
         width = module.out_channels if isinstance(module, _Conv) else module.out_features
-        self._begin(path, width, 1 if isinstance(module, _Conv) else -1)
+        self._begin(path, module, width)
         self._add_output(path, module)
 
-    def _begin(self, path: str, units: int, channel_dim: int) -> None:
+    def _begin(self, path: str, module: _Conv | nn.Linear, units: int) -> None:
+        self._positions = len(module.kernel_size) if isinstance(module, _Conv) else 0
+        channel_dim = 1 if isinstance(module, _Conv) else -1
         self._open = ChannelSet("", self.block, units, "", channel_dim, self.removable)
         self._from, self._width, self._switched, self._spoilt = path, units, False, ""
 
@@ -301,7 +317,7 @@ class _Walk:
         """A grouped convolution ties the inputs and the outputs of a group together into one unit."""
         opened = self._open
         if opened is None:
-            self._begin(path, module.out_channels, 1)
+            self._begin(path, module, module.out_channels)
             self._spoil(f"the groups of {path} take the block's input, whose width stays")
             return
         if max(opened.units, module.groups) % min(opened.units, module.groups):
@@ -364,12 +380,30 @@ class _Walk:
         self.notes.append(f"{self.block}: channels from {self._from} to {path} are not gated: they feed an attention")
 
 
-def _holds_its_weight(module: _Conv | nn.Linear) -> bool:
-    """Whether a layer uses its weight as it is, and does not derive it from other tensors or normalise it."""
+def _is_plain_layer(module: _Conv | nn.Linear) -> bool:
+    """Whether a layer uses its tensors as they are, and does not derive them from others or normalise them."""
     kind = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) if isinstance(module, kind))
     methods = ("forward",) if kind is nn.Linear else ("forward", "_conv_forward")
     as_it_is = all(getattr(type(module), method) is getattr(kind, method) for method in methods)
-    return as_it_is and "weight" in dict(module.named_parameters(recurse=False))
+    return as_it_is and _hold_their_tensors([module])
+
+
+def _are_plain(module: nn.Module, *layers: str) -> bool:
+    """Whether a module and all in it use their tensors as they are, and its layers are such as can be cut."""
+    kinds = _Conv | nn.Linear
+    there = [getattr(module, name) for name in layers]
+    return all(isinstance(layer, kinds) and _is_plain_layer(layer) for layer in there) and _hold_their_tensors(
+        module.modules()
+    )
+
+
+def _hold_their_tensors(modules: Iterable[nn.Module]) -> bool:
+    """Whether modules hold all that would have to be cut, and derive nothing of it (as parametrizations do)."""
+    return all(
+        name in module._parameters or name in module._buffers or getattr(module, name, None) is None
+        for module in modules
+        for name in _CUT
+    )
 
 
 def mark_grouped(module: nn.Module) -> None:

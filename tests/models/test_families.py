@@ -28,6 +28,7 @@ from greenprune.models import (
     register_channelwise,
     residual_blocks,
 )
+from greenprune.models.attention import SelfAttention
 from greenprune.models.blocks import _SPLITS
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -224,14 +225,70 @@ def test_a_layer_that_derives_its_weight_is_left_alone(layer: nn.Module, reason:
     assert found.sets == {}
 
 
+class Halved(nn.Module):
+    """What a parametrization makes of a tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def derived(module: nn.Module, tensor: str) -> nn.Module:
+    nn.utils.parametrize.register_parametrization(module, tensor, Halved())
+    return module
+
+
+def derived_inside(module: nn.Module, path: str) -> nn.Module:
+    derived(module.get_submodule(path), "weight")
+    return module
+
+
+def plain_attention() -> SelfAttention:
+    return SelfAttention(nn.Linear(8, 24), nn.Linear(8, 8), 2)
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        [derived(conv(4, 8), "bias"), nn.ReLU(), conv(8, 4)],
+        [conv(4, 8), derived(nn.BatchNorm2d(8), "weight"), nn.ReLU(), conv(8, 4)],
+        [conv(4, 8), derived(nn.BatchNorm2d(8), "running_var"), nn.ReLU(), conv(8, 4)],
+        [conv(4, 8), nn.ReLU(), derived_inside(SqueezeExcitation(8, 2), "fc2"), conv(8, 4)],
+        [derived_inside(plain_attention(), "qkv")],
+        [derived_inside(plain_attention(), "proj")],
+    ],
+    ids=["bias", "norm", "statistics", "squeeze and excitation", "queries, keys and values", "projection of heads"],
+)
+def test_what_derives_a_tensor_that_would_be_cut_is_left_alone(branch: list[nn.Module]) -> None:
+    found = find_channels(block_of(*branch))
+    assert found.sets == {}
+    assert found.notes
+
+
+def test_an_attention_whose_projection_is_derived_cannot_be_taken_apart() -> None:
+    model = FAMILIES["vit"].build()
+    nn.utils.parametrizations.weight_norm(model.encoder.layers[0].self_attention, "in_proj_weight")
+    with pytest.raises(BlockError, match="encoder_layer_0: a EncoderBlock cannot be taken apart: its attention"):
+        convert_blocks(model, FAMILIES["vit"].images())
+
+
 @pytest.mark.parametrize(
     "branch",
     [
         [nn.Linear(4, 8), nn.BatchNorm2d(4), nn.ReLU(), nn.Linear(8, 4)],
         [nn.Linear(4, 8), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(8, 4)],
         [conv(4, 8), nn.ReLU(), nn.Linear(4, 4)],
+        [nn.Linear(4, 8), nn.AvgPool1d(3, 1, 1), nn.Linear(8, 4)],
+        [nn.Linear(4, 8), nn.ReLU(), nn.MaxPool2d(3, 1, 1), nn.Linear(8, 4)],
+        [nn.Conv1d(4, 8, 1), nn.AvgPool2d(3, 1, 1), nn.Conv1d(8, 4, 1)],
     ],
-    ids=["a norm of rows", "a norm of tokens", "a layer along a row"],
+    ids=[
+        "a norm of rows",
+        "a norm of tokens",
+        "a layer along a row",
+        "a pool over neurons",
+        "a pool over neurons of rows",
+        "a pool over channels",
+    ],
 )
 def test_channels_are_not_mistaken_for_another_dimension(branch: list[nn.Module]) -> None:
     found = find_channels(block_of(*branch))
