@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -223,7 +223,7 @@ class Pruner:
             self._policy = self._new_policy()
             self._policy.load_state_dict(state)
 
-    def step(self, optimizer: Optimizer) -> list[Operation]:
+    def step(self, optimizer: Optimizer | Sequence[Optimizer]) -> list[Operation]:
         """Follow a step of the optimizer, and at the end of a window remove what can go.
 
         Call after ``optimizer.step()``, with the gradients cleared. Where units were removed, everything that holds
@@ -231,64 +231,68 @@ class Pruner:
         schedules go on.
 
         Args:
-            optimizer: The unwrapped torch optimizer of all of the network's parameters; follows the removals.
+            optimizer: The unwrapped torch optimizer of all of the network's parameters, or a list of several, of some
+                parameters each; follows the removals.
 
         Returns:
             What was removed and frozen; empty at most steps.
 
         Raises:
-            ValueError: The gates are not in the optimizer.
+            ValueError: The gates are not in the optimizer, or something that trains and that channels are cut from.
             TypeError: Channels have gates, and the optimizer keeps something that cannot follow their removal, as
                 Adafactor's rows and columns. Told at the first call, while the network is whole.
         """
         if not self._policy.active:
             return []
+        optimizers = _all_of(optimizer)
         if not self._stepped:
-            refuse_uncuttable(optimizer, self.model)
+            _check_holds_gates(optimizers, self.model)
+            refuse_uncuttable(optimizers, self.model)
             self._stepped = True
         self._policy.after_step()
         first, self._looked = self._looked + 1, self._batches
         if not any(self._policy.at_boundary(step) for step in range(first, self._batches + 1)):
             return []
-        _check_holds_gates(optimizer, self.model)
-        refuse_uncuttable(optimizer, self.model)  # again: its first steps may have been left out
+        refuse_uncuttable(optimizers, self.model)  # again: its first steps may have been left out
         _, verdicts = self._policy.close_window(self._batches)
-        return self._operate(verdicts, optimizer)
+        return self._operate(verdicts, optimizers)
 
-    def finalize(self, optimizer: Optimizer | None = None) -> list[Operation]:
+    def finalize(self, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> list[Operation]:
         """Settle against the budget now what is still undecided; afterwards the network has no gates.
 
         The end of a run that went to its deadline (``removal.decide_by``) needs nothing more: then nothing happens.
 
         Args:
-            optimizer: The optimizer, if training goes on.
+            optimizer: The optimizer, or a list of several, if training goes on.
 
         Returns:
             What was removed and frozen.
 
         Raises:
             TypeError: The optimizer cannot follow, as in :meth:`step`.
+            ValueError: Something that trains and that channels are cut from is in no optimizer, as in :meth:`step`.
         """
         if not self._policy.active:
             return []
-        if optimizer is not None:
-            refuse_uncuttable(optimizer, self.model)
+        optimizers = [] if optimizer is None else _all_of(optimizer)
+        if optimizers:
+            refuse_uncuttable(optimizers, self.model)
         if not self._batches:
             warnings.warn(
                 "no penalty was ever taken (Pruner.penalty, or penalize_output): the gates have learnt nothing, and "
                 "what is removed now is chosen by its name",
                 stacklevel=2,
             )
-        return self._operate(self._policy.settle_now(), optimizer)
+        return self._operate(self._policy.settle_now(), optimizers)
 
-    def _operate(self, verdicts: list[Verdict], optimizer: Optimizer | None) -> list[Operation]:
+    def _operate(self, verdicts: list[Verdict], optimizers: Sequence[Optimizer]) -> list[Operation]:
         share = self._batches / self.total_steps
         operations = [Operation.of(verdict, self._batches, share) for verdict in verdicts]
         _check_agreement(Structure(operations))
         if not verdicts:
             return []
         surgeon = carry_out(operations, self.model)
-        if optimizer is not None:
+        for optimizer in optimizers:
             update_optimizer(optimizer, surgeon)
         self.structure.operations += operations
         self._policy.carried_out(self.model, verdicts)
@@ -425,8 +429,12 @@ def _count(model: nn.Module, example: Tensor) -> UnitTable:
         ) from error
 
 
-def _check_holds_gates(optimizer: Optimizer, model: nn.Module) -> None:
-    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+def _all_of(optimizer: Optimizer | Sequence[Optimizer]) -> Sequence[Optimizer]:
+    return optimizer if isinstance(optimizer, Sequence) else [optimizer]
+
+
+def _check_holds_gates(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
+    held = {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
     if not held.issuperset(gate_parameters(model)):
         raise ValueError(
             "the gates are not in the optimizer; expected it to be made after the Pruner, of pruner.parameter_groups()"

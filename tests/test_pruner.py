@@ -658,6 +658,91 @@ def test_an_optimizer_without_the_gates_is_refused() -> None:
         train(model, pruner, optimizer, range(STEPS))
 
 
+def in_two(pruner: Pruner) -> list[Optimizer]:
+    """Two optimizers, as where matrices have one of their own."""
+    matrices, *others = pruner.parameter_groups(weight_decay=1e-3)
+    return [torch.optim.SGD(groups, lr=0.05, momentum=0.9) for groups in ([matrices], others)]
+
+
+def test_several_optimizers_train_as_one() -> None:
+    model, pruner = make_pruner(removal=RemovalConfig(window=2, decide_by=0.1))
+    expected = train(model, pruner, make_optimizer(pruner), range(12))
+    model, pruner = make_pruner(removal=RemovalConfig(window=2, decide_by=0.1))
+    optimizers = in_two(pruner)
+    losses = []
+    for step in range(12):
+        images, labels = batch_of(step)
+        loss = functional.cross_entropy(model(images), labels) + pruner.penalty()
+        model.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        pruner.step(optimizers)
+        losses.append(loss.item())
+    assert losses == expected
+    assert pruner.structure.removed_channels()
+    held = {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == set(model.parameters())
+    assert all(parameter in held for optimizer in optimizers for parameter in optimizer.state)
+
+
+@pytest.mark.parametrize("when", ["at its first step", "at the end"])
+def test_an_optimizer_without_what_is_cut_is_refused(when: str) -> None:
+    """Those layers would not be trained from the first removal on."""
+    model, pruner = make_pruner()
+    _, without_matrices = in_two(pruner)
+    with pytest.raises(ValueError, match=r"'stages\.0\.0\.branch\.0\.weight' loses entries .*in no optimizer given"):
+        pruner.step(without_matrices) if when == "at its first step" else pruner.finalize(without_matrices)
+    model.requires_grad_(False)  # then there is nothing to lose
+    assert pruner.step(without_matrices) == []
+
+
+def test_an_optimizer_with_one_history_of_all_parameters_is_refused() -> None:
+    model, pruner = make_pruner(["channel"])
+    with pytest.raises(TypeError, match="LBFGS keeps one history of all parameters together"):
+        pruner.step(torch.optim.LBFGS(model.parameters()))
+
+
+def test_named_parameters_keep_their_names() -> None:
+    model, pruner = make_pruner()
+    optimizer = torch.optim.SGD(list(model.named_parameters()), lr=0.05, momentum=0.9)
+    (group,) = optimizer.param_groups
+    kinds = {name: parameter.dim() for name, parameter in model.named_parameters()}
+    train(model, pruner, optimizer, range(STEPS // 2))
+    assert pruner.report()["gates_left"] == 0
+    assert len(group["param_names"]) == len(group["params"]) < len(kinds)
+    paths = {parameter: name for name, parameter in model.named_parameters()}
+    for name, parameter in zip(group["param_names"], group["params"], strict=True):
+        assert paths[parameter] == name.replace(".inner", "")
+
+
+def test_what_is_put_at_a_parameter_is_at_the_one_that_takes_its_place() -> None:
+    """Hooks that bound a gradient, those of an optimizer in the backward pass, and marks of the loop's own."""
+    model, pruner = make_pruner(["channel"])
+    seen: list[Tensor] = []
+    for parameter in model.parameters():
+        parameter.no_weight_decay = True
+        parameter.register_hook(lambda grad: grad.clamp(-1e-6, 1e-6))
+        handle = parameter.register_post_accumulate_grad_hook(seen.append)
+    images, _ = batch_of(0)
+    (model(images).square().sum() + pruner.penalty()).backward()
+    before = {name: parameter.grad for name, parameter in model.named_parameters()}
+    unit, removed = next((done.unit, done.channels) for done in pruner.finalize() if done.channels)
+    name = f"{unit.removesuffix(':hidden')}.branch.0.weight"
+    left = [index for index in range(len(before[name])) if index not in removed]
+    assert torch.equal(model.get_parameter(name).grad, before[name][left])
+    seen.clear()
+    model.zero_grad()
+    model(images).square().sum().backward()
+    assert set(seen) == set(model.parameters())
+    assert all(parameter.grad.abs().max() <= 1e-6 for parameter in model.parameters())
+    assert all(parameter.no_weight_decay for parameter in model.parameters())
+    seen.clear()
+    handle.remove()
+    model(images).square().sum().backward()
+    assert len(set(model.parameters()) - set(seen)) == 1
+
+
 def step_of(model: nn.Module, pruner: Pruner, optimizer: Optimizer) -> None:
     images, labels = batch_of(0)
     (functional.cross_entropy(model(images), labels) + pruner.penalty()).backward()

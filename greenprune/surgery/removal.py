@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
+from greenprune.gating import gate_parameters
 from greenprune.models import ChannelSet, ChannelSlot, PlainBlock, ResidualBlock, Slice, find_channels
 from greenprune.models.channels import mark_grouped
 from greenprune.models.residual import follow_mode
@@ -203,9 +204,24 @@ class Surgeon:
         new = _select(old.detach(), piece.dim, index)
         if isinstance(old, nn.Parameter):
             parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+            _take_over(parameter, old, piece.dim, index)
             self.replacements[old] = Replacement(parameter, piece.dim, index)
             new = parameter
         setattr(module, piece.tensor, new)
+
+
+def _take_over(parameter: nn.Parameter, old: nn.Parameter, dim: int, index: Tensor) -> None:
+    """What a loop has put at a parameter, for the one in its place.
+
+    That is the gradient that is being added up, hooks (with their handles), and marks such as ``no_weight_decay``.
+    """
+    if old.grad is not None:
+        parameter.grad = _select(old.grad, dim, index)
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if getattr(old, hooks, None) is not None:
+            setattr(parameter, hooks, getattr(old, hooks))
+    marks = {name: value for name, value in vars(old).items() if not isinstance(value, Tensor)}
+    vars(parameter).update(marks)
 
 
 def _select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
@@ -246,31 +262,51 @@ def update_optimizer(optimizer: Optimizer, surgeon: Surgeon) -> None:
         if survivor in alive:
             _refuse_uncuttable(optimizer, parameter, alive[survivor])
     for group in optimizer.param_groups:
-        kept = []
-        for parameter in group["params"]:
+        kept, places = [], []
+        for place, parameter in enumerate(group["params"]):
             survivor = _follow(optimizer, parameter, surgeon.replacements)
             if survivor in alive or parameter not in surgeon.before:
                 kept.append(survivor)
+                places.append(place)
             else:
                 optimizer.state.pop(survivor, None)
         group["params"] = kept
+        if "param_names" in group:  # of an optimizer made of named parameters
+            group["param_names"] = [group["param_names"][place] for place in places]
 
 
-def refuse_uncuttable(optimizer: Optimizer, model: nn.Module) -> None:
-    """Check that an optimizer could follow the removal of any channels that have a gate, before any is removed.
+def refuse_uncuttable(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
+    """Check that optimizers could follow the removal of any channels that have a gate, before any is removed.
 
-    It knows no more than what the optimizer keeps by now: a fresh one keeps nothing.
+    It knows no more than what an optimizer keeps by now: a fresh one keeps nothing.
 
     Args:
-        optimizer: A torch optimizer, unwrapped.
+        optimizers: Torch optimizers, unwrapped: all that train the network.
         model: The unwrapped network.
 
     Raises:
-        TypeError: It keeps something for a parameter in another shape, which cannot be cut; the message names the
-            first such parameter. Or the network is wrapped.
+        TypeError: One keeps something for a parameter in another shape, which cannot be cut; the message names the
+            first such parameter. Or it keeps one history of all parameters, or the network is wrapped.
+        ValueError: A parameter that trains and would be cut is in none of them.
     """
+    for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS):
+            raise TypeError(
+                f"{type(optimizer).__name__} keeps one history of all parameters together, which cannot follow a "
+                "removal; expected an optimizer with a state for each parameter, such as SGD or AdamW"
+            )
+    known = set(gate_parameters(model))  # which end with the pruning, if they are in none
+    for optimizer in optimizers:
+        known.update(parameter for group in optimizer.param_groups for parameter in group["params"])
     for name, parameter in Surgeon(model).gated_parameters():
-        _refuse_uncuttable(optimizer, parameter, name)
+        if parameter.requires_grad and parameter not in known:
+            raise ValueError(
+                f"{name!r} loses entries when channels go, and what is left of it would no longer be trained: it is in "
+                f"no optimizer given ({', '.join(type(optimizer).__name__ for optimizer in optimizers)}); expected all "
+                "optimizers of the network, as a list, and requires_grad_(False) for what does not train"
+            )
+        for optimizer in optimizers:
+            _refuse_uncuttable(optimizer, parameter, name)
 
 
 def _refuse_uncuttable(optimizer: Optimizer, parameter: nn.Parameter, path: str) -> None:
