@@ -159,7 +159,7 @@ class Pruner:
         """What the gates add to the loss of the batch that has just passed through the network (scalar, fp32).
 
         Call once after each forward pass in training. With several processes it is a collective; their batches may be
-        of different sizes.
+        of different sizes. A batch without samples does not count.
 
         Args:
             loss_scale: Factor by which a GradScaler will scale the loss, if it does. Told for the first time after a
@@ -167,7 +167,7 @@ class Pruner:
 
         Raises:
             RuntimeError: Nothing has passed through the network in training since the last call, or two passes have of
-                which a loss is made.
+                which a loss is made or whose gradients are added up.
         """
         self._follow_device()
         nothing = torch.zeros((), device=self._device)
@@ -175,8 +175,13 @@ class Pruner:
             return nothing
         if loss_scale is not None:
             self._scale_losses_by(torch.as_tensor(loss_scale, dtype=torch.float32, device=self._device))
-        decision = next(iter(find_gates(self.model).values())).decision
+        gates = find_gates(self.model).values()
+        decision = next(iter(gates)).decision
         local = 0 if decision is None else len(decision)
+        if decision is not None and not local and _world_size() == 1:  # an empty batch is none
+            for gate in gates:
+                gate.forget()
+            return nothing
         step, self._batches = self._batches, self._batches + 1
         samples, mean_over_ranks = self._over_ranks(local)
         penalty = self._policy.penalty(step, samples, mean_over_ranks)
@@ -194,7 +199,7 @@ class Pruner:
             self._batch = local, torch.tensor(local, device=self._device)
         samples = self._batch[1].clone()
         dist.all_reduce(samples)
-        share = self._batch[1] / samples
+        share = self._batch[1] / samples.clamp(min=1)
 
         def mean_over_ranks(values: Tensor) -> Tensor:
             weighted = values * share
@@ -330,7 +335,9 @@ class Pruner:
         """
         self.losses_are_divided_by(accumulate)
 
-        def hook(_: nn.Module, __: object, output: object) -> object:
+        def hook(model: nn.Module, _: object, output: object) -> object:
+            if model is not self.model:  # a copy of it, with its hooks
+                return output
             if not (self.model.training and torch.is_grad_enabled() and self._policy.active):
                 return output
             return with_penalty(output, self.penalty() / accumulate)

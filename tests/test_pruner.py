@@ -888,6 +888,25 @@ def test_two_passes_that_are_learnt_from_with_one_penalty_are_refused() -> None:
     pruner.penalty()
 
 
+def test_two_passes_that_go_back_one_after_the_other_with_one_penalty_are_refused() -> None:
+    """Their gradients are of one step; the gates would count what they decided for the second alone."""
+    model, pruner = make_pruner()
+    optimizer = make_optimizer(pruner)
+    (images, _), (others, _) = batch_of(0), batch_of(1)
+    model(images).square().mean().backward()
+    model(others)
+    with pytest.raises(RuntimeError, match=r"not taken, .*in the same step: .*after each forward pass .*zero_grad"):
+        pruner.penalty()
+    for set_to_none in (True, False):
+        optimizer.zero_grad(set_to_none=set_to_none)  # the first was a look at the batch
+        model(images)
+        pruner.penalty()
+        model(images).square().mean().backward()
+    optimizer.step()  # a step without the pruner
+    model(others)
+    pruner.penalty()
+
+
 def test_a_part_that_training_alone_calls_twice_is_refused() -> None:
     class Rehearsing(nn.Module):
         def __init__(self) -> None:
@@ -961,6 +980,60 @@ def gone_back_from(model: nn.Module, images: Tensor) -> object:
 @pytest.mark.parametrize("extra", [evaluated, looked_at, thrown_away, gone_back_from])
 def test_a_pass_that_no_loss_is_made_of_may_come_between(extra: Callable[[nn.Module, Tensor], object]) -> None:
     assert losses_with(extra) == losses_with(lambda *_: None)
+
+
+def test_a_copy_of_a_network_with_the_penalty_beside_its_output_adds_none() -> None:
+    """As of a teacher, or of averaged weights: the hook is copied too."""
+    model, pruner = make_pruner()
+    pruner.penalize_output()
+    teacher = copy.deepcopy(model).eval()
+    images, _ = batch_of(0)
+    expected = teacher(images)
+    out = model(images)
+    assert torch.equal(teacher(images), expected)
+    out.square().mean().backward()
+    assert pruner.batches == 1
+
+
+@pytest.mark.parametrize("units", [["block"], ["channel"]], ids="-".join)
+def test_gradients_of_gradients_are_refused_from_the_first_step_on(units: list[str]) -> None:
+    """And not only when a gate closes for the first time."""
+    model, pruner = make_pruner(units)
+    images = batch_of(0)[0].requires_grad_()
+    (grad,) = torch.autograd.grad(model(images).square().sum(), images, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        (grad.square().sum() + pruner.penalty()).backward()
+
+
+def words(batch: int, seed: int) -> Tensor:
+    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_batch_without_samples_does_not_count() -> None:
+    """As of a loader that filters what it has read."""
+
+    def train_with(sizes: list[int]) -> tuple[list[float], list[str]]:
+        torch.manual_seed(0)
+        model = VisionTransformer(8, 4, 2, 2, 16, 24, num_classes=5)
+        gate = GateConfig(units=["block", "channel"], warmup=0.0)
+        pruner = Pruner(model, words(2, 0), total_steps=12, gate=gate, removal=RemovalConfig(window=2))
+        optimizer = make_optimizer(pruner)
+        losses, done = [], []
+        for size in sizes:
+            loss = model(words(size, len(losses))).square().sum() + pruner.penalty()
+            optimizer.zero_grad()
+            loss.backward()
+            if size:
+                losses.append(loss.item())
+            optimizer.step()
+            done += [operation.unit for operation in pruner.step(optimizer)]
+        return losses, done
+
+    expected, done = train_with([4, 4, 4, 4, 4])
+    losses, with_empty = train_with([4, 0, 4, 4, 0, 4, 4])
+    assert losses[:1] == expected[:1]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert with_empty == done
 
 
 def test_activations_computed_anew_in_the_backward_pass_are_no_second_pass() -> None:

@@ -210,10 +210,12 @@ class Gate(nn.Module):
         self.parts = self.every = 1
         self._pulls: tuple[tuple[object, ...], tuple[Tensor, float]] | None = None
         self._replaced: weakref.ref[Any] | None = None  # node of decisions that others took the place of
+        self._passed_at: int | None = None  # of the logits at the last pass: an optimizer's step makes another
+        self._taught: int | None = None  # version at which others took the place of decisions that were learnt from
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a gate has made no decisions yet (and tensors of a graph cannot be copied)."""
-        gone = ("decision", "logit", "loss_scale", "_pulls", "_replaced")
+        gone = ("decision", "logit", "loss_scale", "_pulls", "_replaced", "_passed_at", "_taught")
         return {**self.__dict__, **dict.fromkeys(gone)}
 
     def _pull_of(self, logit: Tensor) -> tuple[Tensor, float]:
@@ -253,11 +255,19 @@ class Gate(nn.Module):
     def _remember(self, counted: Tensor, logit: Tensor) -> None:
         if not self.training:
             return
-        if not torch.compiler.is_compiling() and self.decision is not None:
-            node = self.decision.grad_fn
-            if getattr(node, "learnt_from", None) is False:  # compiled graphs have nodes of their own, without marks
-                self._replaced = weakref.ref(node)
+        if not torch.compiler.is_compiling():
+            if self.decision is not None:
+                self._look_back(self.decision.grad_fn)
+            self._passed_at = self.bias._version
         self.decision, self.logit = counted, logit.detach()
+
+    def _look_back(self, node: Any) -> None:
+        """Notice what was to be learnt from decisions that nobody has taken, before others take their place."""
+        learnt_from = getattr(node, "learnt_from", None)  # compiled graphs have nodes of their own, without marks
+        if learnt_from is False:
+            self._replaced = weakref.ref(node)
+        elif learnt_from:
+            self._taught = self._passed_at
 
     @property
     def passed_twice(self) -> bool:
@@ -268,9 +278,18 @@ class Gate(nn.Module):
         node = None if self._replaced is None else self._replaced()
         return node is not None and not node.learnt_from
 
+    @property
+    def gone_back_from(self) -> bool:
+        """Whether decisions that nobody has taken have been learnt from, for a step that is still to come.
+
+        Of a pass whose gradients were cleared before the next, as those of a first look at a batch, nothing is left.
+        """
+        grad = self.bias.grad
+        return self._taught == self.bias._version and grad is not None and bool(grad.any())
+
     def forget(self) -> None:
         """Let go of the decisions."""
-        self.decision = self.logit = self._replaced = None
+        self.decision = self.logit = self._replaced = self._taught = None
 
 
 def _pool(x: Tensor, dim: int) -> Tensor:
@@ -421,11 +440,23 @@ def take_decisions(gates: list[Gate], names: Sequence[str] = ()) -> tuple[Tensor
             "views in one batch; of a pass that goes into no loss, delete what is left of its output, or make it under "
             "torch.no_grad()"
         )
-    rates = torch.cat(decisions, dim=1).mean(0)
-    openness = torch.cat(logits, dim=1).sigmoid_().mean(0)
+    if any(gate.gone_back_from for gate in gates):
+        raise RuntimeError(
+            "a backward pass has come by decisions that were not taken, and is to be learnt from in the same step: the "
+            "gates would count those of the last pass alone; expected a penalty after each forward pass in training "
+            "(Pruner.penalty()), or all views in one batch; of a pass whose gradients are thrown away, clear them "
+            "before the next pass (zero_grad)"
+        )
+    rates = _mean(torch.cat(decisions, dim=1))
+    openness = _mean(torch.cat(logits, dim=1).sigmoid_())
     for gate in gates:
         gate.forget()
     return rates, openness
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Mean over samples: 0 of a batch without any, which one process may have among others."""
+    return values.mean(0) if len(values) else values.sum(0)
 
 
 def check_decided(inputs: Mapping[str, int], names: Sequence[str]) -> None:

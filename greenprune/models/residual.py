@@ -118,6 +118,7 @@ class _OpenReLU(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (grad,) = grads
         shortcut, out = ctx.saved_tensors
@@ -173,6 +174,7 @@ class _GatedChannels(torch.autograd.Function):
         return activations * _per_channel(decision, activations, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grads
         activations, decision = ctx.saved_tensors

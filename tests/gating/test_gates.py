@@ -694,3 +694,15 @@ def test_under_autocast_the_terms_may_differ_in_precision(wide: str) -> None:
     expected = torch.autograd.grad(wanted, (shortcut, branch, decision), upstream)
     for gradient, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-2, atol=5e-2)
+
+
+def test_a_process_without_samples_counts_none() -> None:
+    """As one of several whose last batch is empty; the others' rates are not lost in what is no number."""
+    conditional, static = gate_of("conditional"), gate_of("static")
+    conditional(torch.randn(0, CHANNELS, 2, 2))
+    static(torch.randn(0, CHANNELS, 2, 2))
+    rates, openness = take_decisions([conditional, static])
+    assert rates.tolist() == openness.tolist() == [0.0, 0.0]
+    rates.sum().backward()
+    assert static.bias.grad is not None
+    assert static.bias.grad.item() == 0.0
