@@ -21,7 +21,14 @@ from torchvision.ops.misc import Permute
 
 from greenprune.config import UserError
 from greenprune.models.attention import SelfAttention, WindowAttention
-from greenprune.models.residual import PlainBlock, ResidualBlock, Scale, follow_mode
+from greenprune.models.residual import (
+    PlainBlock,
+    ResidualBlock,
+    Scale,
+    follow_mode,
+    has_hooks,
+    with_hooks_of,
+)
 
 Block = TypeVar("Block", bound=nn.Module)
 Split = Callable[[Any], nn.Module]
@@ -87,8 +94,9 @@ def convert_blocks(model: nn.Module, example: Tensor | None = None) -> list[str]
         if name in inputs:
             _check_same(name, block, split, inputs[name])
             _check_activated(split, inputs[name])
+        _refuse_lost_hooks(name, block, split)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, split)
+        setattr(model.get_submodule(parent), child, with_hooks_of(split, block))
     blocks = [name for name, module in model.named_modules() if isinstance(module, ResidualBlock | PlainBlock)]
     if not any(isinstance(model.get_submodule(name), ResidualBlock) for name in blocks):
         raise BlockError(_nothing_to_gate(model))
@@ -153,6 +161,22 @@ def _take_apart(name: str, block: nn.Module) -> nn.Module:
         )
     follow_mode(split, block)
     return split
+
+
+def _refuse_lost_hooks(name: str, block: nn.Module, split: nn.Module) -> None:
+    """Refuse hooks of a module that is not there any more when its block has been taken apart.
+
+    Raises:
+        BlockError: There is one.
+    """
+    left = set(split.modules())
+    for path, module in block.named_modules(prefix=name):
+        if module is not block and module not in left and has_hooks(module):
+            raise BlockError(
+                f"{path}: a {type(module).__name__} with hooks is taken apart with its block, and they would see "
+                f"nothing any more; expected hooks of {name}, or such as are registered afterwards, on what stands "
+                "there then"
+            )
 
 
 def _record_inputs(model: nn.Module, blocks: dict[str, nn.Module], example: Tensor) -> dict[str, Tensor]:

@@ -317,6 +317,35 @@ def follow_mode(made: nn.Module, block: nn.Module) -> None:
             module.training = block.training
 
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anyone looks at what goes through a module, forward or backward."""
+    hooks = (getattr(module, name, None) for name in _HOOKS)
+    return any(isinstance(found, dict) and found for found in hooks)
+
+
+def with_hooks_of(made: nn.Module, block: nn.Module) -> nn.Module:
+    """What stands in a block's place, seen by the block's hooks; their handles take them off as before."""
+    if not has_hooks(block):
+        return made
+    if made in set(block.modules()):  # an activation, perhaps, that has other places too
+        made = nn.Sequential(made)
+        made.training = block.training
+    vars(made).update({name: vars(block)[name] for name in _HOOKS})
+    return made
+
+
 class PlainBlock(nn.Module):
     """A block without a shortcut: it has to stay, but the channels inside it can be gated.
 

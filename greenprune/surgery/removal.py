@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from greenprune.gating import gate_parameters
 from greenprune.models import ChannelSet, ChannelSlot, PlainBlock, ResidualBlock, Slice, find_channels
 from greenprune.models.channels import mark_grouped
-from greenprune.models.residual import follow_mode
+from greenprune.models.residual import follow_mode, with_hooks_of
 
 _WRAPPERS = (
     "DeepSpeedEngine",
@@ -81,7 +81,7 @@ class Surgeon:
         rest = block.without_branch()
         follow_mode(rest, block)
         parent, _, child = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), child, rest)
+        setattr(self.model.get_submodule(parent), child, with_hooks_of(rest, block))
         self._sets = {key: found for key, found in self._channel_sets().items() if found.block != name}
 
     def remove_channels(self, name: str, units: Collection[int]) -> None:

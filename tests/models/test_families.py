@@ -30,6 +30,7 @@ from greenprune.models import (
 )
 from greenprune.models.attention import SelfAttention
 from greenprune.models.blocks import _SPLITS
+from greenprune.surgery import Surgeon
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
@@ -156,6 +157,9 @@ def test_a_published_network_has_its_blocks_and_sets(name: str, blocks: int, set
 
 
 # What a branch is made of.
+
+
+VIT_BLOCK = "encoder.layers.encoder_layer_0"
 
 
 def block_of(*branch: nn.Module) -> nn.Module:
@@ -663,6 +667,62 @@ def test_an_activation_that_changes_its_own_output_stays_when_a_branch_goes() ->
     for model in (regnet_silu, timm_silu):
         convert_blocks(model)
         assert not any(block.input_activated for block in residual_blocks(model).values())
+
+
+def kept(model: nn.Module, path: str) -> tuple[list[Tensor], Any]:
+    """What a hook sees come out of a module, and the hook's handle."""
+    seen: list[Tensor] = []
+    return seen, model.get_submodule(path).register_forward_hook(lambda _, __, output: seen.append(output))
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "rest"),
+    [("resnet-basic", "layer1.1", nn.Identity), ("resnet-basic", "layer2.0", nn.Sequential), ("vit", VIT_BLOCK, None)],
+    ids=["identity", "projection", "chain"],
+)
+def test_a_blocks_hook_sees_what_stands_in_its_place(name: str, path: str, rest: type[nn.Module] | None) -> None:
+    """As those that collect features: a hook that is not called any more leaves the features of an earlier batch."""
+    model, images = FAMILIES[name].build(), FAMILIES[name].images()
+    wake(model, images)
+    seen, handle = kept(model, path)
+    model.eval()(images)
+    expected = seen[-1]
+    convert_blocks(model, images)
+    seen.clear()
+    model(images)
+    assert difference(seen[0].detach(), expected.detach()) <= 1e-5
+    if rest is not None:
+        Surgeon(model).remove_block(path)
+        assert isinstance(model.get_submodule(path), rest)
+        seen.clear()
+        model(images)
+        assert len(seen) == 1
+    handle.remove()
+    model(images)
+    assert len(seen) == 1
+
+
+def test_what_is_left_of_a_block_is_hooked_at_its_place_alone() -> None:
+    """Its activation may have other places."""
+    act = nn.ReLU()
+    blocks = [ResidualBlock(conv(3, 3), nn.Identity(), act, input_activated=False) for _ in range(2)]
+    model, images = nn.Sequential(*blocks), torch.randn(2, 3, 4, 4)
+    seen, _ = kept(model, "0")
+    Surgeon(model).remove_block("0")
+    out = model(images)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], images.relu())
+    assert out.shape == images.shape
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("resnet-basic", "layer1.1.relu"), ("vit", f"{VIT_BLOCK}.self_attention")], ids=["act", "heads"]
+)
+def test_a_hook_that_would_see_nothing_any_more_is_refused(name: str, path: str) -> None:
+    model = FAMILIES[name].build()
+    kept(model, path)
+    with pytest.raises(BlockError, match=rf"^{path}: a \w+ with hooks is taken apart .*registered afterwards"):
+        convert_blocks(model, FAMILIES[name].images())
 
 
 def test_frozen_norms_stay_frozen_through_the_conversion() -> None:
