@@ -199,7 +199,7 @@ def export_network(
     fold_batch_norm: bool = False,
     opset: int | None = None,
 ) -> Exported:
-    """Export a network at hand, such as one that a :class:`greenprune.Pruner` has finished.
+    """Export a network at hand, such as one that a :class:`greenprune.Pruner` has finished, in fp32.
 
     Args:
         model: The network, without gates and unwrapped; it is left as it is.
@@ -233,8 +233,8 @@ def export_network(
         "summary": None,
     }
     return _export(
-        copy.deepcopy(model).cpu().eval(),
-        images.cpu(),
+        copy.deepcopy(model).cpu().float().eval(),
+        images.cpu().float() if images.is_floating_point() else images.cpu(),
         kind,
         Path(output),
         record,

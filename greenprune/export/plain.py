@@ -64,7 +64,7 @@ def fold_batch_norm(network: nn.Sequential) -> int:
         there: list[tuple[str, nn.Module]] = []
         for name, module in named_steps(chain):
             conv = there[-1][1] if there else None
-            if isinstance(module, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d):
+            if isinstance(conv, nn.Conv2d) and isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
                 # In double precision, so that each weight is rounded once.
                 there[-1] = there[-1][0], fuse_conv_bn_eval(conv.double(), module.double()).float()
                 folded += 1
@@ -83,7 +83,7 @@ def constructor_arguments(module: nn.Module) -> dict[str, Any]:
     for name, parameter in inspect.signature(type(module)).parameters.items():
         if name in ("device", "dtype") or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        value = getattr(module, name)
+        value = getattr(module, name, parameter.default)  # some old name of another, as Hardtanh's min_value
         if name == "bias":
             value = value is not None
         if isinstance(value, Tensor) or value != parameter.default:
@@ -144,7 +144,9 @@ def _leaf(module: nn.Module) -> nn.Module | None:
         return None
     if type(module).forward is not kind.forward or list(module.children()):
         return None
-    return _made_anew(kind, module)
+    weight = getattr(module, "weight", None)
+    derived = isinstance(weight, Tensor) and "weight" not in module._parameters  # by a hook that normalises it
+    return None if derived else _made_anew(kind, module)
 
 
 def _made_anew(kind: type[nn.Module], module: nn.Module) -> nn.Module:

@@ -79,6 +79,10 @@ def _called(kind: type) -> Iterable[Any]:
             yield found
 
 
+# Arguments that are shapes: as long as they are, also where their numbers are alike.
+_SHAPES = ("normalized_shape", "unflattened_size")
+
+
 @dataclass(frozen=True)
 class _Call:
     """A call in the text: its name and its arguments, each with its keyword or an empty string."""
@@ -95,7 +99,9 @@ def _expression(value: Any) -> _Call | str:
         kind = type(value)
         prefix = "nn." if kind.__module__.startswith("torch.") else ""
         signature = inspect.signature(kind).parameters
-        simplified = {name: _simplified(kind, argument) for name, argument in constructor_arguments(value).items()}
+        simplified = {
+            name: _simplified(kind, name, argument) for name, argument in constructor_arguments(value).items()
+        }
         arguments = tuple(
             ("" if _is_positional(signature[name]) else name, _expression(argument))
             for name, argument in simplified.items()
@@ -116,8 +122,10 @@ def _is_positional(parameter: inspect.Parameter) -> bool:
     return parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
 
 
-def _simplified(kind: type[nn.Module], argument: Any) -> Any:
+def _simplified(kind: type[nn.Module], name: str, argument: Any) -> Any:
     """One number for a tuple of equal ones, where PyTorch's layers take it for the same."""
+    if name in _SHAPES and len(argument) > 1:
+        return argument
     if kind.__module__.startswith("torch.") and isinstance(argument, tuple) and len(set(argument)) == 1:
         return argument[0]
     return argument

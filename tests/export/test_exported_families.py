@@ -111,6 +111,50 @@ def test_batch_norm_is_folded_on_request(name: str, tmp_path: Path) -> None:
     assert "BatchNorm" not in (tmp_path / "out" / "network.py").read_text()
 
 
+def chain_with(*extra: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 1), *extra, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)).eval()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [nn.Hardtanh(-1.0, 2.0)],
+        [nn.LayerNorm([8, 8, 8])],
+        [nn.RMSNorm([8, 8, 8])],
+        [nn.Unflatten(1, (2, 2, 2)), nn.Flatten(1, 3)],
+        [nn.BatchNorm2d(8, track_running_stats=False)],
+    ],
+    ids=lambda extra: type(extra[0]).__name__,
+)
+def test_layers_are_written_with_all_that_makes_them(extra: list[nn.Module], tmp_path: Path) -> None:
+    model, images = chain_with(*extra), torch.randn(4, 3, 8, 8)
+    exported = export_network(model, images, "safetensors", tmp_path / "out", fold_batch_norm=True)
+    assert exported.max_relative_logit_difference <= 1e-5
+    assert exported.record["batch_norms_folded"] == 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_layer_whose_weight_a_hook_derives_has_no_plain_form(tmp_path: Path) -> None:
+    model = chain_with(nn.utils.spectral_norm(nn.Conv2d(8, 8, 1)))  # type: ignore[no-untyped-call]
+    with pytest.raises(UserError, match=r"part1 is a torch\.Conv2d, which has no plain form"):
+        export_network(model, torch.randn(4, 3, 8, 8), "safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["safetensors", "torch.export"])
+def test_a_network_in_another_precision_is_exported_in_fp32(dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
+    model = chain_with(nn.BatchNorm2d(8)).to(dtype)
+    images = torch.randn(4, 3, 8, 8)
+    exported = export_network(model, images.to(dtype), kind, tmp_path / "out")
+    assert exported.max_relative_logit_difference <= 1e-5
+    assert all(tensor.dtype == dtype for tensor in model.parameters())
+    tolerance = 1e-5 if dtype == torch.float64 else 0.05
+    with torch.no_grad():
+        expected = model(images.to(dtype)).float()
+        assert relative_difference(logits(kind, tmp_path / "out", images), expected) <= tolerance
+
+
 def test_the_module_files_are_tidy(tmp_path: Path) -> None:
     for name in FAMILIES:
         export_network(pruned(name), FAMILIES[name].images(), "safetensors", tmp_path / name.replace("-", "_"))
