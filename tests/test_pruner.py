@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DataParallel
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer, mobilenet_v3_small, resnet18
 from torchvision.ops.misc import Permute
@@ -30,7 +31,7 @@ from greenprune import BudgetConfig, GateConfig, Pruner, RemovalConfig, SurgeryC
 from greenprune.flops import count_costs
 from greenprune.gating import find_gates, gate_parameters
 from greenprune.models import CifarResNet, PlainBlock, ResidualBlock
-from greenprune.surgery import StructureMismatch, replay
+from greenprune.surgery import StructureMismatch, carry_out, replay
 
 STEPS, WINDOW = 60, 6
 
@@ -656,6 +657,23 @@ def test_an_optimizer_without_the_gates_is_refused() -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p not in gates], lr=0.1)
     with pytest.raises(ValueError, match=r"gates are not in the optimizer; .*parameter_groups"):
         train(model, pruner, optimizer, range(STEPS))
+
+
+def test_averages_of_weights_follow_the_removals() -> None:
+    """An average that forgets all but the last weights is the network itself, whatever has gone."""
+    model, pruner = make_pruner(removal=RemovalConfig(window=2, decide_by=0.1))
+    average = AveragedModel(model, avg_fn=lambda _, new, __: new, use_buffers=True)
+    optimizer = make_optimizer(pruner)
+    for step in range(8):
+        before = len(pruner.structure.operations)
+        train(model, pruner, optimizer, range(step, step + 1))
+        carry_out(pruner.structure.operations[before:], average.module)
+        average.update_parameters(model)
+    assert pruner.structure.removed_channels()
+    assert not find_gates(average.module)
+    state = average.module.state_dict()
+    assert list(state) == list(model.state_dict())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 def in_two(pruner: Pruner) -> list[Optimizer]:

@@ -10,6 +10,12 @@ from torch.utils.hooks import RemovableHandle
 from greenprune.config import UserError
 from greenprune.pruner import Pruner
 
+_AVERAGING = tuple(
+    getattr(pl.callbacks, name)
+    for name in ("StochasticWeightAveraging", "WeightAveraging")  # the second is younger
+    if hasattr(pl.callbacks, name)
+)
+
 
 class PrunerCallback(pl.Callback):  # type: ignore[misc]
     """Adds the gates' penalty to the loss, removes units as the training goes on, and settles the rest at its end.
@@ -59,7 +65,8 @@ class PrunerCallback(pl.Callback):  # type: ignore[misc]
         """Refuse what cannot work before anything is trained.
 
         Raises:
-            UserError: Several processes, or a precision other than 32-true and bf16-mixed.
+            UserError: Several processes, a precision other than 32-true and bf16-mixed, or a callback that averages
+                weights.
         """
         pl_module.__dict__.pop("on_load_checkpoint", None)
         if trainer.world_size > 1:
@@ -71,6 +78,12 @@ class PrunerCallback(pl.Callback):  # type: ignore[misc]
             raise UserError(
                 f"precision: {trainer.precision!r} is not valid with PrunerCallback; expected 32-true or bf16-mixed"
             )
+        for callback in trainer.callbacks:
+            if isinstance(callback, _AVERAGING):
+                raise UserError(
+                    f"callbacks: {type(callback).__name__} is not valid with PrunerCallback: its copy of the network "
+                    "keeps what is removed; expected no averages of weights"
+                )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the penalty beside the network's output.

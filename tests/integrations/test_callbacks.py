@@ -195,6 +195,24 @@ def test_lightning_may_accumulate_more_from_some_epoch_on(digits: tuple[Tensor, 
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+def test_lightning_with_averages_of_weights_is_refused(digits: tuple[Tensor, Tensor], name: str) -> None:
+    """Their copies of the network keep what is removed, and would fail in the middle of the fit or at its end."""
+    pl = pytest.importorskip("lightning.pytorch")
+    from greenprune.integrations.lightning import PrunerCallback
+
+    if not hasattr(pl.callbacks, name):
+        pytest.skip(f"this Lightning has no {name}")
+    images, labels = digits
+    pruner = prune(CifarResNet(20, 10, channels=1), images, ["block"])
+    averaging = getattr(pl.callbacks, name)(*([0.01] if name.startswith("Stochastic") else []))
+    trainer = lightning_trainer(PrunerCallback(pruner), averaging, enable_checkpointing=False)
+    with pytest.raises(UserError, match=f"callbacks: {name} is not valid with PrunerCallback"):
+        trainer.fit(lightning_module(pruner), DataLoader(TensorDataset(images, labels), batch_size=BATCH))
+    assert pruner.batches == 0
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("precision", ["16-mixed", "16-true", "bf16-true", "64-true"])
 def test_lightning_in_another_precision_is_refused(digits: tuple[Tensor, Tensor], precision: str) -> None:
     pl = pytest.importorskip("lightning.pytorch")
