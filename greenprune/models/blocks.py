@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import convnext, efficientnet, mobilenetv2, mobilenetv3, regnet, resnet, vision_transformer
 from torchvision.models import swin_transformer as swin
 from torchvision.ops.misc import Permute
@@ -232,7 +233,7 @@ def pass_through(model: nn.Module, example: Tensor) -> None:
 
 
 def _check_same(name: str, block: nn.Module, split: nn.Module, x: Tensor) -> None:
-    """Check that a taken-apart block computes what the block computes.
+    """Check that a taken-apart block computes what the block computes, and drops as much in training.
 
     Raises:
         BlockError: It does not.
@@ -261,6 +262,40 @@ def _check_same(name: str, block: nn.Module, split: nn.Module, x: Tensor) -> Non
             f"else{failure}; expected branch, shortcut and activation to be those of its forward, made of its own "
             "modules, none of them in place on the block's input"
         )
+    if _forgets_to_drop(block, split, x):
+        raise BlockError(
+            f"{name}: taken apart by the function registered for {type(block).__name__}, the block draws fewer random "
+            "numbers in training; expected all that drops something there (dropout, stochastic depth) in branch, "
+            "shortcut or activation"
+        )
+
+
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators that draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, _: object, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        # Fused attention is said to draw also where it drops nothing.
+        self.count += torch.Tag.nondeterministic_seeded in func.tags and given.get("dropout_p") != 0.0
+        return func(*args, **(kwargs or {}))
+
+
+def _forgets_to_drop(block: nn.Module, split: nn.Module, x: Tensor) -> bool:
+    """Whether of copies of a block and of its taken-apart form this one draws random numbers at fewer places."""
+    counts: list[int] = []
+    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        for module in (block, split):
+            with _Draws() as draws:
+                try:
+                    module.train()(x.clone())
+                except (RuntimeError, ValueError):  # as of a norm over one value: no example to train with
+                    return False
+            counts.append(draws.count)
+    return counts[1] < counts[0]
 
 
 def _move_constants(block: nn.Module) -> None:

@@ -12,8 +12,9 @@ import torch
 from families import BATCH, CLASSES, FAMILIES, build, difference, wake
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models import regnet, resnet
-from torchvision.ops import SqueezeExcitation
+from torchvision.models import efficientnet_b0, regnet, resnet, vision_transformer
+from torchvision.models import swin_transformer as swin
+from torchvision.ops import SqueezeExcitation, StochasticDepth
 
 from greenprune.config import GateConfig, ModelConfig
 from greenprune.gating import attach_gates, find_gates
@@ -464,6 +465,62 @@ def test_a_split_that_computes_something_else_is_refused(register: Any, split: C
     register(split)
     with pytest.raises(BlockError, match=r"^2: taken apart by the function registered for Block, .*; expected branch"):
         convert_blocks(network(nn.Identity(), Block()), IMAGES)
+
+
+class Dropping(nn.Module):
+    """A block that drops at two places in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv(8, 12), conv(12, 8)
+        self.drop, self.depth = nn.Dropout(0.1), StochasticDepth(0.1, "row")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.depth(self.second(self.drop(self.first(x).relu())))
+
+
+@pytest.mark.parametrize("kept", [(), ("drop",), ("depth",), ("drop", "depth")], ids="-".join)
+def test_a_split_that_forgets_what_drops_in_training_is_refused(register: Any, kept: tuple[str, ...]) -> None:
+    """In evaluation it computes the same, and the network would be trained without it."""
+
+    def split(block: Dropping) -> nn.Module:
+        drop, depth = (block.get_submodule(name) if name in kept else nn.Identity() for name in ("drop", "depth"))
+        branch = nn.Sequential(block.first, nn.ReLU(), drop, block.second, depth)
+        return ResidualBlock(branch, nn.Identity(), nn.Identity(), input_activated=True)
+
+    register_block(Dropping)(split)
+    torch.manual_seed(0)
+    state, model = torch.get_rng_state(), network(Dropping())
+    torch.set_rng_state(state)
+    if kept == ("drop", "depth"):
+        convert_blocks(model, IMAGES)
+    else:
+        with pytest.raises(BlockError, match=r"^1: .* registered for Dropping, the block draws fewer random numbers"):
+            convert_blocks(model, IMAGES)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+DROPPING: dict[str, Callable[[], nn.Module]] = {
+    "vit": lambda: vision_transformer.VisionTransformer(
+        16, 4, 2, 4, 32, 48, dropout=0.1, attention_dropout=0.1, num_classes=CLASSES
+    ),
+    "swin": lambda: swin.SwinTransformer(
+        [2, 2], 16, [2, 2], [2, 4], [4, 4], dropout=0.1, attention_dropout=0.1, stochastic_depth_prob=0.3
+    ),
+    "timm-vit": lambda: _timm_vit(drop_path_rate=0.3, proj_drop_rate=0.1, attn_drop_rate=0.1),
+    "efficientnet-b0": lambda: efficientnet_b0(num_classes=CLASSES, stochastic_depth_prob=0.3),
+}
+
+
+def _timm_vit(**options: Any) -> nn.Module:
+    timm = pytest.importorskip("timm")
+    return timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, depth=2, num_classes=4, **options)
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_what_drops_in_training_is_known_in_published_blocks(name: str) -> None:
+    torch.manual_seed(0)
+    assert convert_blocks(DROPPING[name](), FAMILIES[name].images())
 
 
 def test_a_split_that_gives_nan_is_refused(register: Any) -> None:
