@@ -31,7 +31,7 @@ from greenprune import BudgetConfig, GateConfig, Pruner, RemovalConfig, SurgeryC
 from greenprune.flops import count_costs
 from greenprune.gating import find_gates, gate_parameters
 from greenprune.models import CifarResNet, PlainBlock, ResidualBlock
-from greenprune.surgery import StructureMismatch, carry_out, replay
+from greenprune.surgery import Operation, StructureMismatch, carry_out, replay
 
 STEPS, WINDOW = 60, 6
 
@@ -1013,14 +1013,37 @@ def test_a_copy_of_a_network_with_the_penalty_beside_its_output_adds_none() -> N
     assert pruner.batches == 1
 
 
-@pytest.mark.parametrize("units", [["block"], ["channel"]], ids="-".join)
-def test_gradients_of_gradients_are_refused_from_the_first_step_on(units: list[str]) -> None:
-    """And not only when a gate closes for the first time."""
-    model, pruner = make_pruner(units)
-    images = batch_of(0)[0].requires_grad_()
-    (grad,) = torch.autograd.grad(model(images).square().sum(), images, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        (grad.square().sum() + pruner.penalty()).backward()
+@pytest.mark.parametrize(
+    "off", [(), ("stages.0.1",), ("stages.0.1", "stages.1.1:hidden")], ids=["open", "a block", "both"]
+)
+def test_a_penalty_on_gradients_is_that_of_the_network_without_what_is_off(off: tuple[str, ...]) -> None:
+    """Also from the step on in which a gate closes first."""
+    model, _ = make_pruner()
+    cut = copy.deepcopy(model.double())
+    for name, gate in find_gates(model).items():
+        with torch.no_grad():
+            gate.bias.fill_(-3.0 if name in off and name.count(":") == 0 else 3.0)
+            if name in off and ":" in name:
+                gate.bias[:5] = -3.0
+    removals = [Operation("remove", name, 0, 0.0, "off", tuple(range(5)) if ":" in name else None) for name in off]
+    carry_out(removals, cut)
+    for gate in find_gates(cut).values():
+        torch.nn.init.constant_(gate.bias, 3.0)
+    images, _ = batch_of(0)
+
+    def gradients(network: nn.Module) -> dict[str, Tensor]:
+        inputs = images.double().requires_grad_()
+        (slope,) = torch.autograd.grad(network(inputs).square().sum(), inputs, create_graph=True)
+        slope.square().sum().backward()
+        return {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
+
+    whole, without = gradients(model), gradients(cut)
+    for name, grad in without.items():
+        expected = whole[name]
+        if expected.shape != grad.shape:
+            dim = next(dim for dim in range(grad.dim()) if grad.shape[dim] != expected.shape[dim])
+            expected = expected.narrow(dim, 5, grad.shape[dim])
+        torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-9)
 
 
 def words(batch: int, seed: int) -> Tensor:

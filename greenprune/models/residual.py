@@ -74,7 +74,8 @@ class _GatedSum(torch.autograd.Function):
 
     The derivative of torch.addcmul makes two more passes, to multiply by its factor of 1. Only every ``every``-th
     decision has a gradient: for the others it is not computed, and their part of the branch is not kept for it. What is
-    not kept is memory that the next layer writes to while it is still in the cache.
+    not kept is memory that the next layer writes to while it is still in the cache. The backward can be differentiated
+    in its turn, as a penalty on gradients asks for; decisions are constants in it.
     """
 
     @staticmethod
@@ -90,16 +91,15 @@ class _GatedSum(torch.autograd.Function):
         return torch.addcmul(shortcut, branch, _per_sample(decision, branch))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         (grad,) = grads
         kept, decision = ctx.saved_tensors
         towards_decision = None
         if ctx.needs_input_grad[2]:
-            products = grad[:: ctx.every] * kept
+            products = grad.detach()[:: ctx.every] * kept
             summed = sum_over(products, list(range(1, grad.dim())), decision.dtype)
-            towards_decision = _into_every(summed, ctx.every, len(grad))
-        return grad, grad if ctx.all_on else grad * _per_sample(decision, grad), towards_decision, None
+            towards_decision = _into_every(summed, ctx.every, len(grad)).detach()
+        return grad, grad if ctx.all_on else grad * _per_sample(decision.detach(), grad), towards_decision, None
 
 
 class _OpenReLU(torch.autograd.Function):
@@ -118,13 +118,12 @@ class _OpenReLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (grad,) = grads
-        shortcut, out = ctx.saved_tensors
+        shortcut, out = (saved.detach() for saved in ctx.saved_tensors)
         grad = torch.ops.aten.threshold_backward(grad, out, 0)
         branch = out[:: ctx.every] - shortcut[:: ctx.every]
-        summed = branch.mul_(grad[:: ctx.every]).sum(dim=tuple(range(1, grad.dim())))
+        summed = branch.mul_(grad.detach()[:: ctx.every]).sum(dim=tuple(range(1, grad.dim())))
         return grad, grad, _into_every(summed, ctx.every, len(grad)), None
 
 
@@ -174,13 +173,12 @@ class _GatedChannels(torch.autograd.Function):
         return activations * _per_channel(decision, activations, dim)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grads
-        activations, decision = ctx.saved_tensors
+        activations, decision = (saved.detach() for saved in ctx.saved_tensors)
         channel_dim = ctx.dim % grad.dim()
         positions = [dim for dim in range(1, grad.dim()) if dim != channel_dim]
-        products = grad[:: ctx.every] * activations[:: ctx.every]
+        products = grad.detach()[:: ctx.every] * activations[:: ctx.every]
         # Without positions there is nothing to sum over; for torch that would mean to sum over everything.
         by_channel = sum_over(products, positions, decision.dtype) if positions else products.to(decision.dtype)
         by_unit = _into_every(by_channel.unflatten(1, (decision.shape[1], -1)).sum(2), ctx.every, len(grad))

@@ -26,8 +26,13 @@ def refuse_wrapped(model: nn.Module) -> None:
     """Check that a network is not wrapped: a wrapper holds buckets, hooks or graphs of what would be removed.
 
     Raises:
-        TypeError: The network is wrapped for data parallelism or compiled.
+        TypeError: The network is wrapped for data parallelism or compiled, or its parameters are sharded.
     """
+    sharded = next(
+        (name for name, parameter in model.named_parameters() if type(parameter.data).__name__ == "DTensor"), None
+    )
+    if sharded is not None:
+        raise TypeError(f"surgery needs whole parameters, and {sharded!r} is sharded (a DTensor)")
     if isinstance(model, DistributedDataParallel | DataParallel) or type(model).__name__ in _WRAPPERS:
         raise TypeError(f"surgery needs the unwrapped network, not {type(model).__name__}")
 

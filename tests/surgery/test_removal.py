@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_module
 from torch.nn import functional
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
@@ -237,6 +239,14 @@ def test_a_wrapped_network_is_refused(make_network: MakeNetwork, wrap: Callable[
     with pytest.raises(TypeError):
         refuse_wrapped(wrapped)
     assert len(find_gates(model)) == 9
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_sharded_network_is_refused(make_network: MakeNetwork) -> None:
+    model = make_network()
+    distribute_module(model, init_device_mesh("cpu", (1,)))
+    with pytest.raises(TypeError, match=r"whole parameters, and 'stem\.0\.weight' is sharded"):
+        remove_block(model, "stages.0.1")
 
 
 # Freezing.
