@@ -89,6 +89,7 @@ class Pruner:
     ) -> None:
         refuse_wrapped(model)
         _check_settings(total_steps, gate, budget, removal, surgery)
+        _check_has_values(model, example)
         self.model = model
         self.total_steps = total_steps
         self.gate = gate or GateConfig()
@@ -416,6 +417,22 @@ def _check_settings(total_steps: object, gate: object, budget: object, removal: 
         raise ConfigError("gate.enabled: False is not valid for a Pruner; expected True, or a loop without one")
     if isinstance(total_steps, bool) or not isinstance(total_steps, Integral) or int(total_steps) < 1:
         raise ConfigError(f"total_steps: {total_steps!r} is not valid; expected a whole number of at least 1")
+
+
+def _check_has_values(model: nn.Module, example: Tensor) -> None:
+    """Refuse what has shapes alone: no block can be compared with its taken-apart form, and gates would not start open.
+
+    Raises:
+        ConfigError: The example or a parameter is on PyTorch's meta device.
+    """
+    if example.is_meta:
+        raise ConfigError("example: a tensor on the meta device is not valid; expected one with values")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ConfigError(
+                f"model: {name!r} is on the meta device; expected a network with its values (to_empty, and what "
+                "initialises or loads it, come before the Pruner)"
+            )
 
 
 def _count(model: nn.Module, example: Tensor) -> UnitTable:

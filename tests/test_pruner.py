@@ -1093,6 +1093,14 @@ def test_a_wrapped_network_is_refused() -> None:
         Pruner(DataParallel(CifarResNet(20, 10)), torch.randn(2, 3, 8, 8), total_steps=STEPS)
 
 
+@pytest.mark.parametrize(("of_model", "of_example"), [("meta", "cpu"), ("meta", "meta"), ("cpu", "meta")])
+def test_what_has_no_values_is_refused(of_model: str, of_example: str) -> None:
+    with torch.device(of_model):
+        model = CifarResNet(20, 10)
+    with pytest.raises(UserError, match=r"on the meta device.* expected (one|a network) with"):
+        Pruner(model, torch.randn(2, 3, 8, 8, device=of_example), total_steps=STEPS)
+
+
 def test_a_network_without_blocks_is_refused() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
     with pytest.raises(UserError, match=r"no residual block .*register_block"):

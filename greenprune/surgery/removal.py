@@ -221,7 +221,7 @@ def _take_over(parameter: nn.Parameter, old: nn.Parameter, dim: int, index: Tens
     That is the gradient that is being added up, hooks (with their handles), and marks such as ``no_weight_decay``.
     """
     if old.grad is not None:
-        parameter.grad = _select(old.grad, dim, index)
+        parameter.grad = _select(old.grad.detach(), dim, index)
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         if getattr(old, hooks, None) is not None:
             setattr(parameter, hooks, getattr(old, hooks))
