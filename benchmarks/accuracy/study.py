@@ -50,7 +50,9 @@ PEERS = {
 }
 
 
-_OPTIONAL = "peer_targets, variants, dense_variants, choices, chosen_in, ablations, shared, note and flags"
+_OPTIONAL = (
+    "peer_targets, variants, variant_targets, dense_variants, choices, chosen_in, ablations, shared, note and flags"
+)
 FINETUNE_LRS = (1.0, 0.3)
 """Shares of the config's learning rate that the peers' fine-tuning chooses from."""
 
@@ -69,8 +71,9 @@ class Study:
         seeds: Seeds of each cell.
         targets: Shares of the FLOPs to keep.
         peer_targets: Those for which the peers are trained too.
-        variants: Further fields of ours, by what they are called, for each of the targets.
-        dense_variants: Further fields of the dense twin, likewise.
+        variants: Further fields of ours, by what they are called.
+        variant_targets: Those of the targets that variants are trained for; none: all of them.
+        dense_variants: Further fields of the dense twin, by what they are called.
         choices: By peer, the strengths of its sparsity term to choose from, on held-out training samples.
         chosen_in: Another study whose choices are taken over; None: this one makes its own.
         ablations: Target at which the parts of the method are exchanged one by one; None: they are not.
@@ -85,6 +88,7 @@ class Study:
     targets: list[float] = field(default_factory=list)
     peer_targets: list[float] = field(default_factory=list)
     variants: dict[str, list[str]] = field(default_factory=dict)
+    variant_targets: list[float] = field(default_factory=list)
     dense_variants: dict[str, list[str]] = field(default_factory=dict)
     choices: dict[str, list[float]] = field(default_factory=dict)
     chosen_in: str | None = None
@@ -217,7 +221,8 @@ def cells_of(study: Study) -> list[Cell]:
                 random=True,
             ),
         ]
-        cells += [_variant(name, target, flags) for name, flags in study.variants.items()]
+        if target in (study.variant_targets or study.targets):
+            cells += [_variant(name, target, flags) for name, flags in study.variants.items()]
     for target in study.peer_targets:
         cells += [Cell(f"{peer}-{target:g}", label, target, peer=peer) for peer, label in PEERS.items()]
     if study.peer_targets:

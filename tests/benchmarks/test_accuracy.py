@@ -35,13 +35,13 @@ def test_a_cell_is_asked_for_by_its_name_or_with_others_by_how_theirs_begin() ->
     cells = study.cells_of(study.Study.read(ROOT / "benchmarks" / "accuracy" / "fashion_mnist.yaml"))
     assert study.select(cells, None) == cells
     assert [cell.name for cell in study.select(cells, ["dense"])] == ["dense"]  # and not dense-b
-    assert [cell.name for cell in study.select(cells, ["scratch", "slimming-0.5"])] == [
+    assert [cell.name for cell in study.select(cells, ["scratch-block", "slimming-0.5"])] == [
+        "scratch-block-0.7",
         "scratch-block-0.5",
-        "scratch-channel-0.5",
-        "scratch-both-0.5",
+        "scratch-block-0.3",
         "slimming-0.5",
     ]
-    with pytest.raises(SystemExit, match=r"--cells chanel: no such cell; expected one of block-0\.5"):
+    with pytest.raises(SystemExit, match=r"--cells chanel: no such cell; expected one of block-0\.3"):
         study.select(cells, ["chanel"])
 
 
@@ -128,6 +128,15 @@ def test_a_variant_that_is_trained_longer_is_set_against_the_dense_twin_of_the_s
     assert shown["| ours, channel, 0.5"] == "0.750"
     assert shown["| ours, channel, 10 epochs, 0.5"] == "1.050"
     assert shown["| dense, 10 epochs"] == "1.500"
+
+
+def test_variants_are_trained_for_their_own_targets() -> None:
+    config, variants = ROOT / "configs" / "digits.yaml", {"static": ["--gate.kind", "static"]}
+    everywhere = study.Study("it", config, [0], targets=[0.7, 0.5], variants=variants)
+    at_one = study.Study("it", config, [0], targets=[0.7, 0.5], variants=variants, variant_targets=[0.5])
+    for named, expected in ((everywhere, {"static-0.7", "static-0.5"}), (at_one, {"static-0.5"})):
+        assert {cell.name for cell in study.cells_of(named) if cell.varied} == expected
+        assert {"channel-0.7", "channel-0.5"} <= {cell.name for cell in study.cells_of(named)}
 
 
 def test_settings_of_peers_are_chosen_on_held_out_training_samples(
