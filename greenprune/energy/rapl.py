@@ -6,7 +6,6 @@ Reference: https://www.kernel.org/doc/html/latest/power/powercap/powercap.html
 from __future__ import annotations
 
 import os
-import re
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ _PERIOD_S = 0.001
 _MOST_W = 5000.0
 
 # "intel-rapl:0" is a package, "intel-rapl:0:1" a domain of it; "intel-rapl-mmio:0" shows the first again.
-_ZONE = re.compile(r"intel-rapl:\d+(:\d+)?")
+_ZONES = "intel-rapl:*"
 
 
 def open_rapl(root: Path = POWERCAP) -> list[Source]:
@@ -36,7 +35,7 @@ def open_rapl(root: Path = POWERCAP) -> list[Source]:
     Raises:
         MeterUnavailable: There is no such tree, or it may not be read.
     """
-    zones = {path.name: path for path in sorted(root.glob("intel-rapl:*")) if _ZONE.fullmatch(path.name)}
+    zones = {path.name: path for path in sorted(root.glob(_ZONES))}
     if not zones:
         raise MeterUnavailable(
             f"{root} shows no RAPL counters",

@@ -124,6 +124,15 @@ def test_a_machine_without_rapl_is_unavailable_with_advice(powercap: Any) -> Non
         open_rapl(powercap.root)
 
 
+def test_a_tree_of_which_one_counter_is_of_no_use_leaves_no_file_open(powercap: Any) -> None:
+    powercap.zone("intel-rapl:0", "package-0", 0)
+    powercap.zone("intel-rapl:1", "package-1", 0).write_text("masked\n")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(MeterUnavailable, match="no number"):
+        open_rapl(powercap.root)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_closing_releases_the_files(powercap: Any) -> None:
     powercap.zone("intel-rapl:0", "package-0", 0)
     powercap.zone("intel-rapl:0:0", "dram", 0)
