@@ -123,6 +123,30 @@ def test_the_quality_of_a_sum_is_that_of_its_worst_part() -> None:
         assert meter.total().quality == "estimate"
 
 
+def test_the_quality_of_a_sum_is_not_that_of_a_part_that_could_not_be_read() -> None:
+    power = Dial(5)
+    estimate = PowerSource("cpu", "guess", "estimate", power.read, mean=True, min_span_s=0)
+    with Meter([counter(Dial()), estimate], interval_s=60) as meter:
+        power.value = None
+        with meter.window("train") as window:
+            pass
+    assert window.measurement.quality == "counter"
+
+
+def test_the_bound_of_a_sum_is_known_where_that_of_every_part_is() -> None:
+    dial = Dial()
+    exact, coarse = counter(Dial(), "a", period_s=0.1, limit_w=300), counter(dial, "b", period_s=1, limit_w=50)
+    estimate = PowerSource("cpu", "guess", "estimate", lambda: 5, mean=True, min_span_s=0)
+    with Meter([exact, coarse, UnreadableSource("c", BROKEN)]) as meter:
+        assert meter.total().bound_j == 30 + 50
+        dial.value = None
+        with meter.window("train") as window:
+            pass
+        assert window.measurement.bound_j == 30
+    with Meter([exact, estimate]) as meter:
+        assert meter.total().bound_j is None
+
+
 def test_a_device_that_drops_out_for_a_while_loses_no_joules_of_its_counter() -> None:
     dial, steady = Dial(100), Dial(0)
     with Meter([counter(dial, "gpu"), counter(steady, "cpu")]) as meter:
@@ -139,6 +163,47 @@ def test_a_device_that_drops_out_for_a_while_loses_no_joules_of_its_counter() ->
     assert during.measurement.readings[0].reason == "it is broken"
     assert after.measurement.readings[0].joules == 5
     assert meter.total().energy_j == 55 + 3
+
+
+def test_what_was_read_before_a_device_dropped_out_is_a_lower_bound() -> None:
+    dial = Dial()
+    with Meter([counter(dial)]) as meter, meter.window("train") as window:
+        dial.value = 10
+        meter.total()
+        dial.value = None
+    (reading,) = window.measurement.readings
+    assert (reading.joules, reading.complete, reading.reason) == (10, False, "it is broken")
+
+
+def test_a_device_that_can_be_read_only_after_the_meter_was_opened_gives_a_lower_bound() -> None:
+    dial = Dial(100)
+    source = counter(dial)
+    dial.value = None
+    with Meter([source]) as meter:
+        assert meter.total().energy_j is None
+        dial.value = 107
+        total = meter.total()
+    assert (total.energy_j, total.complete) == (7, False)
+
+
+def test_phases_are_incomplete_for_what_was_lost_in_them_and_stay_so() -> None:
+    dial = Dial(100)
+    with Meter([counter(dial)]) as meter:
+        with meter.window("restarted"):
+            dial.value = 8
+        with meter.window("broken"):
+            dial.value = None
+        dial.value = 9
+        for phase in ("restarted", "broken", "steady"):
+            with meter.window(phase):
+                dial.value += 1
+        phases = meter.by_phase()
+    assert {name: phase.complete for name, phase in phases.items()} == {
+        "idle": True,
+        "restarted": False,
+        "broken": False,
+        "steady": True,
+    }
 
 
 def test_a_counter_that_restarts_never_gives_negative_joules() -> None:
@@ -191,6 +256,50 @@ def test_power_that_cannot_be_sampled_leaves_a_gap_on_record() -> None:
     clock.value = 6
     assert source.read_j() == 100
     assert (source.gaps, source.last_gap) == (1, "it is broken")
+
+
+def test_power_is_sampled_anew_after_a_failure_however_soon() -> None:
+    clock, power = Dial(0), Dial(100)
+    source = PowerSource("gpu", "", "integrated power", power.read, mean=False, min_span_s=10, clock=clock.read)
+    clock.value, power.value = 1, None
+    source.poll()
+    clock.value, power.value = 2, 50
+    assert source.read_j() == 0
+    clock.value = 3
+    assert source.read_j() == 50
+
+
+def test_without_a_limit_a_span_is_off_by_a_period_of_the_highest_power_seen() -> None:
+    clock, power = Dial(0), Dial(100)
+    options = {"period_s": 0.5, "mean": False, "min_span_s": 0, "clock": clock.read}
+    source = PowerSource("gpu", "", "integrated power", power.read, **options)
+    bounds_j = [source.bound_j]
+    for clock.value, power.value in ((1, 300), (2, 50)):
+        source.read_j()
+        bounds_j.append(source.bound_j)
+    assert bounds_j == [50, 150, 150]
+
+
+def test_a_step_of_a_counter_is_no_peak_of_its_power() -> None:
+    clock, dial = Dial(0), Dial(0)
+    source = counter(dial, period_s=0.125, clock=clock.read)
+    bounds_j = [source.bound_j]
+    for clock.value, dial.value in ((0.125, 100), (0.25, 100), (1.25, 200), (1.375, 500), (1.5, 500)):
+        source.read_j()
+        bounds_j.append(source.bound_j)
+    assert bounds_j == [None, None, 0.125 * 400, 0.125 * 400, 0.125 * 400, 0.125 * 1200]
+
+
+def test_a_counter_may_be_read_twice_within_a_tick_of_the_clock() -> None:
+    clock, dial = Dial(0), Dial(0)
+    source = counter(dial, clock=clock.read)
+    dial.value = 3
+    assert (source.read_j(), source.read_j()) == (3, 3)
+
+
+def test_no_thread_is_started_where_nothing_needs_to_be_sampled() -> None:
+    with Meter([counter(Dial()), UnreadableSource("gpu", BROKEN)]):
+        assert "greenprune-meter" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_one_thread_samples_at_the_interval_and_ends_at_closing() -> None:
