@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import operator
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -454,6 +455,18 @@ def test_an_optimizer_whose_state_cannot_follow_is_refused_as_it_was(kept: Any, 
     assert len(optimizer.param_groups[0]["params"]) == 4
 
 
+@pytest.mark.parametrize("kept", [None, 3, 0.5, "warm", torch.tensor(7.0), torch.tensor([7.0])], ids=repr)
+def test_what_an_optimizer_keeps_once_for_a_whole_parameter_stays_as_it_is(small: nn.Module, kept: Any) -> None:
+    optimizer = Factored(small.parameters(), lr=0.1)
+    optimizer.kept = lambda _: kept
+    optimizer.step()
+    surgeon = Surgeon(small)
+    surgeon.remove_channels("0:hidden", {0, 3})
+    update_optimizer(optimizer, surgeon)
+    assert {parameter for group in optimizer.param_groups for parameter in group["params"]} == set(small.parameters())
+    assert all(optimizer.state[parameter]["factor"] is kept for parameter in small.parameters())
+
+
 def with_channels(**values: Any) -> dict[str, Any]:
     good = {"action": "remove", "unit": "0:hidden", "step": 1, "epoch": 0.5, "reason": "off", "channels": [0, 3]}
     return {"format": 2, "operations": [{**good, **values}]}
@@ -664,6 +677,16 @@ def test_an_activation_that_a_branch_uses_twice_is_gated_at_both_places(
     in_double_precision(dense)
     for pattern in patterns(dense).values():
         assert max(measure(dense, images, pattern).values()) <= 1e-9
+
+
+def test_a_module_of_a_user_may_be_called_as_that_inside_a_gates_slot() -> None:
+    layers = OrderedDict(first=nn.Conv2d(3, 6, 1), inner=nn.ReLU(), last=nn.Conv2d(6, 3, 1))
+    model = nn.Sequential(ResidualBlock(nn.Sequential(layers), nn.Identity(), nn.Identity(), input_activated=True))
+    surgeon = Surgeon(model)
+    surgeon.freeze_channels("0:hidden")
+    surgeon.remove_channels("0:hidden", {0, 3})
+    assert [layers["first"].weight.shape[0], layers["last"].weight.shape[1]] == [4, 4]
+    assert isinstance(layers["inner"], nn.ReLU)
 
 
 @ONE_ACTIVATION
