@@ -344,6 +344,25 @@ def test_boundaries_are_every_window_and_the_deadline(make_network: Callable[...
     assert [step for step in range(1, 101) if policy.at_boundary(step)] == [20, 40, 50, 60, 80, 100]
 
 
+@pytest.mark.parametrize("total_steps", [1, 2, 3])
+def test_even_a_run_of_a_few_steps_comes_to_a_deadline(
+    make_network: Callable[..., nn.Module], total_steps: int
+) -> None:
+    policy = policy_of(make_network(), total_steps=total_steps, window=10)
+    assert any(policy.at_boundary(step) for step in range(1, total_steps + 1))
+
+
+def test_the_target_is_reached_in_three_fifths_of_the_way_from_the_warm_up_to_the_deadline(
+    make_network: Callable[..., nn.Module],
+) -> None:
+    """The warm-up ends after 10 steps, and the deadline is after 50: gates then have the rest to come to rest."""
+    target_at = policy_of(make_network(), 0.4).controller.target_at
+    assert target_at(10) == 1.0
+    assert target_at(22) == pytest.approx(0.7)
+    assert target_at(33) > 0.41
+    assert target_at(34) == pytest.approx(0.4)
+
+
 def test_after_the_deadline_no_gate_is_left(make_network: Callable[..., nn.Module]) -> None:
     model = make_network()
     policy = policy_of(model)

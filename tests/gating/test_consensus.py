@@ -134,6 +134,29 @@ def test_a_window_goes_on_from_its_state() -> None:
     assert (window["b"].on, window["b"].samples, window["b"].openness) == (3, 8, pytest.approx(0.4))
 
 
+def test_steps_that_are_taken_back_do_not_count() -> None:
+    consensus = Consensus(["a", "b"], CPU)
+    for skipped, rates in ((False, [1.0, 0.5]), (True, [0.0, 0.0]), (False, [1.0, 0.0])):
+        consensus.remember()
+        for _ in range(2):
+            consensus.observe(torch.tensor(rates), torch.tensor([0.75, 0.25]), 4)
+        consensus.count(8, 2)
+        consensus.take_back(torch.tensor(skipped), 2)
+    assert consensus.close_window() == {"a": UnitWindow(16, 16, 0.75, 1), "b": UnitWindow(4, 16, 0.25, 0)}
+
+
+def test_a_window_whose_steps_are_all_taken_back_tells_nothing_of_any_unit() -> None:
+    consensus = Consensus(["a"], CPU)
+    observe(consensus, torch.tensor([1.0]), torch.tensor([0.75]), 4)
+    consensus.close_window()
+    consensus.remember()
+    observe(consensus, torch.tensor([0.0]), torch.tensor([0.25]), 4)
+    consensus.take_back(torch.tensor(True))
+    assert consensus.close_window() == {}
+    observe(consensus, torch.tensor([1.0]), torch.tensor([0.75]), 4)
+    assert consensus.close_window() == {"a": UnitWindow(4, 4, 0.75, 2)}
+
+
 def test_the_state_of_other_units_is_refused() -> None:
     state = Consensus(["a", "b"], CPU).state_dict()
     with pytest.raises(AssertionError):

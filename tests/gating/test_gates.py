@@ -464,6 +464,17 @@ def test_decisions_are_taken_once_with_their_gradient() -> None:
         take_decisions([gate, static])
 
 
+def test_decisions_without_a_gradient_are_taken_only_where_none_is_kept() -> None:
+    gate, x = two_sided_gate()
+    with torch.no_grad():
+        gate(x)
+        rates, _ = take_decisions([gate])
+        gate(x)
+    assert rates.tolist() == [0.5]
+    with pytest.raises(RuntimeError, match="would learn nothing"):
+        take_decisions([gate])
+
+
 def gate_openness(gate: Gate, x: Tensor) -> object:
     """Mean openness by its definition."""
     pooled = x.mean((2, 3))
