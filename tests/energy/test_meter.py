@@ -206,6 +206,20 @@ def test_phases_are_incomplete_for_what_was_lost_in_them_and_stay_so() -> None:
     }
 
 
+def test_a_span_shorter_than_an_update_says_so_unless_worse_is_to_be_said() -> None:
+    dial = Dial(100)
+    with Meter([counter(dial, period_s=60)]) as meter:
+        with meter.window("short") as short:
+            dial.value = 101
+        with meter.window("restarted") as restarted:
+            dial.value = 5
+    (reading,), (worse,) = short.measurement.readings, restarted.measurement.readings
+    assert reading.too_short
+    assert "shorter than the 60 s between two updates" in str(reading.reason)
+    assert worse.too_short
+    assert "restarted" in str(worse.reason)
+
+
 def test_a_counter_that_restarts_never_gives_negative_joules() -> None:
     dial = Dial(1e6)
     with Meter([counter(dial)]) as meter, meter.window("train") as window:

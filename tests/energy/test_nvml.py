@@ -150,10 +150,13 @@ def test_indices_of_mixed_models_are_told_to_depend_on_cudas_order(with_nvml: Ru
     code = f"""
 from greenprune.energy import open_local_meter
 def notes(visible, **order):
-    with open_local_meter({{"CUDA_VISIBLE_DEVICES": visible, **order}}) as meter:
+    return notes_with({{"CUDA_VISIBLE_DEVICES": visible, **order}})
+def notes_with(environment):
+    with open_local_meter(environment) as meter:
         return [note for note in meter.notes if "CUDA_DEVICE_ORDER" in note]
 pci, fastest = {{"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}}, {{"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}}
 result = [notes("1"), notes("GPU-c,0", **fastest), notes("1", **pci), notes("{B}"), notes("1,0,2"), notes("")]
+result.append(notes_with({{}}))
 """
     told, with_uuid, *clear = with_nvml(f"uuid={A} name=T4;uuid={B} name=H100;uuid={C} name=T4", code)
     assert told == [
@@ -161,8 +164,8 @@ result = [notes("1"), notes("GPU-c,0", **fastest), notes("1", **pci), notes("{B}
         "another; set CUDA_DEVICE_ORDER=PCI_BUS_ID, or name GPUs by UUID, to have those metered that are used"
     ]
     assert len(with_uuid) == 1
-    assert clear == [[], [], [], []]
-    assert with_nvml(f"uuid={A} name=T4;uuid={B} name=T4;uuid={C} name=T4", code) == [[]] * 6
+    assert clear == [[]] * 5
+    assert with_nvml(f"uuid={A} name=T4;uuid={B} name=T4;uuid={C} name=T4", code) == [[]] * 7
 
 
 def test_a_divided_gpu_is_unknown_rather_than_wrong(with_nvml: RunNvml) -> None:
@@ -205,6 +208,7 @@ result["users"] = ctypes.CDLL("libnvidia-ml.so.1").stub_users()
         ("refuses=4", "nvmlDeviceGetTotalEnergyConsumption: Insufficient Permissions"),
         ("refuses=999", "nvmlDeviceGetTotalEnergyConsumption: Unknown Error"),
         ("zero=1", "the energy counter stands at 0"),
+        ("counter=0", "the GPU has no energy counter"),
     ],
 )
 def test_a_counter_that_is_of_no_use_gives_way_to_power(with_nvml: RunNvml, trouble: str, reason: str) -> None:
@@ -511,6 +515,19 @@ with open_meter(gpu_uuids=["{A}"], host=False) as meter:
     seconds, joules, _, _, complete, reason, _ = with_nvml(f"uuid={A} watts=900 limit=100 most=1000", code)
     assert joules == pytest.approx(900 * seconds, rel=0.02)
     assert (complete, reason) == (True, None)
+
+
+@pytest.mark.parametrize("limits", ["limit=300", "limit=100 most=300"])
+def test_joules_beyond_twice_the_highest_limit_are_not_believed(with_nvml: RunNvml, limits: str) -> None:
+    code = f"""{METER}{DETAILS}
+with open_meter(gpu_uuids=["{A}"], host=False) as meter:
+    with meter.window("train") as window:
+        time.sleep(0.3)
+    result = details(window.measurement)[0]
+"""
+    joules, _, _, complete, reason, _ = with_nvml(f"uuid={A} watts=4000 {limits}", code)
+    assert (joules, complete) == (0, False)
+    assert "more than the device can take" in reason
 
 
 @pytest.mark.parametrize("trouble", ["reload=0.45", "lost=0.45", "lost=0.45 code=4", "lost=0.45 code=999"])
