@@ -18,14 +18,17 @@ from greenprune.gating import (
     GatePolicy,
     UnitCosts,
     Verdict,
+    attach_gates,
     default_window,
     find_gates,
     gate_parameters,
+    gated_units,
     global_rates,
     polarization,
     take_decisions,
 )
 from greenprune.gating.gates import BOUND
+from greenprune.models import ResidualBlock
 from greenprune.surgery import Surgeon
 
 CPU = torch.device("cpu")
@@ -361,6 +364,72 @@ def test_the_target_is_reached_in_three_fifths_of_the_way_from_the_warm_up_to_th
     assert target_at(22) == pytest.approx(0.7)
     assert target_at(33) > 0.41
     assert target_at(34) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(("steps_done", "settled"), [(18, False), (20, True)])
+def test_units_are_settled_on_the_way_only_where_removals_trail_the_ramp_by_two_windows(
+    make_network: Callable[..., nn.Module], steps_done: int, settled: bool
+) -> None:
+    """The target leaves 1 after 10 steps, and windows have 4: until step 18 gates decide for themselves."""
+    model = make_network()
+    policy = policy_of(model, window=4)
+    for gate in find_gates(model).values():
+        gate.decision, gate.logit = torch.tensor([[0.0], [1.0]], requires_grad=True), torch.zeros(2, 1)
+    policy.penalty(steps_done - 1, 2, same)
+    _, verdicts = policy.close_window(steps_done)
+    assert ({verdict.reason for verdict in verdicts} == {"settled"}) == settled
+    assert bool(verdicts) == settled
+
+
+def test_a_window_tells_rates_and_openness_apart(make_network: Callable[..., nn.Module]) -> None:
+    model = make_network()
+    policy = policy_of(model)
+    for gate in find_gates(model).values():
+        gate.decision, gate.logit = torch.tensor([[0.0], [1.0]], requires_grad=True), torch.full((2, 1), 3.0)
+    policy.penalty(0, 2, same)
+    window, _ = policy.close_window(1)
+    assert {(unit.on, unit.samples) for unit in window.values()} == {(1, 2)}
+    assert [unit.openness for unit in window.values()] == pytest.approx([0.9526] * 9, abs=1e-4)
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+def test_what_is_settled_at_once_goes_by_what_gates_did_and_else_by_how_open_they_are(
+    make_network: Callable[..., nn.Module], stepped: bool
+) -> None:
+    model = make_network()
+    policy = policy_of(model)  # of nine units of a tenth each, four may stay
+    gates = find_gates(model)
+    least = list(gates)[::2]
+    for name, gate in gates.items():
+        if stepped:
+            gate.decision = torch.full((2, 1), float(name not in least), requires_grad=True)
+            gate.logit = torch.zeros(2, 1)
+        elif name in least:
+            nn.init.constant_(gate.bias, -1.0)
+    if stepped:
+        policy.penalty(20, 2, same)
+    assert [verdict.unit for verdict in policy.settle_now() if verdict.action == "remove"] == least
+
+
+def test_polarization_weighs_a_gate_of_many_units_as_that_of_a_block() -> None:
+    branch = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1))
+    model = nn.Sequential(ResidualBlock(branch, nn.Identity(), nn.ReLU(), input_activated=False))
+    config = Config(gate=GateConfig(units=["block", "channel"], warmup=0))
+    attach_gates(model, config.gate)
+    units = gated_units(model)
+    costs = UnitCosts.of(dict.fromkeys(units, 1), len(units) + 1)
+    policy = GatePolicy(config, model, costs, set(units), rounding={}, total_steps=100, window=10)
+    gates = find_gates(model)
+    penalties = []
+    for scattered in gates:
+        for name, gate in gates.items():
+            decision = torch.ones(2, gate.units)
+            decision[0] = name != scattered
+            gate.decision, gate.logit = decision.requires_grad_(), torch.zeros(2, gate.units)
+        penalties.append(policy.penalty(0, 2, same).item())
+    assert len(penalties) == 2
+    assert penalties[0] == pytest.approx(penalties[1])
+    assert penalties[0] > 0
 
 
 def test_after_the_deadline_no_gate_is_left(make_network: Callable[..., nn.Module]) -> None:
