@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from greenprune.config import GateConfig
 from greenprune.gating import (
     BlockGate,
+    ChannelGate,
     Gate,
     attach_gates,
     find_gates,
@@ -160,6 +161,14 @@ def test_the_gradient_passes_the_threshold_unchanged() -> None:
 def test_the_gradient_of_a_sample_is_bounded_by_its_share_of_the_batch(batch: int) -> None:
     upstream = [1e6 * (-1) ** index for index in range(batch)]
     assert gradient([0.5] * batch, upstream) == pytest.approx([(-1) ** index / batch for index in range(batch)])
+
+
+@pytest.mark.parametrize("units", [1, 9, 64])
+def test_the_gradient_of_a_channel_grows_with_the_root_of_their_number(units: int) -> None:
+    gate = ChannelGate(units, 0.9, 1, conditional=False)
+    gate(torch.rand(2, units, 3, 3))
+    (0.01 * gate.decision).sum().backward()
+    assert gate.bias.grad.tolist() == pytest.approx([2 * 0.01 * math.sqrt(units)] * units)
 
 
 def test_one_sample_cannot_drown_the_others() -> None:
