@@ -175,7 +175,7 @@ def _gpus() -> list[Finding]:
         return [
             Finding("devices", "gpu", "note", f"none that torch can use: runs go to the CPU ({build}{because})", advice)
         ]
-    bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16 (use precision fp16 or no)"
+    bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16 (use precision fp16 or no)"
     findings = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

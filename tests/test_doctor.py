@@ -62,19 +62,22 @@ def test_without_a_gpu_the_cpu_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "runs go to the CPU" in gpu.detail
 
 
-def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    """Arithmetic that torch emulates does not count: runs in bf16 are refused there."""
+
     class Properties:
         name = "NVIDIA H100"
         uuid = "11-22"
         total_memory = 80 * 2**30
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
     gpu = by_name(diagnose({}))["gpu 0"]
     assert gpu.detail.startswith("NVIDIA H100, GPU-11-22, 80 GiB, CUDA ")
-    assert gpu.detail.endswith(", bf16")
+    assert gpu.detail.endswith(", bf16" if native else ", no bf16 (use precision fp16 or no)")
 
 
 def test_without_a_data_folder_only_the_embedded_set_is_there() -> None:
