@@ -141,12 +141,17 @@ def _start(folder: SweepFolder, run: PlannedRun, processes: int) -> _Started:
     folder.exit_of(run).unlink(missing_ok=True)
     events = folder.run_folder(run).events
     events_bytes = _size(events)
+    environment = dict(os.environ)
+    if not folder.log_of(run).exists():
+        # Of the job that this is in, which was queued again; this run has not begun, and there is nothing to wait for.
+        environment.pop("SLURM_RESTART_COUNT", None)
     with folder.log_of(run).open("ab") as log:
         process = subprocess.Popen(
             command_of(str(folder.config_of(run)), processes),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            env=environment,
             start_new_session=True,  # Ctrl-C reaches them through this process alone, once
         )
     return _Started(run, process, time.monotonic(), processes > 1, events, events_bytes)

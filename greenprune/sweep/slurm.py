@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import getpass
+import os
+import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -109,7 +110,12 @@ def submit(command: Sequence[str]) -> str:
     Raises:
         UserError: Slurm refuses it; the message is Slurm's.
     """
-    return _ask(command).strip().partition(";")[0]
+    said = _ask(command)
+    # On a line of its own, with the cluster's name if there are several; some sites' sbatch greets before.
+    ids = re.findall(r"^(\d+)(?:;.*)?$", said.strip(), re.MULTILINE)
+    if not ids:
+        raise UserError(f"{command[0]} says {' '.join(said.split())!r}; expected the number of a job")
+    return str(ids[-1])
 
 
 def release(job: str) -> None:
@@ -141,10 +147,27 @@ def queued_tasks(arrays: Sequence[str]) -> dict[int, QueuedTask]:
     """
     if not arrays:
         return {}
-    listed = _ask(["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F|%K|%T|%R"])
+    listed = _ask(["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T|%R"])
     rows = [line.strip().split("|", maxsplit=3) for line in listed.splitlines()]
     mine = [row for row in rows if row[0] in arrays and row[1].isdecimal()]
     return {int(number): QueuedTask(array, int(number), state, where) for array, number, state, where in mine}
+
+
+# What of Slurm's variables is the user's and not of a job.
+_OF_USERS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_DEBUG_FLAGS")
+
+
+def _environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """The environment for Slurm's commands: without a user's defaults of squeue, which may hide tasks or list old ones.
+
+    In a job it is also without what Slurm tells of that job. A job that is submitted there would inherit what it has no
+    own value of: be taken for a task of the other's array, or have memory by two measures, at which srun fails.
+    """
+    left = {name: value for name, value in variables.items() if not name.startswith("SQUEUE_")}
+    if "SLURM_JOB_ID" in left:
+        own = ("SLURM_", "SLURMD_", "SRUN_")
+        left = {name: value for name, value in left.items() if name in _OF_USERS or not name.startswith(own)}
+    return left
 
 
 def _ask(command: Sequence[str]) -> str:
@@ -155,6 +178,7 @@ def _ask(command: Sequence[str]) -> str:
             text=True,
             timeout=_TIMEOUT_S,
             check=True,
+            env=_environment(os.environ),
             start_new_session=True,  # a terminal's Ctrl-C would end it between what it does and what it says
         )
     except FileNotFoundError:
