@@ -43,9 +43,9 @@ def render_job(kind: JobKind, site: Site, shape: Shape = Shape()) -> str:
     elif kind == "array":
         has_launcher = shape != Shape()
         task, record = (_TASK + _BEFORE, _RECORD_OF_LAUNCHER) if has_launcher else (_TASK, _RECORD)
-        parts = [_head(kind, site, shape), _environment(site), task, _STOP, _start(shape), _wait(site, record)]
+        parts = [_head(kind, site, shape), _environment(site), task, _STOP, _start(shape), _wait(site, kind, record)]
     else:
-        parts = [_head(kind, site, shape), _environment(site), _STOP, _start(shape), _wait(site, "")]
+        parts = [_head(kind, site, shape), _environment(site), _NO_ARRAY, _STOP, _start(shape), _wait(site, kind)]
     return "\n".join(part for part in parts if part)
 
 
@@ -76,10 +76,16 @@ def _times(memory: str, processes: int) -> str:
     return f"{int(number) * processes}{unit}"
 
 
+# set -e would end the shell at a signal, which makes wait fail: nothing recorded, and the job not queued again.
+_ASIDE = 'arguments=("$@") && set -- # a script that is sourced would have them for its own'
+_BACK = 'set +eu +o pipefail -- "${arguments[@]}"'
+
+
 def _environment(site: Site) -> str:
     lines = [f"module load {shlex.quote(module)}" for module in site.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
-    lines += site.setup
+    if site.setup:
+        lines += [_ASIDE, *site.setup, _BACK]
     return "\n".join([*lines, ""]) if lines else ""
 
 
@@ -177,19 +183,37 @@ wait "$program"
 code=$?
 {record}\
 # A job that Slurm is ending (COMPLETING: cancelled, or preempted and queued again by Slurm itself) is left alone.
-# One task of an array has the array's own number for its own, by which Slurm would mean all of them.
-job=$SLURM_JOB_ID
-[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-if [ "$code" != 0 ] && [ -n "$stopped" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt {requeues} ] &&
-  [ "$(squeue --noheader --jobs="$job" --format=%T)" != COMPLETING ]; then
-  scontrol requeue "$job"
+# A controller that does not answer is asked again: a run that is not queued now stays where it stopped.
+{job}if [ "$code" != 0 ] && [ -n "$stopped" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt {requeues} ]; then
+  unset "${!SQUEUE_@}" # a user's defaults, which may hide this job
+  for _ in {1..30}; do
+    state=$(squeue --noheader --jobs="$job" --format=%T) &&
+      { [ "$state" = COMPLETING ] || scontrol requeue "$job"; } && break
+    sleep 1
+  done
 fi
 exit "$code"
 """
 
 
-def _wait(site: Site, record: str) -> str:
-    return _WAIT.replace("{record}", record).replace("{requeues}", str(site.requeues))
+_TASK_ID = """\
+# One task of an array has the array's own number for its own, by which Slurm would mean all of them.
+job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+"""
+
+_JOB_ID = """\
+job=$SLURM_JOB_ID
+"""
+
+_NO_ARRAY = """\
+# Of an array's task that has submitted this job, for whose it would be taken: a job has the environment of that shell.
+unset "${!SLURM_ARRAY_@}"
+"""
+
+
+def _wait(site: Site, kind: JobKind, record: str = "") -> str:
+    text = _WAIT.replace("{record}", record).replace("{requeues}", str(site.requeues))
+    return text.replace("{job}", _TASK_ID if kind == "array" else _JOB_ID)
 
 
 _COLLECT = """\

@@ -53,16 +53,13 @@ class Site:
             value = getattr(self, key)
             if value is not None and _WORD.fullmatch(value) is None:
                 raise ConfigError(f"{key}: {value!r} is not valid; expected one word without quotes")
-        if re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", self.time) is None:
-            raise ConfigError(f"time: {self.time!r} is not valid; expected minutes, HH:MM:SS or D-HH:MM:SS")
+        self._check_times()
         if self.gres is not None and "{" in self.gres.replace("{processes}", ""):
             raise ConfigError(f"gres: {self.gres!r} is not valid; expected a name like gpu:{{processes}}")
         if self.mem_per_process is not None and re.fullmatch(r"\d+[KMGT]?", self.mem_per_process) is None:
             raise ConfigError(f"mem_per_process: {self.mem_per_process!r} is not valid; expected a number like 16G")
         if self.cpus_per_process is not None and self.cpus_per_process < 1:
             raise ConfigError(f"cpus_per_process: {self.cpus_per_process!r} is not valid; expected at least 1, or null")
-        if not 1 <= self.warning_s <= 65535:  # as far as Slurm counts
-            raise ConfigError(f"warning_s: {self.warning_s!r} is not valid; expected seconds from 1 to 65535")
         if self.requeues < 0:
             raise ConfigError(f"requeues: {self.requeues!r} is not valid; expected a whole number of at least 0")
         for name in self.environment:
@@ -75,6 +72,25 @@ class Site:
         _check_no_secret("setup", re.findall(r"(\w+)=", "\n".join(self.setup)))
         _check_holds_no_secret({f"environment: {name}": value for name, value in self.environment.items()})
         _check_holds_no_secret({f"setup: line {number}": line for number, line in enumerate(self.setup, start=1)})
+
+    def _check_times(self) -> None:
+        if re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", self.time) is None:
+            raise ConfigError(f"time: {self.time!r} is not valid; expected minutes, HH:MM:SS or D-HH:MM:SS")
+        if not 1 <= self.warning_s <= 65535:  # as far as Slurm counts
+            raise ConfigError(f"warning_s: {self.warning_s!r} is not valid; expected seconds from 1 to 65535")
+        if 0 < _seconds(self.time) <= self.warning_s:  # each attempt would be told to stop as it starts
+            raise ConfigError(
+                f"warning_s: {self.warning_s!r} is not valid; expected fewer seconds than an attempt has "
+                f"(time {self.time})"
+            )
+
+
+def _seconds(time: str) -> int:
+    """A time as Slurm writes it, in seconds; 0 is without a limit."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
 
 
 def _check_no_secret(key: str, names: Iterable[str]) -> None:

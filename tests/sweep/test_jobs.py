@@ -296,3 +296,75 @@ def test_one_that_finishes_although_told_to_stop_is_done(shell: Shell, sweep: Pa
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=20) == 0
     assert not any(call[0] == "scontrol" for call in shell.calls())
+
+
+def test_what_a_line_of_setup_sources_or_sets_does_not_reach_the_job(shell: Shell, sweep: Path, tmp_path: Path) -> None:
+    """A script that is sourced has the job's arguments for its own; -e would end the shell as a signal ends wait."""
+    (tmp_path / "activate").write_text('printf "%s" "$#" >"$WHERE/given"\nset -- its own\n')
+    shell.program("greenprune", STOPS)
+    site = Site(environment={"WHERE": str(tmp_path)}, setup=["set -euo pipefail", 'source "$WHERE/activate"'])
+    job = shell.start(render_job("array", site), str(sweep))
+    wait_for(sweep / "configs" / "0007.yaml.started")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=20) == 143
+    assert (tmp_path / "given").read_text() == "0"
+    assert (sweep / "exits" / "0007").read_text() == "143\n"
+    assert ["scontrol", "requeue", "42_7"] in shell.calls()
+
+
+@pytest.mark.parametrize("busy", ["squeue", "scontrol"])
+def test_a_controller_that_does_not_answer_at_once_is_asked_again(
+    shell: Shell, sweep: Path, tmp_path: Path, busy: str
+) -> None:
+    shell.program("greenprune", STOPS)
+    first = f'[ -e "{tmp_path}/asked" ] || {{ touch "{tmp_path}/asked"; exit 1; }}'
+    shell.program(busy, f"{first}; echo RUNNING")
+    job = shell.start(render_job("array", Site()), str(sweep))
+    wait_for(sweep / "configs" / "0007.yaml.started")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=20) == 143
+    asked = [call[0] for call in shell.calls() if call[0] in ("squeue", "scontrol")]
+    expected = {"squeue": ["squeue", "squeue", "scontrol"], "scontrol": ["squeue", "scontrol"] * 2}
+    assert asked == expected[busy]
+
+
+def test_the_user_s_own_defaults_do_not_hide_the_job(shell: Shell, sweep: Path) -> None:
+    shell.program("greenprune", STOPS)
+    shell.program("squeue", 'echo "${SQUEUE_STATES:-COMPLETING}"')
+    job = shell.start(render_job("array", Site()), str(sweep), SQUEUE_STATES="RUNNING")
+    wait_for(sweep / "configs" / "0007.yaml.started")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=20) == 143
+    assert not any(call[0] == "scontrol" for call in shell.calls())
+
+
+def test_a_job_submitted_by_an_array_s_task_queues_itself_and_not_that_task(shell: Shell, tmp_path: Path) -> None:
+    """Slurm leaves the array's variables in the environment of what its task submits."""
+    shell.program("greenprune", f'[ -z "${{SLURM_ARRAY_JOB_ID:-}}" ] || exit 9\n{STOPS}')
+    config = tmp_path / "config.yaml"
+    job = shell.start(render_job("single_node", Site()), "--config", str(config))
+    wait_for(Path(f"{config}.started"))
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=20) == 143
+    assert ["scontrol", "requeue", "42"] in shell.calls()
+
+
+@pytest.mark.parametrize(
+    ("time_limit", "warning_s", "valid"),
+    [
+        ("1", 60, False),
+        ("1", 59, True),
+        ("2:30", 150, False),
+        ("0:02:31", 150, True),
+        ("1-0", 65535, True),
+        ("0-0:02", 120, False),
+        ("0", 120, True),  # without a limit
+    ],
+)
+def test_a_warning_comes_after_the_start(time_limit: str, warning_s: int, valid: bool) -> None:
+    """Told to stop as it starts, a job would queue itself again and again and never train."""
+    if valid:
+        Site(time=time_limit, warning_s=warning_s)
+        return
+    with pytest.raises(ConfigError, match=f"warning_s: {warning_s} is not valid; expected fewer .*time {time_limit}"):
+        Site(time=time_limit, warning_s=warning_s)
