@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from greenprune.config import UserError, dump_config
+from greenprune.config import ConfigError, UserError, dump_config, load_config
 from greenprune.sweep.plan import Sweep
 from greenprune.tracking import RunFolder, write_json
 from greenprune.whole_files import write_atomically
@@ -143,15 +143,29 @@ def check_same_sweep(folder: SweepFolder, runs: list[PlannedRun]) -> None:
         raise UserError(f"name: {str(folder.path)!r} holds something other than a sweep; expected another name")
     if not folder.plan.exists():
         return
-    theirs = [(run.name, run.identity) for run in folder.planned()]
-    mine = [(run.name, run.identity) for run in runs]
-    if theirs == mine:
+    theirs = folder.planned()
+    pairs = enumerate(zip(theirs, runs, strict=False))
+    first = next((i for i, (a, b) in pairs if not _is_same(folder, a, b)), min(len(theirs), len(runs)))
+    if first == len(theirs) == len(runs):
         return
-    first = next((i for i, (a, b) in enumerate(zip(theirs, mine, strict=False)) if a != b), min(len(theirs), len(mine)))
     raise UserError(
-        f"name: {str(folder.path)!r} holds another sweep of {len(theirs)} runs (this one has {len(mine)}; "
+        f"name: {str(folder.path)!r} holds another sweep of {len(theirs)} runs (this one has {len(runs)}; "
         f"{_difference(folder, runs, first)}); expected the same runs, or another name"
     )
+
+
+def _is_same(folder: SweepFolder, theirs: PlannedRun, mine: PlannedRun) -> bool:
+    """Whether a run of the folder is a run of the sweep.
+
+    A version of the program whose configs have other fields has digested others: then the run's config tells, as it
+    does of the run itself.
+    """
+    if theirs.name != mine.name or theirs.identity == mine.identity:
+        return theirs.name == mine.name
+    try:
+        return load_config(folder.config_of(theirs)).identity() == mine.identity
+    except ConfigError:
+        return False
 
 
 def _is_used(path: Path) -> bool:
