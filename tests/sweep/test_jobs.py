@@ -368,3 +368,11 @@ def test_a_warning_comes_after_the_start(time_limit: str, warning_s: int, valid:
         return
     with pytest.raises(ConfigError, match=f"warning_s: {warning_s} is not valid; expected fewer .*time {time_limit}"):
         Site(time=time_limit, warning_s=warning_s)
+
+
+@pytest.mark.parametrize("time_limit", ["4:00:00", "04:00:00", "90:00", "1-0"])
+def test_a_time_needs_no_quotes(tmp_path: Path, time_limit: str) -> None:
+    """YAML 1.1 takes some of them for numbers to the base of sixty."""
+    path = tmp_path / "site.yaml"
+    path.write_text(f"time: {time_limit}\n")
+    assert read_settings(path, Site, "site").time == time_limit
