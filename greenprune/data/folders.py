@@ -29,6 +29,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _MOST_TEXT_BYTES = 1 << 26
+_MOST_PIXELS = 1 << 26  # of an image to train on; three bytes each are taken before anything is decoded
 
 Files = list[tuple[Path, int]]
 """Image files with their labels."""
@@ -72,10 +73,13 @@ def scan_tiny_imagenet(root: Path) -> Tree:
         "expected tiny-imagenet-200/ with wnids.txt, train/<wnid>/images/*.JPEG, val/val_annotations.txt and "
         "val/images/*.JPEG; tiny_imagenet cannot be downloaded with data.download"
     )
-    label_of = {wnid: label for label, wnid in enumerate(_text(base / "wnids.txt", layout).split())}
-    strange = [wnid for wnid in label_of if re.fullmatch(r"\w+", wnid) is None]
-    if strange or not label_of:
-        told = f"{strange[0]!r} is no name of a class" if strange else "it names no class"
+    wnids = _text(base / "wnids.txt", layout).split()
+    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    strange = next((f"{wnid!r} is no name of a class" for wnid in wnids if re.fullmatch(r"\w+", wnid) is None), None)
+    if len(label_of) < len(wnids):
+        strange = strange or "it names a class twice"
+    if strange or not wnids:
+        told = strange or "it names no class"
         raise UserError(f"data.root: {str(base / 'wnids.txt')!r} is truncated or corrupt ({told}); {layout}")
     train = [
         (path, label) for wnid, label in label_of.items() for path in _images(base / "train" / wnid / "images", layout)
@@ -93,6 +97,10 @@ def scan_tiny_imagenet(root: Path) -> Tree:
         if file not in present:
             raise _missing(base / "val" / "images" / file, layout)
         evaluated.append((present[file], label_of[wnid]))
+    named = {path.name for path, _ in evaluated}
+    if len(named) < max(len(present), len(evaluated)):  # cut off between two lines, it would be a smaller test set
+        told = f"{len(evaluated)} lines name {len(named)} of {len(present)} images"
+        raise UserError(f"data.root: {str(annotations)!r} is truncated or corrupt ({told}); {layout}")
     return Tree(len(label_of), train, evaluated)
 
 
@@ -123,7 +131,8 @@ def _entries(folder: Path, layout: str) -> list[os.DirEntry[str]]:
     if not folder.is_dir():
         raise _missing(folder, layout)
     with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: entry.name)
+        # What is hidden a program has put there: .ipynb_checkpoints, or macOS's ._it.jpg, which is no image.
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
 def _folders(folder: Path, layout: str) -> list[str]:
@@ -151,10 +160,29 @@ def tiny_imagenet_transforms(size: int) -> tuple[Transform, Transform]:
     return train, v2.Compose([fit, v2.PILToTensor()])
 
 
+class _ShortSide:
+    """Resizes an image so that its short side has so many pixels.
+
+    Raises:
+        ValueError: The image is so long and narrow that its long side would then fill the memory.
+    """
+
+    def __init__(self, pixels: int) -> None:
+        self._pixels = pixels
+        self._resize = v2.Resize(pixels)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if self._pixels**2 * max(image.size) > _MOST_PIXELS * min(image.size):
+            shape = " x ".join(map(str, image.size))
+            raise ValueError(f"of {shape} pixels, resized to {self._pixels} on its short side it has too many")
+        resized: Image.Image = self._resize(image)
+        return resized
+
+
 def imagenet_transforms(size: int) -> tuple[Transform, Transform]:
     """The usual recipe: random resized crop and flip; in evaluation the centre when resized by 256 / 224."""
     train = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
-    return train, v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
+    return train, v2.Compose([_ShortSide(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
 
 
 class Layout(NamedTuple):
@@ -196,7 +224,6 @@ BROKEN_IMAGE = (
 
 # Those of IMG_EXTENSIONS. Pillow goes by content, not by name: it would hand PostScript to an interpreter.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
-_MOST_PIXELS = 1 << 26  # of an image to train on; three bytes each are taken before anything is decoded
 
 Loaded = tuple[Tensor, int] | str
 """Image uint8 [C, H, W] and its label, or what is wrong with the file.
@@ -216,13 +243,13 @@ class _Decoder(Dataset[Loaded]):
 
     def __getitem__(self, ticket: _Ticket) -> Loaded:
         path = os.fsdecode(self._paths[ticket.row])
+        label = int(self._labels[ticket.row])
         try:
             image = _decoded(path)
+            if ticket.seed is None:
+                return self._plain(image), label
         except BROKEN_IMAGE as error:
             return f"data.root: {path!r} is truncated, corrupt or missing ({error}); expected an image"
-        label = int(self._labels[ticket.row])
-        if ticket.seed is None:
-            return self._plain(image), label
         with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
             torch.default_generator.manual_seed(ticket.seed)
             return self._train(image), label
@@ -236,9 +263,11 @@ def _decoded(path: str) -> Image.Image:
             width, height = file.size
             if width * height > _MOST_PIXELS:
                 raise ValueError(f"it is said to have {width} x {height} pixels, more than {_MOST_PIXELS:,}")
-            if file.mode in ("I", "F"):
+            # Of deep PGM files Pillow makes numbers of 32 bits, of which 65535 is white.
+            is_deep = file.mode.startswith("I;16") or (file.mode, file.format) == ("I", "PPM")
+            if file.mode in ("I", "F") and not is_deep:
                 raise ValueError(f"its pixels are of mode {file.mode!r}, numbers that do not say which one is white")
-            return (_eight_bits(file) if file.mode.startswith("I;16") else file).convert("RGB")
+            return (_eight_bits(file) if is_deep else file).convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

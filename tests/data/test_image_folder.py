@@ -194,11 +194,40 @@ def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, form):
     torch.testing.assert_close(evaluated(tmp_path / "16", deep, form), expected, rtol=0, atol=0)
 
 
+def test_a_deep_pgm_is_scaled_as_well(tmp_path):
+    deep = np.arange(0, 65536, 16, dtype=">u2").reshape(64, 64)
+    expected = evaluated(tmp_path / "tiff", Image.fromarray(deep.astype(np.uint16)), "TIFF")
+    evaluated(tmp_path / "pgm", Image.new("L", (1, 1)), "PNG")
+    (tmp_path / "pgm" / "val" / "n00" / "it.png").write_bytes(b"P5\n64 64\n65535\n" + deep.tobytes())
+    config = DataConfig(name="image_folder", batch_size=1, image_size=32, workers=0)
+    ((images, _),) = open_data(config, str(tmp_path / "pgm"), 0).eval_batches()
+    torch.testing.assert_close(images, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000)])
+def test_an_image_that_fills_the_memory_once_resized_is_refused(tmp_path, size):
+    one_line = r"^data\.root: '.*it.png' is .* \(of \d+ x \d+ pixels, resized to 37 on .*\); expected an image\Z"
+    with pytest.raises(UserError, match=one_line):
+        evaluated(tmp_path, Image.new("L", size), "PNG")
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_numbers_without_a_white_are_refused(tmp_path, mode):
     one_line = rf"^data\.root: '.*it.png' is .* \(its pixels are of mode '{mode}', .*\); expected an image\Z"
     with pytest.raises(UserError, match=one_line):
         evaluated(tmp_path, Image.new(mode, (40, 40), 7), "TIFF")
+
+
+def test_what_is_hidden_is_neither_a_class_nor_an_image(folder_root, tmp_path):
+    shutil.copytree(folder_root, tmp_path / "copy")
+    for part in ("train", "val"):
+        (tmp_path / "copy" / part / ".ipynb_checkpoints").mkdir()
+        (tmp_path / "copy" / part / "n01" / "._n01_0.JPEG").write_bytes(b"\0\5\x16\7")
+    config = DataConfig(name="image_folder", batch_size=4, image_size=32, workers=0)
+    plain, with_hidden = (open_data(config, str(root), 0) for root in (folder_root, tmp_path / "copy"))
+    assert (with_hidden.classes, with_hidden.digest) == (plain.classes, plain.digest)
+    assert same(with_hidden.train_batches(0), plain.train_batches(0))
+    assert same(with_hidden.eval_batches(), plain.eval_batches())
 
 
 def change_image_folder(root, change):
@@ -237,9 +266,13 @@ def change_tiny_imagenet(base, change):
         shutil.rmtree(base / "train" / "n20")
     elif change == "no image":
         (base / "val" / "images" / "val_3.JPEG").unlink()
+    elif change == "class twice":
+        (base / "wnids.txt").write_text("n30\nn10\nn20\nn10\n")
     else:
         path = base / "val" / "val_annotations.txt"
-        path.write_text(path.read_text()[:30])
+        lines = path.read_text().splitlines(keepends=True)
+        kept = {"cut annotations": [path.read_text()[:30]], "fewer annotations": lines[:4], "no annotations": []}
+        path.write_text("".join(kept.get(change, [*lines[:-1], lines[0]])))
 
 
 @pytest.mark.parametrize(
@@ -248,6 +281,10 @@ def change_tiny_imagenet(base, change):
         ("no wnids", r"there is no '.*wnids\.txt'; expected .*cannot be downloaded with data\.download"),
         ("no class", r"there is no '.*train/n20/images'; expected"),
         ("no image", r"there is no '.*val/images/val_3\.JPEG'; expected"),
+        ("class twice", r"'.*wnids\.txt' is truncated or corrupt \(it names a class twice\); expected"),
+        ("fewer annotations", r"'.*val_annotations\.txt' is truncated or corrupt \(4 lines name 4 of 9 images\)"),
+        ("no annotations", r"'.*val_annotations\.txt' is truncated or corrupt \(0 lines name 0 of 9 images\)"),
+        ("image twice", r"'.*val_annotations\.txt' is truncated or corrupt \(9 lines name 8 of 9 images\)"),
         ("cut annotations", r"line 2 of '.*val_annotations\.txt' is truncated or corrupt; expected"),
     ],
 )
