@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -57,6 +58,10 @@ def _outcome(args: list[str], environment: Mapping[str, str], prog: str) -> tupl
     except (UserError, CheckpointCorrupt, RankMismatch, OSError) as error:
         code = 2 if isinstance(error, UserError) else 1
         return code, f"error: {error}", getattr(error, "known_to_all", False)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise  # the program's own mistake, whose traceback is needed
+        return 1, f"error: {' '.join(str(error).split()) or 'memory is full'}", False
     if result.is_main:
         try:
             if result.was_finished:
@@ -65,3 +70,13 @@ def _outcome(args: list[str], environment: Mapping[str, str], prog: str) -> tupl
         except (OSError, SystemExit):  # with which rich leaves a closed pipe
             leave_closed_pipe()  # nobody reads it; the run is done all the same
     return 0, "", True
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether memory was full: this process's, its GPU's, or that of a loader process, which the system then kills."""
+    from torch import OutOfMemoryError
+
+    if isinstance(error, MemoryError | OutOfMemoryError):
+        return True
+    told = r"DataLoader worker .*(killed|exited)|can't allocate memory|not enough memory"
+    return re.search(told, str(error)) is not None

@@ -333,6 +333,35 @@ def test_why_a_run_failed_is_in_its_folder(killed: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("error", "said"),
+    [
+        (MemoryError(), "memory is full"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\n  Tried to allocate s3cr3t-planted"),
+            "CUDA .* allocate \\*\\*\\*",
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), ".* can't allocate .*"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "DataLoader .* by signal: Killed\\."),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "DataLoader .* exited unexpectedly"),
+        (RuntimeError("shapes do not match"), None),
+    ],
+)
+def test_that_memory_is_full_is_told_in_one_line_and_a_mistake_of_the_program_with_its_traceback(
+    error: Exception, said: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("greenprune.run.train", fail)
+    if said is None:
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            run_command(SHORT, {}, "train.py")
+        return
+    assert run_command(SHORT, {"SOME_TOKEN": "s3cr3t-planted"}, "train.py") == 1
+    assert re.fullmatch(f"greenprune: error: {said}\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
     [(KeyError("x"), "KeyError: 'x'"), (MemoryError(), "MemoryError"), (OSError(5, "bad"), "bad after step 45; the")],
 )
 def test_a_failure_that_cannot_be_recorded_is_still_the_one_that_is_told(
