@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
+from urllib.parse import quote
 
 # What bears a secret by its name. Names are told apart by _ - and . alike; case does not count.
 _WORDS = "KEYS?|TOKEN|SECRETS?|CREDENTIALS?|AUTH(?!_SOCK)|AUTHORIZATION|WEBHOOKS?"
@@ -32,6 +35,7 @@ _AUTHORIZATION = re.compile(
 )
 _BEARER = re.compile(r"(\bbearer\s+)(?=[^\s\"']*\d|[^\s\"']{20})[\w~+/=-][\w.~+/=-]{4,}[\w~+/=-]", re.IGNORECASE)
 _REFERENCE = re.compile(r"\$(?:\w+|\{[^}]*\}|\([^)]*\))")
+_GAP = r"(?:\s|\\[nrt]|%0[9AD]|%20|\+)+"  # between the words of a secret, as of a key in lines
 _LEAST_SECRET = 6  # shorter ones are flags, and would blot out half of a text
 
 
@@ -59,9 +63,10 @@ def without_secrets(text: str, environment: Mapping[str, str]) -> str:
         text: For a log, a file or the terminal.
         environment: The process's environment.
     """
-    secrets = {value for name, value in environment.items() if names_secret(name) and len(value) >= _LEAST_SECRET}
-    for secret in sorted(secrets, key=len, reverse=True):  # of one that begins with another the end would be left
-        text = text.replace(secret, "***")
+    secrets = {value.strip() for name, value in environment.items() if names_secret(name)}
+    forms = {form for secret in secrets if len(secret) >= _LEAST_SECRET for form in _forms_of(secret)}
+    for form in sorted(forms, key=len, reverse=True):  # of one that begins with another the end would be left
+        text = re.sub(form, "***", text)
     text = _LOGIN.sub(r"\1***@", text)
     text = _AUTHORIZATION.sub(r"\1***", text)
     text = _BEARER.sub(r"\1***", text)
@@ -69,6 +74,12 @@ def without_secrets(text: str, environment: Mapping[str, str]) -> str:
     text = _PARAMETER.sub(_blot_parameter, text)
     text = _ASSIGNED.sub(_blot_assigned, text)
     return _NEXT_WORD.sub(_blot_next_word, text)
+
+
+def _forms_of(secret: str) -> set[str]:
+    """Patterns of how a text may have a secret: as it is, quoted or in an address, on one line or on several."""
+    ways = (str, lambda word: repr(word)[1:-1], lambda word: json.dumps(word)[1:-1], partial(quote, safe=""))
+    return {_GAP.join(re.escape(way(word)) for word in secret.split()) for way in ways}
 
 
 def _blot_parameter(found: re.Match[str]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 import pytest
 import torch
@@ -106,6 +108,29 @@ def test_no_command_quotes_a_secret_in_an_error(
 def test_of_a_secret_that_begins_with_another_nothing_is_left() -> None:
     environment = {"TOKEN": "abcdef12", "OTHER_TOKEN": "abcdef1234567"}
     assert without_secrets("abcdef1234567 and abcdef12", environment) == "*** and ***"
+
+
+@pytest.mark.parametrize("around", ["{}\n", " {}", "{}\r\n"])
+def test_a_secret_read_from_a_file_is_known_without_the_files_line_end(around: str) -> None:
+    assert without_secrets(f"401 for {SECRET}.", {"API_KEY": around.format(SECRET)}) == "401 for ***."
+
+
+def test_a_key_in_lines_is_left_out_of_a_text_in_one() -> None:
+    key = "-----BEGIN KEY-----\nMIIEabc+def/ghi\nxyz==\n-----END KEY-----\n"
+    for text in (key, " ".join(key.split()), repr(key), str([key])):
+        assert "MIIE" not in without_secrets(f"cannot read {text}", {"SSH_KEY": key}), text
+
+
+@pytest.mark.parametrize("secret", ["ab\\cd'ef\"12", "pässword1", "a b&c/d%e"])
+def test_a_secret_is_left_out_however_it_is_quoted(
+    secret: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text in (secret, repr(secret), json.dumps(secret), quote(secret, safe=""), quote_plus(secret)):
+        told = without_secrets(f"401 for {text} here", {"DB_PASSWORD": secret})
+        assert told in ("401 for *** here", "401 for '***' here", '401 for "***" here')
+    monkeypatch.setenv("DB_PASSWORD", secret)
+    assert main(["compare", secret]) == 2
+    assert capsys.readouterr().err.startswith("greenprune: error: RUN: '***'")
 
 
 def test_what_is_no_secret_stays() -> None:
