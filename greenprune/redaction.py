@@ -22,7 +22,9 @@ _SIGNATURES = ("SIG", "SIGNATURE", "X_AMZ_SIGNATURE")  # in addresses that let i
 
 # Who logs in with which password, which may hold what should have been escaped: a slash, an @.
 _LOGIN = re.compile(r"(://)([^/:@\s]*:[^\s\"'<>]*|[^/@\s]+)@")
-_VALUE = r"""(?P<value>"[^"\n]+"|'[^'\n]+'|[^\s"']+)"""
+_QUOTED = r"""(?:"(?:\\.|[^"\\\n])+"|'(?:\\.|[^'\\\n])+'|"[^"\n]+"|'[^'\n]+')"""
+_VALUE = rf"""(?P<value>{_QUOTED}|[^\s"']+)"""
+_MAPPED = re.compile(rf"""(?P<before>(["'])(?P<name>[\w.-]+)\2\s*:\s*)(?P<value>{_QUOTED})""")
 _PARAMETER = re.compile(r"(?P<before>[?&;])(?P<name>[\w.-]+)=(?P<value>[^\s&#;\"'<>]+)")
 _ASSIGNED = re.compile(r"(?<![\w.?&;-])(?P<name>-{0,2}[A-Za-z_][\w.-]*)=(?!=)" + _VALUE)
 _NEXT_WORD = re.compile(r"(?<![\w.-])(?P<name>--?[A-Za-z][\w.-]*)(?P<gap>[ \t]+)(?!-)" + _VALUE)
@@ -57,7 +59,7 @@ def without_secrets(text: str, environment: Mapping[str, str]) -> str:
     """A text that may be written anywhere: secrets are blotted out.
 
     They are what the environment calls a key, token or password, and what stands in the text itself as one: as the
-    value of a flag, variable or parameter of such a name, in a header, or as the login of an address.
+    value of a flag, variable, parameter or key of such a name, in a header, or as the login of an address.
 
     Args:
         text: For a log, a file or the terminal.
@@ -71,6 +73,7 @@ def without_secrets(text: str, environment: Mapping[str, str]) -> str:
     text = _AUTHORIZATION.sub(r"\1***", text)
     text = _BEARER.sub(r"\1***", text)
     text = _HEADER.sub(r"\1***", text)
+    text = _MAPPED.sub(_blot_mapped, text)
     text = _PARAMETER.sub(_blot_parameter, text)
     text = _ASSIGNED.sub(_blot_assigned, text)
     return _NEXT_WORD.sub(_blot_next_word, text)
@@ -85,6 +88,10 @@ def _forms_of(secret: str) -> set[str]:
 def _blot_parameter(found: re.Match[str]) -> str:
     is_secret = names_secret(found["name"]) or _plain(found["name"]) in _SIGNATURES
     return f"{found['before']}{found['name']}=***" if is_secret else found.group()
+
+
+def _blot_mapped(found: re.Match[str]) -> str:
+    return f"{found['before']}{_blotted(found['value'])}" if _is_assigned_secret(found["name"]) else found.group()
 
 
 def _blot_assigned(found: re.Match[str]) -> str:

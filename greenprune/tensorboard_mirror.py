@@ -60,7 +60,7 @@ class TensorBoardMirror:
     def _end(self, event: Event) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        summary = event["summary"]
+        summary = event.get("summary", {})
         results = {f"result/{key}": summary[key] for key in _RESULTS if summary.get(key) is not None}
         # The writer's own add_hparams tells the results as of now, in a file of their own.
         for entry in hparams(plain_settings(self._config), results):  # type: ignore[no-untyped-call]

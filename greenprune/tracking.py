@@ -25,6 +25,7 @@ Event = dict[str, Any]
 
 _BLOCK_BYTES = 1 << 16
 _DAMAGES_TOLD = 3
+_LONGEST_IN_ID = 100  # bytes
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class RunFolder:
             temporary.mkdir()
             write_atomically(temporary / self.config.name, dump_config(config))
             # Not from the config's seed: runs that are done again, or elsewhere by the same name, are other runs.
-            write_atomically(temporary / self.id.name, f"{self.path.name}-{secrets.token_hex(8)}\n")
+            write_atomically(temporary / self.id.name, f"{name_in_id(self.path.name)}-{secrets.token_hex(8)}\n")
             temporary.rename(self.path)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -99,6 +100,11 @@ class RunFolder:
             raise UserError(
                 f"output_dir: cannot write {str(self.path)!r} ({reason}); expected a folder you can write to"
             ) from None
+
+
+def name_in_id(name: str) -> str:
+    """As much of a folder's name as its id bears: trackers make longer file names of the id."""
+    return name.encode()[:_LONGEST_IN_ID].decode(errors="ignore")
 
 
 def default_run_name(config: Config) -> str:
@@ -304,6 +310,10 @@ def _wrong_with(event: Event) -> str:
     for key in ("energy/total_j", "energy/resumed_at_j", "time_s"):
         if event.get(key) is not None and not _is_number(event[key]):
             return f"{key} {event[key]!r} is no number"
+    if event["kind"] in ("removal", "freeze") and not isinstance(event.get("unit"), str):
+        return "its unit is missing or no text"
+    if not isinstance(event.get("summary", {}), dict):
+        return "its summary is no object"
     return ""
 
 

@@ -72,7 +72,7 @@ class WandbMirror:
         elif kind == "window":
             self._log({**_place(event), **numbers_of(event), **_gates(event.get("units", {}))})
         elif kind == "end":
-            self._end(event["summary"])
+            self._end(event.get("summary", {}))
 
     def _end(self, summary: dict[str, Any]) -> None:
         flops, dense = summary.get("flops_train"), summary.get("flops_train_dense")

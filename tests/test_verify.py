@@ -74,7 +74,7 @@ CHANGES: dict[str, tuple[Callable[[list[dict]], object], str]] = {
     "a step twice": (lambda events: events.insert(3, dict(of_kind(events, "train"))), "events.jsonl"),
     "a removal left out": (lambda events: drop(events, "removal"), "structure.json"),
     "a removal of nothing": (lambda events: of_kind(events, "removal").update(unit="stages.9.9"), "ledger"),
-    "a removal without a unit": (lambda events: of_kind(events, "removal").pop("unit"), "ledger"),
+    "a removal without a unit": (lambda events: of_kind(events, "removal").pop("unit"), "events.jsonl"),
     "another summary": (lambda events: events[-1]["summary"].update(accuracy=1), "summary.json"),
 }
 

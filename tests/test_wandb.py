@@ -342,6 +342,16 @@ def test_every_runs_folder_is_one_wandb_run(tmp_path: Path) -> None:
     assert id_of(first.path) == f"{NAME}-{config.identity()}"  # as for all folders from before there was a file
 
 
+@pytest.mark.parametrize("name", ["x" * 240, "ü" * 120])
+def test_of_the_longest_name_wandb_can_make_a_folder(tmp_path: Path, name: str) -> None:
+    folder = RunFolder(tmp_path / name)
+    folder.create(Config(run_name=name))
+    options = wandb_options(Config(), folder, online=False, resume=True)
+    (tmp_path / f"offline-run-20261231_235959-{options['id']}").mkdir()
+    (tmp_path / f"run-{options['id']}.wandb").touch()
+    assert options["name"] == name
+
+
 @pytest.mark.parametrize(
     ("config", "attempts", "group"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import textwrap
 from collections.abc import Callable
@@ -82,6 +83,11 @@ def _figure(x_title: str, y_title: str, height: int) -> go.Figure:
     )
 
 
+def _as_text(words: str) -> str:
+    """Words that plotly shows as they are; it would take tags, entities and ``%{...}`` in them for its own."""
+    return html.escape(words, quote=False).replace("%{", "%&#123;")
+
+
 def _run_meta(run: ReportedRun) -> dict[str, str]:
     return {"run": run.name}
 
@@ -118,7 +124,7 @@ def accuracy_against_joules(task: Task, styles: dict[int, Style]) -> go.Figure |
 
 def _run_mark(run: ReportedRun, style: Style, accuracy: float, energy_j: float, *, alone: bool) -> go.Scatter:
     symbol = style.symbol if run.is_finished or style.symbol == "x" else f"{style.symbol}-open"
-    state = "" if run.is_finished else f"<br>{run.state}"
+    told = _as_text(run.name) + ("" if run.is_finished else f"<br>{_as_text(run.state)}")
     return go.Scatter(
         x=[energy_j],
         y=[accuracy],
@@ -130,7 +136,7 @@ def _run_mark(run: ReportedRun, style: Style, accuracy: float, energy_j: float, 
             "opacity": 1 if alone else 0.55,
             "line": {"width": 1},
         },
-        hovertemplate=f"{run.name}{state}<br>{format_joules(energy_j)}, {format_percent(accuracy, 2)}<extra></extra>",
+        hovertemplate=f"{told}<br>{format_joules(energy_j)}, {format_percent(accuracy, 2)}<extra></extra>",
         meta=_run_meta(run),
         showlegend=False,
     )
@@ -140,7 +146,7 @@ def _mean_mark(group: Group, style: Style) -> list[go.Scatter]:
     accuracy, energy = group.spreads["accuracy"], group.spreads["energy_j"]
     if accuracy is None or energy is None or accuracy.n < 2:
         return []
-    told = f"{group.label}<br>mean of {accuracy.n}: {format_joules(energy.mean)}, {format_percent(accuracy.mean, 2)}"
+    means = f"mean of {accuracy.n}: {format_joules(energy.mean)}, {format_percent(accuracy.mean, 2)}"
     bars = {"thickness": 1.2, "width": 4, "color": style.colour}
     return [
         go.Scatter(
@@ -149,9 +155,9 @@ def _mean_mark(group: Group, style: Style) -> list[go.Scatter]:
             error_x={"array": [energy.sd or 0.0], **bars},
             error_y={"array": [accuracy.sd or 0.0], **bars},
             mode="markers",
-            name=group.label,
+            name=_as_text(group.label),
             marker={"color": style.colour, "symbol": style.symbol, "size": 13},
-            hovertemplate=f"{told}<extra></extra>",
+            hovertemplate=f"{_as_text(group.label)}<br>{means}<extra></extra>",
             meta=_group_meta(style),
         )
     ]
@@ -213,7 +219,7 @@ def _add_curves(
                         mode="lines" if len(known) > 1 else "markers",
                         line={"color": style.colour, "width": 1, "dash": style.dash if run.is_finished else "dot"},
                         opacity=0.45,
-                        hovertemplate=f"{run.name}<br>epoch %{{x}}: %{{y:.4s}}<extra></extra>",
+                        hovertemplate=f"{_as_text(run.name)}<br>epoch %{{x}}: %{{y:.4s}}<extra></extra>",
                         meta=_run_meta(run),
                         showlegend=False,
                     )
@@ -225,10 +231,10 @@ def _add_curves(
                     x=np.array(list(means)),
                     y=np.array(list(means.values())),
                     mode="lines",
-                    name=group.label,
+                    name=_as_text(group.label),
                     line={"color": style.colour, "width": 2.6, "dash": style.dash},
                     text=[told(mean) for mean in means.values()],
-                    hovertemplate=f"{group.label}, mean<br>epoch %{{x}}: %{{text}}<extra></extra>",
+                    hovertemplate=f"{_as_text(group.label)}, mean<br>epoch %{{x}}: %{{text}}<extra></extra>",
                     meta=_group_meta(style),
                 )
             )
@@ -296,17 +302,18 @@ def joules_by_part(task: Task, styles: dict[int, Style], part: str) -> go.Figure
     for index, name in enumerate(parts):
         having = [(group, by_part[name]) for group, by_part in reversed(means) if name in by_part]
         for position, (group, joules) in enumerate(having):
+            told = f"{_as_text(group.label)}<br>{_as_text(name)}: {format_joules(joules)}"
             label = group.label.replace(" %", "\u00a0%").replace("keep ", "keep\u00a0")
             bars.append(
                 go.Bar(
-                    y=["<br>".join(textwrap.wrap(label, 22))],
+                    y=["<br>".join(map(_as_text, textwrap.wrap(label, 22)))],
                     x=[joules],
                     orientation="h",
-                    name="<br>".join(entries[index]),
+                    name="<br>".join(map(_as_text, entries[index])),
                     legendgroup=name,
                     showlegend=position == 0,
                     marker={"color": _PART_COLOURS[index % len(_PART_COLOURS)], "line": {"width": 0}},
-                    hovertemplate=f"{group.label}<br>{name}: {format_joules(joules)}<extra></extra>",
+                    hovertemplate=f"{told}<extra></extra>",
                     meta={"any": styles[id(group)].number, "part": name},
                 )
             )
@@ -400,7 +407,11 @@ def overview(report: Report) -> go.Figure:
         report: What it shows.
     """
     styles = group_styles(report)
-    titles = [f"{task.data}: {what}" for task in report.tasks for what in ("accuracy", "joules so far", "FLOPs so far")]
+    titles = [
+        f"{_as_text(task.data)}: {what}"
+        for task in report.tasks
+        for what in ("accuracy", "joules so far", "FLOPs so far")
+    ]
     figure = make_subplots(rows=len(report.tasks), cols=3, subplot_titles=titles, horizontal_spacing=0.07)
     for row, task in enumerate(report.tasks, start=1):
         drawings = (accuracy_against_joules, joules_over_epochs, flops_over_epochs)
@@ -431,7 +442,7 @@ def _legend_entry(task: Task, group: Group, style: Style, report: Report) -> go.
         mode="lines+markers",
         line={"color": style.colour, "dash": style.dash, "width": 2.6},
         marker={"color": style.colour, "symbol": style.symbol, "size": 10},
-        name=group.label if len(report.tasks) == 1 else f"{task.data}: {group.label}",
+        name=_as_text(group.label if len(report.tasks) == 1 else f"{task.data}: {group.label}"),
     )
 
 

@@ -172,7 +172,7 @@ def read_history(events: Sequence[Event]) -> History:
     kept = _without_work_done_again(events)
     starts = [event for event in events if event["kind"] == "start"]
     start = starts[-1] if starts else {}
-    epochs = tuple(_epoch_figures(event) for event in kept if event["kind"] == "epoch")
+    epochs = tuple(_epoch_figures(event) for event in kept if _is_epoch(event))
     changes = tuple(_change(event) for event in kept if event["kind"] in ("removal", "freeze"))
     network = _network(start, changes)
     end: Event = next((event for event in events if event["kind"] == "end"), {})
@@ -206,6 +206,11 @@ def _without_work_done_again(events: Sequence[Event]) -> list[Event]:
             kept = [past for past in kept if past["kind"] not in _DONE_AGAIN or past["step"] <= step]
         kept.append(event)
     return kept
+
+
+def _is_epoch(event: Event) -> bool:
+    """Whether an event tells of an epoch, and of which."""
+    return event["kind"] == "epoch" and isinstance(event.get("epoch"), int)
 
 
 def _epoch_figures(event: Event) -> EpochFigures:
@@ -285,7 +290,7 @@ def _gate_map(events: Sequence[Event], start: Event, network: Sequence[BlockFate
                 for unit, state in states.items():
                     if unit.startswith(f"{change.unit}:"):
                         state.take(change)
-        elif kind == "epoch":
+        elif _is_epoch(event):
             epochs.append(event["epoch"])
             columns.append([states[unit].open_share for unit in units])
     rows = tuple(tuple(column[index] for column in columns) for index in range(len(units)))

@@ -19,7 +19,15 @@ from greenprune.energy import CarbonIntensity, co2_g, format_intensity
 from greenprune.formatting import format_counted, worst_quality
 from greenprune.report.attempts import IN_GOOD_ORDER, Allotment, Attempt, allotment_of, read_spans
 from greenprune.timing import StepTimes
-from greenprune.tracking import Event, RunFolder, describe_damage, gpus_of_attempt, read_attempts, salvage_events
+from greenprune.tracking import (
+    Event,
+    RunFolder,
+    describe_damage,
+    gpus_of_attempt,
+    name_in_id,
+    read_attempts,
+    salvage_events,
+)
 
 IMAGE_FOLDER = "image_folder"
 """The data set that is a folder of one's own images, and so another one for each."""
@@ -222,7 +230,7 @@ def _originality(path: Path, made: str) -> tuple[bool, int, bool]:
     """How far the run in a folder came, finished above all, and whether it has the name that it was made with."""
     folder = RunFolder(path)
     told = folder.events.stat().st_size if folder.events.is_file() else 0
-    return folder.summary.is_file(), told, made.startswith(f"{path.name}-")
+    return folder.summary.is_file(), told, made.startswith(f"{name_in_id(path.name)}-")
 
 
 def _name_among(path: Path, paths: Sequence[Path]) -> str:

@@ -339,9 +339,10 @@ def render_markdown(report: Report) -> str:
     lines = ["# Runs compared", ""]
     for task in report.tasks:
         columns = columns_of(task)
-        lines += [f"## {task.data}, {task.accuracy_kind} accuracy", ""]
+        lines += [f"## {_escape(f'{task.data}, {task.accuracy_kind} accuracy')}", ""]
         lines += [f"- {_escape(finding)}" for finding in findings_of(task)]
-        lines += ["", f"{task.front_reason}" + (f" On it: {', '.join(task.front)}." if task.front else ""), ""]
+        front = task.front_reason + (f" On it: {', '.join(task.front)}." if task.front else "")
+        lines += ["", _escape(front), ""]
         lines += _table(["run", *(f"{column.title} ({column.about})" for column in columns)], _rows(task, columns))
     if report.differences:
         names = list(next(iter(report.differences.values())))

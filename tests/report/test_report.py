@@ -25,7 +25,7 @@ from greenprune.formatting import format_joules, format_percent, format_si
 from greenprune.locking import FolderLock
 from greenprune.report.comparison import compare_runs
 from greenprune.report.contents import build_report
-from greenprune.report.figures import gate_map_figure, overview, part_means
+from greenprune.report.figures import accuracy_against_joules, gate_map_figure, group_styles, overview, part_means
 from greenprune.report.history import REMOVED, read_history
 from greenprune.report.page import render_page
 from greenprune.report.parts import Report
@@ -668,6 +668,45 @@ def test_names_that_look_like_markup_are_only_text(tmp_path: Path) -> None:
     page = render_page(build_report([tmp_path]), "1")
     assert "<img src=x" not in page
     assert "<img src=x onerror=alert(1)>" in text_of(page)
+
+
+def test_in_figures_names_and_reasons_that_look_like_markup_are_only_text(tmp_path: Path) -> None:
+    """Plotly makes links of <a>, leaves out tags that it does not know, and puts values in for %{x}."""
+    name, why = "<a href='x'>%{x}<b>", "expected <class 'int'>"
+    recorded = record_run(tmp_path / name, gated=False)
+    stop_before(tmp_path / name, recorded, 40)
+    with (tmp_path / name / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": 1e9, "step": 40, "kind": "failure", "error": why}) + "\n")
+    report = build_report([tmp_path])
+    mark = accuracy_against_joules(report.tasks[0], group_styles(report)).data[0]
+    assert not re.search("<a|<class|%{", mark.hovertemplate)
+    assert all(part in html.unescape(mark.hovertemplate) for part in (name, why))
+
+
+def test_what_looks_like_markup_is_only_text_in_every_line_of_markdown(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        record_on_images(tmp_path / f"run-{seed}", seed, f"/images/<img src=x>|{seed}", None)
+    text = render_markdown(build_report([tmp_path]))
+    assert "&lt;img src=x>" in text
+    assert "<img" not in text
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"kind": "removal"},
+        {"kind": "freeze", "unit": None},
+        {"kind": "end", "summary": None},
+        {"kind": "epoch"},
+    ],
+)
+def test_an_event_that_lacks_what_it_is_about_spoils_no_report(tmp_path: Path, event: dict[str, Any]) -> None:
+    recorded = record_run(tmp_path / "it")
+    damage_line(tmp_path / "it", 3, json.dumps({"time": 1e9, "step": recorded[2]["step"], **event}).encode())
+    report = build_report([tmp_path])
+    assert report.runs[0].is_finished
+    for text in forms(report):
+        assert "line 3 is no event: its" in text or event["kind"] == "epoch"
 
 
 # The command.
