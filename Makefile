@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make train   train a gated network on handwritten digits (ten seconds, after a minute or two of set-up)"
-	@echo "make test    run the default test suite; make test-system: Slurm, engines, kills, lost processes (CI runs both)"
+	@echo "make test    run the default test suite; make test-system: Slurm, engines, processes killed, stopped, lost (CI runs both)"
 	@echo "make test-lowest  the default suite with the oldest versions that pyproject.toml allows"
 	@echo "make check   format, lint, types, import contracts, tests"
 	@echo "make bench   the CPU benchmarks in one table (15 minutes); make bench-gpu: those for one GPU"

@@ -56,6 +56,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_processes_leaves_the_loaders_until_the_step_is_done(
     images: Path, tmp_path: Path, number: signal.Signals
@@ -76,6 +77,7 @@ def test_a_signal_to_all_processes_leaves_the_loaders_until_the_step_is_done(
     assert Path(last["checkpoint"], "manifest.json").exists()
 
 
+@pytest.mark.system
 def test_two_processes_stop_within_a_long_epoch(tmp_path: Path) -> None:
     """However seldom they report: the time does not depend on the length of an epoch."""
     folder = tmp_path / "run"

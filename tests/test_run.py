@@ -160,7 +160,11 @@ def test_the_dense_twin_removes_nothing(config: Path, tmp_path: Path) -> None:
     ("launch", "flags"),
     [
         (None, ""),
-        ("cpu_2", "--optim.name adamw --optim.lr 0.002 --optim.ema 0.9 --optim.accumulate 2"),
+        pytest.param(
+            "cpu_2",
+            "--optim.name adamw --optim.lr 0.002 --optim.ema 0.9 --optim.accumulate 2",
+            marks=pytest.mark.system,
+        ),
         (None, "--gate.units [block,channel]"),
         pytest.param(  # tests/distributed/test_engines.py has its state in short
             "deepspeed_zero2_cpu_2",

@@ -40,7 +40,9 @@ def broken(
     return done, read_events(folder / "it" / "events.jsonl")
 
 
-@pytest.mark.parametrize("fault", ["loss:nan", "gradient:inf", "gate:nan"])
+@pytest.mark.parametrize(
+    "fault", ["loss:nan", *(pytest.param(fault, marks=pytest.mark.system) for fault in ("gradient:inf", "gate:nan"))]
+)
 def test_all_ranks_stop_together(fault: str, tmp_path: Path) -> None:
     done, events = broken(tmp_path, f"{fault}:1:26")
     assert done.returncode != 0

@@ -216,7 +216,7 @@ def test_an_event_that_does_not_fit_leaves_a_whole_log(mounted: Any, tmp_path: P
     log.close()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.system)])
 def test_a_disk_that_fills_stops_the_run_and_names_the_last_checkpoint(
     processes: int, mounted: Any, tmp_path: Path
 ) -> None:
@@ -237,6 +237,7 @@ def test_a_disk_that_fills_stops_the_run_and_names_the_last_checkpoint(
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.system
 def test_checkpoints_that_cannot_be_written(mounted: Any, tmp_path: Path) -> None:
     """A file system that is read-only where the checkpoints go."""
     (tmp_path / "runs").mkdir()

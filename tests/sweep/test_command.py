@@ -357,6 +357,7 @@ def test_here_a_reader_that_leaves_leaves_no_run_behind(place: Path) -> None:
     ]
 
 
+@pytest.mark.system
 def test_here_it_is_stopped_in_good_order_and_goes_on(place: Path) -> None:
     (place / "base.yaml").write_text(BASE.replace("epochs: 2", "epochs: 8"))
     folder = place / "runs" / "sweeps" / "two"
@@ -401,7 +402,7 @@ if "greenprune.train" in sys.orig_argv and "accelerate.commands.launch" not in s
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.system)])
 def test_here_runs_that_are_stopped_as_they_start_have_not_failed(place: Path, processes: int) -> None:
     (place / "two.yaml").write_text(f"base: base.yaml\ntargets: [0.5]\nprocesses: {processes}\n")
     (place / "sitecustomize.py").write_text(STARTING)  # training stands still before its first import
