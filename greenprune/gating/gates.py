@@ -284,8 +284,10 @@ class Gate(nn.Module):
 
         Of a pass whose gradients were cleared before the next, as those of a first look at a batch, nothing is left.
         """
+        if self._taught is None or self._taught != self.bias._version:
+            return False
         grad = self.bias.grad
-        return self._taught == self.bias._version and grad is not None and bool(grad.any())
+        return grad is not None and bool(grad.any())
 
     def forget(self) -> None:
         """Let go of the decisions."""

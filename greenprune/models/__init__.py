@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from greenprune.config import ConfigError, ModelConfig
-from greenprune.models.blocks import BlockError, convert_blocks, pass_through, put_back_on_failure, register_block
+from greenprune.models.blocks import convert_blocks, put_back_on_failure, register_block
 from greenprune.models.channels import ChannelMap, ChannelSet, Slice, find_channels, register_channelwise
 from greenprune.models.cifar_resnet import CifarResNet
 from greenprune.models.residual import (
@@ -22,6 +22,7 @@ from greenprune.models.residual import (
     residual_blocks,
     sum_over,
 )
+from greenprune.models.sameness import BlockError, pass_through
 
 __all__ = [
     "BlockError",

@@ -9,18 +9,12 @@ import pytest
 
 from greenprune.sweep.command import main
 
-BASE = "model: {name: resnet20}\ndata: {name: digits}\noptim: {epochs: 2, ema: 0.9}\n"
-
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(sweep_of_two: Path) -> Path:
     """A sweep as it would be if there had been no optim.nonfinite yet, so that digests and configs are without it."""
-    (tmp_path / "base.yaml").write_text(BASE)
-    (tmp_path / "two.yaml").write_text("base: base.yaml\ntargets: [0.5]\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["two.yaml"]) == 0
-    folder = tmp_path / "runs" / "sweeps" / "two"
+    folder = sweep_of_two / "runs" / "sweeps" / "two"
     plan = json.loads((folder / "sweep.json").read_text())
     for run in plan["runs"]:
         run["identity"] = "0" * 16
@@ -44,6 +38,8 @@ def test_what_is_another_run_still_is(folder: Path, change: str, capsys: pytest.
     if change == "gone":
         (folder / "configs" / "0001.yaml").write_text("optim: {no_such_field: 1}\n")
     else:
-        base.write_text(BASE.replace("ema: 0.9", "ema: 0.8" if change == "ema: 0.9" else "ema: 0.9, nonfinite: skip"))
+        base.write_text(
+            base.read_text().replace("ema: 0.9", "ema: 0.8" if change == "ema: 0.9" else "ema: 0.9, nonfinite: skip")
+        )
     assert main(["two.yaml"]) == 2
     assert "differs in its base" in capsys.readouterr().err

@@ -17,15 +17,10 @@ from greenprune.sweep.folder import PlannedRun, SweepFolder
 from greenprune.sweep.local import run_here
 from greenprune.sweep.slurm import queued_tasks, submit
 
-BASE = "model: {name: resnet20}\ndata: {name: digits}\noptim: {epochs: 2}\n"
-
 
 @pytest.fixture
-def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "base.yaml").write_text(BASE)
-    (tmp_path / "two.yaml").write_text("base: base.yaml\ntargets: [0.5]\n")
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "programs"
+def programs(sweep_of_two: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = sweep_of_two / "programs"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     return folder

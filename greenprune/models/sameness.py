@@ -1,0 +1,184 @@
+"""Whether a block that has been taken apart is still the block: run beside it, on what the network gives it."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from greenprune.config import UserError
+from greenprune.models.residual import PlainBlock, ResidualBlock, has_hooks
+
+# Largest relative difference between a block and its taken-apart form, both run on the same input in fp32.
+_TOLERANCE = 1e-4
+
+
+class BlockError(UserError):
+    """A network that cannot be gated as asked; the message names the module and what to do."""
+
+
+def refuse_lost_hooks(name: str, block: nn.Module, split: nn.Module) -> None:
+    """Refuse hooks of a module that is not there any more when its block has been taken apart.
+
+    Raises:
+        BlockError: There is one.
+    """
+    left = set(split.modules())
+    for path, module in block.named_modules(prefix=name):
+        if module is not block and module not in left and has_hooks(module):
+            raise BlockError(
+                f"{path}: a {type(module).__name__} with hooks is taken apart with its block, and they would see "
+                f"nothing any more; expected hooks of {name}, or such as are registered afterwards, on what stands "
+                "there then"
+            )
+
+
+def record_inputs(model: nn.Module, blocks: dict[str, nn.Module], example: Tensor) -> dict[str, Tensor]:
+    """What each block is given when the network runs on the example, in evaluation mode.
+
+    Raises:
+        BlockError: One of them, or one that has been taken apart before, is not called as a block.
+    """
+    inputs: dict[str, Tensor] = {}
+    calls: Counter[str] = Counter()
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def keep(block: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            calls[name] += 1
+            if isinstance(block, ResidualBlock | PlainBlock):
+                return
+            if len(args) != 1 or options:
+                raise BlockError(
+                    f"{name}: a {type(block).__name__} that is called with more than its input cannot be taken apart; "
+                    "expected a block called with one tensor"
+                )
+            inputs[name] = args[0].clone()
+
+        return keep
+
+    ready = {name: module for name, module in model.named_modules() if isinstance(module, ResidualBlock | PlainBlock)}
+    watched = blocks | ready
+    handles = [block.register_forward_pre_hook(hook(name), with_kwargs=True) for name, block in watched.items()]
+    try:
+        pass_through(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    for name, count in calls.items():
+        if count > places[watched[name]]:  # of one that stands in several places, those are named (_refuse_shared)
+            raise BlockError(
+                f"{name}: the network calls it {count} times in one pass, and a gate would count what it decides in "
+                "the last call alone; expected a block called once, or one for each call"
+            )
+    return inputs
+
+
+def pass_through(model: nn.Module, example: Tensor) -> None:
+    """Run a network on an example in evaluation mode, without gradients; its modules' own modes are put back."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def check_same(name: str, block: nn.Module, split: nn.Module, x: Tensor) -> None:
+    """Check that a taken-apart block computes what the block computes, and drops as much in training.
+
+    Raises:
+        BlockError: It does not.
+    """
+    # One copy of both, in fp32: they go on sharing their tensors.
+    block, split = copy.deepcopy((block, split))
+    block.float()
+    split.float()  # has an activation of its own, perhaps
+    x = x.float() if x.is_floating_point() else x
+    _move_constants(block)
+    failure = ""
+    with torch.no_grad():
+        # Copies of the input: a module of one may work in place on what the other still needs.
+        expected = block.eval()(x.clone())
+        try:
+            got = split.eval()(x.clone())
+        except (RuntimeError, TypeError, ValueError) as error:
+            failure = f" ({' '.join(str(error).split())})"
+    same = not failure and got.shape == expected.shape
+    if same:
+        scale = expected.abs().max().clamp(min=1e-6)
+        same = bool((got - expected).abs().max() / scale <= _TOLERANCE)  # not if there is a NaN
+    if not same:
+        raise BlockError(
+            f"{name}: taken apart by the function registered for {type(block).__name__}, the block computes something "
+            f"else{failure}; expected branch, shortcut and activation to be those of its forward, made of its own "
+            "modules, none of them in place on the block's input"
+        )
+    if _forgets_to_drop(block, split, x):
+        raise BlockError(
+            f"{name}: taken apart by the function registered for {type(block).__name__}, the block draws fewer random "
+            "numbers in training; expected all that drops something there (dropout, stochastic depth) in branch, "
+            "shortcut or activation"
+        )
+
+
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators that draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, _: object, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        # Fused attention is said to draw also where it drops nothing.
+        self.count += torch.Tag.nondeterministic_seeded in func.tags and given.get("dropout_p") != 0.0
+        return func(*args, **(kwargs or {}))
+
+
+def _forgets_to_drop(block: nn.Module, split: nn.Module, x: Tensor) -> bool:
+    """Whether of copies of a block and of its taken-apart form this one draws random numbers at fewer places."""
+    counts: list[int] = []
+    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        for module in (block, split):
+            with _Draws() as draws:
+                try:
+                    module.train()(x.clone())
+                except (RuntimeError, ValueError):  # as of a norm over one value: no example to train with
+                    return False
+            counts.append(draws.count)
+    return counts[1] < counts[0]
+
+
+def _move_constants(block: nn.Module) -> None:
+    """Move parameters that are constant, in place: a branch that starts at zero would hide what it computes."""
+    for number, parameter in enumerate(block.parameters()):
+        if parameter.numel() and parameter.min() == parameter.max():
+            generator = torch.Generator(parameter.device).manual_seed(number)
+            inputs = parameter.numel() // parameter.shape[0] if parameter.dim() else 1
+            parameter.detach().normal_(0.0, inputs**-0.5, generator=generator)
+
+
+def correct_activated(split: nn.Module, x: Tensor) -> None:
+    """Correct blocks of which it is wrongly assumed that their activation leaves their input as it is."""
+    twin = copy.deepcopy(split).eval()
+    for block, copied in zip(split.modules(), twin.modules(), strict=True):
+        if isinstance(block, ResidualBlock) and isinstance(block.shortcut, nn.Identity) and block.input_activated:
+            copied.register_forward_pre_hook(partial(_correct, block))
+    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        twin(x.clone())
+
+
+def _correct(block: ResidualBlock, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Correct a block that is given this input. In training its activation may do more: drop a share, for example."""
+    activation = copy.deepcopy(block.activation)
+    block.input_activated = all(
+        torch.equal(activation.train(training)(inputs[0].clone()), inputs[0]) for training in (False, True)
+    )
