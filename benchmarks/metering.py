@@ -40,8 +40,8 @@ from greenprune.provenance import collect_provenance
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-sys.path.insert(0, str(ROOT / "tests" / "energy"))
-from stub import build_stub  # noqa: E402 - it is where the stand-in is
+sys.path.insert(0, str(ROOT / "tests"))
+from nvml_stub import build_stub  # noqa: E402 - it is where the stand-in is
 
 SCENARIO = "uuid=GPU-000 watts=200 limit=300 period=0.1;uuid=GPU-111 watts=200 limit=300 counter=0"
 LOG_EVERY = 10

@@ -25,8 +25,8 @@ from greenprune.provenance import collect_provenance
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-sys.path.insert(0, str(ROOT / "tests" / "energy"))
-from stub import Curve, build_stub  # noqa: E402 - it is where the stand-in is
+sys.path.insert(0, str(ROOT / "tests"))
+from nvml_stub import Curve, build_stub  # noqa: E402 - it is where the stand-in is
 
 TOOLS = {
     "ours": "greenprune",

@@ -147,21 +147,40 @@ def visible_gpu_uuids(visible: str | None) -> list[str]:
     Raises:
         MeterUnavailable: NVML cannot be used here, so that nothing is known about the GPUs.
     """
+    return list(dict.fromkeys(uuid for _, uuid in _visible(visible)))
+
+
+def visible_gpu_names(visible: str | None) -> list[str]:
+    """What names each of the GPUs, or MIG instances, that a ``CUDA_VISIBLE_DEVICES`` string leaves visible.
+
+    A process with some of these names as its own ``CUDA_VISIBLE_DEVICES`` sees that part of them.
+
+    Args:
+        visible: The variable's value; None if it is not set: indices, in PCI order.
+
+    Raises:
+        MeterUnavailable: NVML cannot be used here.
+    """
+    return [name for name, _ in _visible(visible)]
+
+
+def _visible(visible: str | None) -> list[tuple[str, str]]:
+    """Name and GPU's UUID of each visible device, as CUDA reads the string."""
     if visible is not None and not visible.strip():
         return []
     known = gpu_uuids()
     if visible is None:
-        return known
-    chosen: list[str] = []
+        return [(str(index), uuid) for index, uuid in enumerate(known)]
+    chosen: list[tuple[str, str]] = []
     for entry in (part.strip() for part in visible.split(",")):
         is_mig = entry.startswith("MIG-")
         uuid = _mig_parent(entry, known) if is_mig else _whole_gpu(entry, known)
         if uuid is None:
             break
-        if uuid not in chosen:
-            chosen.append(uuid)
-        elif not is_mig:
+        if not is_mig and any(uuid == other for _, other in chosen):
             return []
+        if not any(entry == name for name, _ in chosen):
+            chosen.append((entry, uuid))
     return chosen
 
 

@@ -37,7 +37,7 @@ from greenprune.sweep.folder import (
     write_sweep,
 )
 from greenprune.sweep.jobs import Shape, render_job
-from greenprune.sweep.local import run_here
+from greenprune.sweep.local import run_here, shares_of_gpus
 from greenprune.sweep.plan import Sweep, read_sweep
 from greenprune.sweep.reading import read_settings
 from greenprune.sweep.site import Site
@@ -112,7 +112,7 @@ def _sweep(args: Sequence[str], prog: str) -> int:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="show the runs and the Slurm jobs; write nothing")
     how.add_argument("--submit", action="store_true", help="submit to Slurm what is missing or failed")
-    how.add_argument("--local", type=int, nargs="?", const=1, metavar="N", help="do it here, N runs at a time (1)")
+    how.add_argument("--local", type=int, nargs="?", const=1, metavar="N", help="do it here, N runs at a time (1), on a GPU each")
     parser.add_argument("--at-once", type=int, metavar="K", help="with --submit: runs that may go on at the same time")
     _add_site(parser)
     options = parser.parse_args(args)
@@ -343,12 +343,11 @@ def _run_here(sweep: Sweep, folder: SweepFolder, runs: list[PlannedRun], at_once
     done = len(runs) - len(todo)
     if done:
         print(f"{done} of {len(runs)} runs are finished or on their way already", flush=True)
-    if min(at_once, len(todo)) > 1:
-        print(
-            "greenprune: note: of runs side by side each counts the joules of the whole machine; to compare joules and "
-            "seconds, or to add them up, do one at a time (--local 1)",
-            file=sys.stderr,
-        )
+    processes = sweep.config.nodes * sweep.config.processes
+    side_by_side = min(at_once, len(todo))
+    shares = shares_of_gpus(os.environ, processes) if side_by_side > 1 else []
+    if side_by_side > 1:
+        print(f"greenprune: note: {_about_side_by_side(side_by_side, len(shares))}", file=sys.stderr)
     ended = 0
 
     def tell(run: PlannedRun, code: int | None, time_s: float) -> None:
@@ -360,8 +359,7 @@ def _run_here(sweep: Sweep, folder: SweepFolder, runs: list[PlannedRun], at_once
         (state,) = read_states(folder, [run])
         print(f"{ended + done:>4}/{len(runs)} {run.name}: {_outcome(state, code, time_s)}", flush=True)
 
-    processes = sweep.config.nodes * sweep.config.processes
-    number = run_here(folder, todo, at_once, processes, tell)
+    number = run_here(folder, todo, at_once, processes, tell, shares)
     if number:
         print(f"greenprune: stopped; go on with the same command. {totals(read_states(folder, runs))}", file=sys.stderr)
         return 128 + number
@@ -369,6 +367,17 @@ def _run_here(sweep: Sweep, folder: SweepFolder, runs: list[PlannedRun], at_once
     return (
         0 if all(state.state == "finished" or not state.is_to_do for state in read_states(folder, runs, queue)) else 1
     )
+
+
+def _about_side_by_side(runs: int, shares: int) -> str:
+    """What runs side by side have in common, of a machine with GPUs for so many of them."""
+    if shares == 0:
+        told = "of runs side by side each counts the joules of the whole machine"
+    elif shares < runs:
+        told = f"{runs} runs side by side share GPUs for {shares}; each counts the joules of its own and all else here"
+    else:
+        told = "of runs side by side each has its own GPUs, and counts their joules and those of all else here"
+    return f"{told}; to compare joules and seconds, or to add them up, do one at a time (--local 1)"
 
 
 def _outcome(state: RunState, code: int, time_s: float) -> str:

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from greenprune.energy.nvml import visible_gpu_names
+from greenprune.energy.source import MeterUnavailable
 from greenprune.interrupt import InterruptRequest
 from greenprune.sweep.folder import PlannedRun, SweepFolder
 from greenprune.tracking import salvage_events
@@ -29,6 +32,7 @@ class _Started:
     is_launcher: bool
     events: Path
     events_bytes: int  # as it was started, of earlier attempts
+    gpus: str | None  # that it may use; None: all
     is_told: bool = False  # to stop
 
     def exit_code(self) -> int | None:
@@ -58,12 +62,31 @@ class _Started:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
+def shares_of_gpus(environment: Mapping[str, str], processes: int) -> list[str]:
+    """The GPUs of this machine in parts, each of as many as a run has processes.
+
+    Args:
+        environment: With the CUDA_VISIBLE_DEVICES that says which of them may be used.
+        processes: Processes of each run.
+
+    Returns:
+        A CUDA_VISIBLE_DEVICES for each part; none where there are not enough GPUs for a run, or none are known.
+    """
+    try:
+        names = visible_gpu_names(environment.get("CUDA_VISIBLE_DEVICES"))
+    except MeterUnavailable:
+        return []
+    whole = len(names) - len(names) % processes
+    return [",".join(names[first : first + processes]) for first in range(0, whole, processes)]
+
+
 def run_here(
     folder: SweepFolder,
     runs: Sequence[PlannedRun],
     at_once: int,
     processes: int,
     tell: Callable[[PlannedRun, int | None, float], None],
+    shares: Sequence[str] = (),
 ) -> int:
     """Do runs as processes of their own; on a signal stop them all in good order.
 
@@ -74,6 +97,8 @@ def run_here(
         processes: Processes of each run.
         tell: Called with a run when it starts (exit code None) and when it has ended, and the seconds that it took. If
             it fails, the runs that go on are stopped in good order.
+        shares: GPUs for runs side by side (:func:`shares_of_gpus`): each gets those that the fewest others have. None:
+            every run sees all of them.
 
     Returns:
         The signal that stopped it, or 0.
@@ -90,7 +115,9 @@ def run_here(
             while going or waiting:
                 while waiting and len(going) < at_once and not request.signal:
                     run = waiting.pop(0)
-                    going.append(_start(folder, run, processes))
+                    taken = Counter(started.gpus for started in going)
+                    gpus = min(shares, key=lambda share: taken[share], default=None)
+                    going.append(_start(folder, run, processes, gpus))
                     tell(run, None, 0.0)
                 if request.signal:
                     break
@@ -137,7 +164,7 @@ def command_of(config: str, processes: int) -> list[str]:
     return [sys.executable, *(launcher if processes > 1 else []), "-m", "greenprune.train", "--config", config]
 
 
-def _start(folder: SweepFolder, run: PlannedRun, processes: int) -> _Started:
+def _start(folder: SweepFolder, run: PlannedRun, processes: int, gpus: str | None) -> _Started:
     folder.exit_of(run).unlink(missing_ok=True)
     events = folder.run_folder(run).events
     events_bytes = _size(events)
@@ -145,6 +172,10 @@ def _start(folder: SweepFolder, run: PlannedRun, processes: int) -> _Started:
     if not folder.log_of(run).exists():
         # Of the job that this is in, which was queued again; this run has not begun, and there is nothing to wait for.
         environment.pop("SLURM_RESTART_COUNT", None)
+    if gpus is not None:
+        if "CUDA_VISIBLE_DEVICES" not in environment:  # indices are then NVML's, whose order CUDA has only when asked
+            environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        environment["CUDA_VISIBLE_DEVICES"] = gpus
     with folder.log_of(run).open("ab") as log:
         process = subprocess.Popen(
             command_of(str(folder.config_of(run)), processes),
@@ -154,7 +185,7 @@ def _start(folder: SweepFolder, run: PlannedRun, processes: int) -> _Started:
             env=environment,
             start_new_session=True,  # Ctrl-C reaches them through this process alone, once
         )
-    return _Started(run, process, time.monotonic(), processes > 1, events, events_bytes)
+    return _Started(run, process, time.monotonic(), processes > 1, events, events_bytes, gpus)
 
 
 def _size(path: Path) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fake_powercap import Powercap
-from stub import build_stub
+from nvml_stub import build_stub
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stub import Curve
+from nvml_stub import Curve
 
 PERIOD_S = 0.1
 WINDOWS = [["train", 0.6], ["eval", 0.25], ["train", 0.35]]
