@@ -112,7 +112,9 @@ def _sweep(args: Sequence[str], prog: str) -> int:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="show the runs and the Slurm jobs; write nothing")
     how.add_argument("--submit", action="store_true", help="submit to Slurm what is missing or failed")
-    how.add_argument("--local", type=int, nargs="?", const=1, metavar="N", help="do it here, N runs at a time (1), on a GPU each")
+    how.add_argument(
+        "--local", type=int, nargs="?", const=1, metavar="N", help="do it here, N runs at a time (1), on a GPU each"
+    )
     parser.add_argument("--at-once", type=int, metavar="K", help="with --submit: runs that may go on at the same time")
     _add_site(parser)
     options = parser.parse_args(args)

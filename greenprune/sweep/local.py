@@ -32,8 +32,8 @@ class _Started:
     is_launcher: bool
     events: Path
     events_bytes: int  # as it was started, of earlier attempts
-    gpus: str | None  # that it may use; None: all
     is_told: bool = False  # to stop
+    gpus: str | None = None  # that it may use; None: all
 
     def exit_code(self) -> int | None:
         """128 + n if signal n ended it; None if it goes on."""
@@ -185,7 +185,7 @@ def _start(folder: SweepFolder, run: PlannedRun, processes: int, gpus: str | Non
             env=environment,
             start_new_session=True,  # Ctrl-C reaches them through this process alone, once
         )
-    return _Started(run, process, time.monotonic(), processes > 1, events, events_bytes, gpus)
+    return _Started(run, process, time.monotonic(), processes > 1, events, events_bytes, gpus=gpus)
 
 
 def _size(path: Path) -> int:
