@@ -62,6 +62,11 @@ def format_counted(names: Iterable[str]) -> str:
     return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in counts.items())
 
 
+def format_number(count: int, what: str) -> str:
+    """How many there are of something: ``1 epoch``, ``1,200 epochs``."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
 def format_percent(share: float | None, digits: int = 0) -> str:
     """A share as a percentage: ``46 %``; ``unknown`` for None."""
     return UNKNOWN if share is None else f"{100 * share:.{digits}f} %"

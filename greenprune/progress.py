@@ -24,6 +24,7 @@ from greenprune.formatting import (
     UNKNOWN,
     cost_name,
     format_joules,
+    format_number,
     format_percent,
     format_removed,
     format_share,
@@ -172,8 +173,9 @@ class RunStatus:
         processes = f"{event['world_size']} processes" if event["world_size"] > 1 else "1 process"
         lines = [
             Line(
-                f"{event['run']}: {event['model']} on {event['data']}, {event['epochs']} epochs of "
-                f"{event['steps_per_epoch']} steps of {event['batch_size']} images, {event['device']}, {processes}",
+                f"{event['run']}: {event['model']} on {event['data']}, "
+                f"{format_number(event['epochs'], 'epoch')} of {format_number(event['steps_per_epoch'], 'step')} "
+                f"of {format_number(event['batch_size'], 'image')}, {event['device']}, {processes}",
                 "bold",
             ),
             Line(self._goal()),

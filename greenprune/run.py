@@ -7,6 +7,7 @@ import glob
 import itertools
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -165,7 +166,8 @@ def _advice(folder: RunFolder) -> str:
     there = list_checkpoints(folder.checkpoints)
     if not there:
         return "There is no checkpoint yet"
-    return f"Go on from {there[-1].name} with the same command and --resume auto --run_name {folder.path.name}"
+    name = shlex.quote(folder.path.name)
+    return f"Go on from {there[-1].name} with the same command and --resume auto --run_name {name}"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,7 +119,7 @@ class Saving:
             failed = StorageFailed(
                 f"{error.filename or self._folder.path}: {error.strerror or error} after step {step()}; "
                 f"{self.last()}. Once there is room to write, go on with the same command and "
-                f"--resume auto --run_name {self._folder.path.name}"
+                f"--resume auto --run_name {shlex.quote(self._folder.path.name)}"
             )
             failed.known_to_all = getattr(error, "known_to_all", False)
             raise failed from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import time
 from dataclasses import asdict
@@ -499,7 +500,7 @@ class Trainer:
         raise Interrupted(
             number,
             f"stopped by {name} after step {self.step} of {self.total_steps}; {path} is written. "
-            f"Go on with the same command and --resume auto --run_name {self.folder.path.name}",
+            f"Go on with the same command and --resume auto --run_name {shlex.quote(self.folder.path.name)}",
         )
 
     def _finish(self) -> dict[str, Any]:

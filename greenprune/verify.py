@@ -16,6 +16,7 @@ from torch import nn
 from greenprune.checkpoint import Checkpoint, CheckpointCorrupt, list_checkpoints, load_checkpoint
 from greenprune.config import Config, ConfigError, UserError, load_config, shaping_values
 from greenprune.evaluation import Evaluation
+from greenprune.formatting import format_number
 from greenprune.locking import Holder, find_holder
 from greenprune.network import Network, prepare_network
 from greenprune.surgery import Operation, Structure, StructureMismatch, replay, structure_text
@@ -141,7 +142,8 @@ def _check_events(events: list[Event], damaged: list[str]) -> Finding:
     epochs = [event.get("epoch") for event in course if event["kind"] == "epoch"]
     if epochs != list(range(1, len(epochs) + 1)):
         wrong.append(f"epochs of the course are {epochs}, not each once")
-    told = f"{len(events):,} events of {attempts} attempts, {len(epochs)} epochs; no step missing, none twice"
+    told = f"{format_number(len(events), 'event')} of {format_number(attempts, 'attempt')}, "
+    told += f"{format_number(len(epochs), 'epoch')}; no step missing, none twice"
     return Finding("events.jsonl", not wrong, "; ".join(wrong) or told)
 
 

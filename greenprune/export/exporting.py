@@ -421,7 +421,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointCorrupt(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+        why = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:200]
+        raise CheckpointCorrupt(f"{path}: cannot be read ({why})") from None
     if not isinstance(values, dict):
         raise CheckpointCorrupt(f"{path}: not a JSON object")
     return values

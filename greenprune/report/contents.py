@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -169,6 +170,12 @@ def _task(data: str, accuracy_kind: str, runs: Sequence[ReportedRun]) -> Task:
     return Task(data, accuracy_kind, tuple(groups), front, reason)
 
 
+def _by_seed(run: ReportedRun) -> tuple[float, str]:
+    """In the order of their seeds, then of their names; runs whose seed is unknown last."""
+    seed = run.compared.summary.get("seed", run.config.get("seed"))
+    return (seed if isinstance(seed, int) else math.inf, run.name)
+
+
 def _group(label: str, runs: Sequence[ReportedRun]) -> Group:
     finished = [run for run in runs if run.is_finished]
     ratios = [run.compared.against_twin for run in finished if run.compared.against_twin is not None]
@@ -177,7 +184,7 @@ def _group(label: str, runs: Sequence[ReportedRun]) -> Group:
         label=label,
         gated=_is_gated(runs[0]),
         dense=_is_dense(runs[0]),
-        runs=tuple(sorted(runs, key=lambda run: (str(run.compared.summary.get("seed")), run.name))),
+        runs=tuple(sorted(runs, key=_by_seed)),
         spreads={key: _spread(runs, key) for key in FIGURES},
         against_twins={key: spread_of(ratio.get(key) for ratio in ratios) for key in keys},
     )

@@ -13,6 +13,7 @@ from greenprune.formatting import (
     UNKNOWN,
     cost_name,
     format_joules,
+    format_number,
     format_percent,
     format_removed,
     format_seconds,
@@ -37,7 +38,9 @@ def print_summary(summary: dict[str, Any], path: Path) -> None:
 def summary_table(summary: dict[str, Any]) -> Table:
     """A run's result, one line for each thing that was gained or spent."""
     table = Table(
-        title=Text(f"{summary['run']}: {summary['model']} on {summary['data']}, {_epochs(summary['epochs'])}"),
+        title=Text(
+            f"{summary['run']}: {summary['model']} on {summary['data']}, {format_number(summary['epochs'], 'epoch')}"
+        ),
         title_justify="left",
         show_header=False,
         box=None,
@@ -48,10 +51,6 @@ def summary_table(summary: dict[str, Any]) -> Table:
     for name, value in _rows(summary):
         table.add_row(name, Text(value))
     return table
-
-
-def _epochs(number: int) -> str:
-    return "1 epoch" if number == 1 else f"{number} epochs"
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

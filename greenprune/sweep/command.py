@@ -19,6 +19,7 @@ from greenprune.config import UserError
 from greenprune.formatting import (
     NamedFigures,
     format_joules,
+    format_number,
     format_percent,
     format_seconds,
     leave_closed_pipe,
@@ -137,7 +138,7 @@ def _sweep(args: Sequence[str], prog: str) -> int:
         if options.local is not None:
             return _run_here(sweep, folder, runs, options.local)
     open_console().print(NamedFigures(_plan_table(sweep)))
-    print(f"{len(runs)} runs are in {folder.path}. Do them with --local or --submit.")
+    print(f"{folder.path} holds {format_number(len(runs), 'run')}, to be done with --local or --submit.")
     return 0
 
 
@@ -288,7 +289,7 @@ def _submit(sweep: Sweep, folder: SweepFolder, runs: list[PlannedRun], site: Sit
             file=sys.stderr,
         )
     print(
-        f"job {array}: {len(numbers)} runs, {at_once} at once"
+        f"job {array}: {format_number(len(numbers), 'run')}, {at_once} at once"
         + (f"; {left_alone} are finished or in the queue already" if left_alone else "")
         + f"\njob {collect}: the report, once they have ended: {folder.path / 'report.html'}"
         + f"\nHow far they are: greenprune sweep status {shlex.quote(str(folder.path))}"

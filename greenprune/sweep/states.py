@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from greenprune.config import UserError
-from greenprune.formatting import UNKNOWN, NamedFigures, format_joules, format_percent, format_seconds
+from greenprune.formatting import UNKNOWN, NamedFigures, format_joules, format_number, format_percent, format_seconds
 from greenprune.interrupt import STOP_SIGNALS
 from greenprune.locking import find_holder
 from greenprune.report.runs import ComparedRun, read_run, read_run_events
@@ -184,7 +184,7 @@ def totals(states: Sequence[RunState]) -> str:
         counts[state.state] += 1
     known = [state.figures["energy_j"] for state in states if state.figures.get("energy_j") is not None]
     words = ", ".join(f"{count} {name}" for name, count in counts.items())
-    told = f"{len(states)} runs: {words}; {format_joules(sum(known)) if known else UNKNOWN} so far"
+    told = f"{format_number(len(states), 'run')}: {words}; {format_joules(sum(known)) if known else UNKNOWN} so far"
     runs = with_sharing([state.compared for state in states if state.compared is not None])
     shared = known and any(run.shared for run in runs)
     return f"{told}, other work on machines that were shared counted as well" if shared else told

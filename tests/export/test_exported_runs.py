@@ -303,6 +303,11 @@ BAD_RUNS: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "without checkpoints": (lambda run: shutil.rmtree(run / "checkpoints"), 2, "has no checkpoint"),
     "damaged checkpoint": (truncate_the_tensors, 1, "model.safetensors: size or checksum differs"),
     "damaged structure": (change_the_structure, 1, "structure.json: not the structure of step-000000088"),
+    "lost structure": (
+        lambda run: (run / "structure.json").unlink(),
+        1,
+        "structure.json: cannot be read (No such file or directory)",
+    ),
     "damaged summary": (lose_a_figure, 1, "summary.json: lacks accuracy"),
     "earlier checkpoint": (lose_the_last_checkpoint, 1, "not the end of the run, which took 88 steps"),
 }

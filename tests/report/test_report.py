@@ -291,6 +291,13 @@ def test_copies_of_a_run_are_no_seeds(tmp_path: Path) -> None:
         assert "b is left out: it is a copy of" in text
 
 
+def test_seeds_are_in_the_order_of_numbers(tmp_path: Path) -> None:
+    for seed in (10, 9, 2):
+        record_run(tmp_path / f"run-{seed}", seed=seed)
+    for text in forms(build_report([tmp_path])):
+        assert text.index("run-2") < text.index("run-9") < text.index("run-10")
+
+
 def test_a_row_of_a_run_that_goes_on_tells_its_seed_and_attempts(tmp_path: Path) -> None:
     recorded = record_run(tmp_path / "it", seed=7)
     stop_before(tmp_path / "it", recorded, 20)
