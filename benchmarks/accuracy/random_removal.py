@@ -2,7 +2,8 @@
 
     python benchmarks/accuracy/random_removal.py runs/NAME --config configs/digits.yaml --run_name random
 
-Everything else is the run's: the gates are there and stay open, so that what differs is which units go.
+NAME's folder, or its ``structure.json`` alone, says what went when. Everything else is as in the config, which is to be
+that of the run: the gates are there and stay open, so that what differs is which units go.
 
 - **Blocks** that cost the same are exchanged for one another (in a CIFAR ResNet those that keep the shape, of all
   stages), so the FLOPs are those of the run at every step, but for the gates' own.
@@ -12,6 +13,7 @@ Everything else is the run's: the gates are there and stay open, so that what di
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import sys
@@ -20,7 +22,7 @@ from typing import Any
 
 import greenprune.run
 from greenprune.command import run_command
-from greenprune.config import load_config
+from greenprune.config import parse_config
 from greenprune.gating import GatePolicy, UnitWindow, Verdict, channel_unit, split_unit
 from greenprune.surgery import Structure
 from greenprune.trainer import Trainer
@@ -94,12 +96,13 @@ class RandomPolicy(GatePolicy):
 
 
 def main() -> int:
-    like = greenprune.run.RunFolder(Path(sys.argv[1]))
-    structure = Structure.from_dict(greenprune.run.json.loads(like.structure.read_text()))
-    config = load_config(like.config)
-    seed, units = config.seed, config.gate.units
+    path, flags = Path(sys.argv[1]), sys.argv[2:]
+    file = greenprune.run.RunFolder(path).structure if path.is_dir() else path
+    structure = Structure.from_dict(json.loads(file.read_text()))
+    units = {"block" if removal.channels is None else "channel" for removal in structure.removed()}
     if len(units) != 1:
-        sys.exit(f"{sys.argv[1]}: gate.units {list(units)} cannot be exchanged at random; expected a run of one kind")
+        sys.exit(f"{file}: {' and '.join(sorted(units))} cannot be exchanged at random; expected removals of one kind")
+    seed = parse_config(flags).seed
 
     class RandomTrainer(Trainer):
         """A trainer whose policy is random."""
@@ -112,8 +115,7 @@ def main() -> int:
             return policy
 
     greenprune.run.Trainer = RandomTrainer  # type: ignore[misc]
-    flags = [*sys.argv[2:], "--seed", str(seed), "--gate.units", f"[{units[0]}]", "--gate.kind", "static"]
-    flags += ["--gate.lr", STILL]
+    flags += ["--gate.units", f"[{units.pop()}]", "--gate.kind", "static", "--gate.lr", STILL]
     return run_command(flags, os.environ, prog="random_removal.py")
 
 

@@ -24,6 +24,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -259,6 +260,7 @@ class Runner:
         self.study = study
         self.folder = runs / study.name
         self.results = RESULTS / study.name
+        self._taken_over = {cell.after for cell in cells_of(study)}
         self._going: set[subprocess.Popen[str]] = set()
         self._stopping = threading.Event()
         self._chosen: dict[str, dict[str, float]] = {}
@@ -327,9 +329,9 @@ class Runner:
             return [*self._peer_command(cell.peer, cell.target, seed, output), *settings, *more]
         place = ["--output_dir", str(self.folder), "--run_name", f"{cell.name}-seed{seed}", "--resume", "auto"]
         flags = ["--config", config, *study.flags, *cell.flags, *place]
-        before = None if cell.after is None else str(self.folder / f"{cell.after}-seed{seed}")
+        before = None if cell.after is None else self._structure_of(cell.after, seed)
         if cell.random:
-            return ["python", "benchmarks/accuracy/random_removal.py", str(before), *flags]
+            return ["python", "benchmarks/accuracy/random_removal.py", str(before), *flags, "--seed", str(seed)]
         if cell.ablated:
             script = ["python", "benchmarks/accuracy/ablated.py", *cell.ablated, "--"]
             return [*script, *flags, "--seed", str(seed)]
@@ -349,7 +351,18 @@ class Runner:
         command = self.command(cell, seed)
         self._run(command, f"{cell.name}, seed {seed}")
         self.results.mkdir(parents=True, exist_ok=True)
+        if cell.name in self._taken_over:
+            self._kept_structure(cell.name, seed).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self.folder / result.stem / "structure.json", self._kept_structure(cell.name, seed))
         write_json(result, self._found(cell, seed) | {"cell": cell.name, "command": self._told(command)})
+
+    def _kept_structure(self, name: str, seed: int) -> Path:
+        return self.results / "structures" / f"{name}-seed{seed}.json"
+
+    def _structure_of(self, name: str, seed: int) -> str:
+        """What another cell left of the network, as it is kept beside the results; else the folder of its run."""
+        kept = self._kept_structure(name, seed)
+        return str(kept.relative_to(ROOT) if kept.exists() else self.folder / f"{name}-seed{seed}")
 
     def _told(self, command: list[str]) -> str:
         """A command for others: with the folder that a study's runs have by default."""

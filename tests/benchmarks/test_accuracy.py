@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -28,7 +29,25 @@ def test_every_cell_has_a_command_and_what_it_needs_comes_before(tmp_path: Path)
     runner = study.Runner(digits, tmp_path)
     commands = [shlex.join(runner.command(cell, 0)) for cell in cells]
     assert len(set(commands)) == len(commands)
-    assert all("--seed 0" in command or "random_removal" in command for command in commands)
+    assert all("--seed 0" in command for command in commands)
+
+
+def test_what_takes_a_structure_over_needs_no_more_than_what_is_kept_beside_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    named = replace(study.Study.read(ROOT / "benchmarks" / "accuracy" / "digits.yaml"), config=tmp_path / "it.yaml")
+    cells = {cell.name: cell for cell in study.cells_of(named)}
+    runner = study.Runner(named, tmp_path / "runs")
+    before = runner.command(cells["scratch-block-0.5"], 1)
+    assert before[before.index("--model.structure") + 1] == str(tmp_path / "runs" / "digits" / "block-0.5-seed1")
+    kept = tmp_path / "results" / "digits" / "structures" / "block-0.5-seed1.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}")
+    for name in ("scratch-block-0.5", "random-0.5"):
+        assert "results/digits/structures/block-0.5-seed1.json" in runner.command(cells[name], 1)
+    assert "structures" not in shlex.join(runner.command(cells["scratch-block-0.5"], 2))
 
 
 def test_a_cell_is_asked_for_by_its_name_or_with_others_by_how_theirs_begin() -> None:
@@ -236,15 +255,16 @@ def test_a_small_study_is_trained_kept_and_not_trained_again(tmp_path: Path) -> 
         for _ in range(2):
             done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
-            times = {path.name: path.stat().st_mtime_ns for path in (folder / "small-test").iterdir()}
+            times = {path.name: path.stat().st_mtime_ns for path in (folder / "small-test").glob("*.json")}
             assert len(times) == 4
-        found = {path.name: json.loads(path.read_text()) for path in (folder / "small-test").iterdir()}
+        found = {path.name: json.loads(path.read_text()) for path in (folder / "small-test").glob("*.json")}
+        assert "small-test/structures/block-0.5-seed0.json" in found["scratch-block-0.5-seed0.json"]["command"]
         ours, random = found["block-0.5-seed0.json"], found["random-0.5-seed0.json"]
         assert random["flops_forward"] == ours["flops_forward"]
         assert random["flops_train"] == pytest.approx(ours["flops_train"], rel=1e-3)  # its gates are static
         assert found["scratch-block-0.5-seed0.json"]["params"] == ours["params"]
-        assert {path.name: path.stat().st_mtime_ns for path in (folder / "small-test").iterdir()} == times
+        assert {path.name: path.stat().st_mtime_ns for path in (folder / "small-test").glob("*.json")} == times
     finally:
-        for path in [*(folder / "small-test").iterdir(), *folder.glob("small-test.*")]:
+        shutil.rmtree(folder / "small-test")
+        for path in folder.glob("small-test.*"):
             path.unlink()
-        (folder / "small-test").rmdir()
