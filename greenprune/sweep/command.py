@@ -235,7 +235,11 @@ def _check_slurm() -> None:
 
 def _queue(folder: SweepFolder) -> Mapping[int, QueuedTask]:
     """The sweep's runs in Slurm's queue; nothing is asked where nothing was submitted."""
-    return queued_tasks([submission["array"] for submission in read_submissions(folder)])
+    submissions = read_submissions(folder)
+    return queued_tasks(
+        [submission["array"] for submission in submissions],
+        [submission["user"] for submission in submissions if "user" in submission],
+    )
 
 
 def _jobs_of(sweep: Sweep, site: Site) -> dict[str, str]:
@@ -316,7 +320,8 @@ def _submit_both(folder: SweepFolder, numbers: list[int], at_once: int, earlier:
         jobs.append(submit(array_command(folder.path, folder.path / "array.sbatch", numbers, at_once)))
         jobs.append(submit(collect_command(folder.path, folder.path / "collect.sbatch", [*jobs, *earlier])))
         array, collect = jobs
-        record_submission(folder, {"time": time.time(), "array": array, "collect": collect, "runs": numbers})
+        made = {"time": time.time(), "user": os.getuid(), "array": array, "collect": collect, "runs": numbers}
+        record_submission(folder, made)
         release(array)
     except (UserError, OSError):
         _take_back(jobs)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -136,21 +137,32 @@ def cancel(job: str) -> None:
     _ask(["scancel", job])
 
 
-def queued_tasks(arrays: Sequence[str]) -> dict[int, QueuedTask]:
+def queued_tasks(arrays: Sequence[str], users: Iterable[int] = ()) -> dict[int, QueuedTask]:
     """The tasks of arrays that are in the queue, by number.
 
     Args:
         arrays: Ids of the arrays.
+        users: Ids of others who may have submitted them; those that this machine does not know are not asked for.
 
     Raises:
         UserError: Slurm does not answer.
     """
     if not arrays:
         return {}
-    listed = _ask(["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T|%R"])
+    asked = ",".join(map(str, [os.getuid(), *sorted(filter(_is_known, set(users) - {os.getuid()}))]))
+    listed = _ask(["squeue", "--noheader", "--array", f"--user={asked}", "--format=%F|%K|%T|%R"])
     rows = [line.strip().split("|", maxsplit=3) for line in listed.splitlines()]
     mine = [row for row in rows if row[0] in arrays and row[1].isdecimal()]
     return {int(number): QueuedTask(array, int(number), state, where) for array, number, state, where in mine}
+
+
+def _is_known(user: int) -> bool:
+    """Whether a user has a name here: squeue refuses the whole question for one who has none."""
+    try:
+        pwd.getpwuid(user)
+    except (KeyError, OverflowError):
+        return False
+    return True
 
 
 # What of Slurm's variables is the user's and not of a job.

@@ -207,6 +207,8 @@ def test_runs_that_cannot_share_a_node_are_submitted_without_a_note(
     assert (code, err) == (0, "")
     job = (place / "runs" / "sweeps" / "two" / "array.sbatch").read_text()
     assert ("#SBATCH --exclusive\n" in job) == bool(site)
+    submission = json.loads((place / "runs" / "sweeps" / "two" / "submissions.jsonl").read_text())
+    assert submission["user"] == os.getuid()  # so that others who share the folder see its tasks
 
 
 WRONG = {

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import pwd
 import sys
 from pathlib import Path
 
@@ -72,6 +73,13 @@ def test_the_users_defaults_of_squeue_hide_no_task(programs: Path, monkeypatch: 
     )
     (task,) = queued_tasks(["9"]).values()
     assert (task.number, task.state) == (1, "PENDING")
+
+
+def test_the_tasks_of_another_who_submitted_are_seen(programs: Path) -> None:
+    """Whoever shares a folder would submit them a second time."""
+    other, nobody = next(user.pw_uid for user in pwd.getpwall() if user.pw_uid != os.getuid()), 2**31 - 2
+    program(programs, "squeue", f'case "$*" in *--user={os.getuid()},{other}\\ *) echo "9|1|PENDING|no";; esac')
+    assert [*queued_tasks(["9"], [other, nobody, other, os.getuid()])] == [1]
 
 
 @pytest.mark.parametrize("said", ["Welcome to 3 clusters\\n\\n12", "12;north\\nthank you", "12"])
