@@ -125,9 +125,7 @@ def measure_unit_cost(
             rest = block.without_branch()
             if not isinstance(rest, nn.Identity):
                 passes[_REST + kind] = _pass_of(rest, x, autocast)
-        if recorded:
-            passes = {name: _record(once, example.device) for name, once in passes.items()}
-        costs = measure(passes)
+        costs = measure(_recorded(passes, example.device) if recorded else passes)
     each = {kind: max(0.0, costs[kind] - costs.get(_REST + kind, 0.0)) for kind in first}
     of_blocks = {name: each[kind] for name, kind in kinds.items()}
     # Alone in the cache, blocks may be cheaper than in the network, or dearer than all of it together.
@@ -208,22 +206,31 @@ def _pass_of(module: nn.Module, x: Tensor, autocast: Autocast) -> Callable[[], N
     return once
 
 
-def _record(once: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """A pass as a CUDA graph to replay; as it is where it cannot be recorded, or has no room beside the others."""
+def _recorded(passes: Passes, device: torch.device) -> Passes:
+    """Passes as CUDA graphs to replay; all as they are where one of them cannot be recorded, or has no room.
+
+    A few of them launched one by one among others that are replayed would look dearer by what the host takes.
+    """
     here, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(here)
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP):
-            once()
-    here.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    # One after the other they may write to the same memory: each makes all that it reads anew, but for weights and
+    # inputs, which lie outside. With memory of its own each, blocks would take as much as the network once more.
+    pool = torch.cuda.graph_pool_handle()
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
     try:
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # as the run's own
-            once()
+        for name, once in passes.items():
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    once()
+            here.wait_stream(stream)
+            graphs[name] = torch.cuda.CUDAGraph()
+            # The mode as of the run's own.
+            with torch.cuda.graph(graphs[name], pool=pool, stream=stream, capture_error_mode="thread_local"):
+                once()
     except RuntimeError:
         torch.cuda.set_stream(here)  # PyTorch leaves its own where a recording fails
-        return once
-    return graph.replay
+        return passes
+    return {name: graph.replay for name, graph in graphs.items()}
 
 
 def _least_seconds(passes: Passes, device: torch.device, turns: int = _TURNS) -> dict[str, float]:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -149,6 +150,59 @@ def test_a_slower_block_is_dearer() -> None:
     slower = measure_unit_cost("time", wide, torch.zeros(16, 3, 32, 32))
     assert slower.blocks["stages.0.1"] > 2 * slower.blocks["stages.0.2"]
     assert found.blocks["stages.0.1"] == found.blocks["stages.0.2"]
+
+
+class Recordings:
+    """Stands in for what PyTorch records of a GPU: of so many passes, and the next one finds no room.
+
+    Attributes:
+        made: Memory pool and stream of each recording.
+        replays: How often any was replayed.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.made: list[tuple[object, object]] = []
+        self.replays = 0
+        self._room = room
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda _: self)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", self._record)
+
+    def wait_stream(self, _: object) -> None:
+        """Nothing runs beside anything here."""
+
+    def replay(self) -> None:
+        self.replays += 1
+
+    @contextmanager
+    def _record(self, _: object, *, pool: object = None, stream: object = None, **__: object) -> Iterator[None]:
+        if len(self.made) == self._room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.made.append((pool, stream))
+        yield
+
+
+def test_what_is_recorded_shares_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With memory of its own for each recording, blocks would take as much as the network once more."""
+    recordings = Recordings(monkeypatch, room=100)
+    measure_unit_cost("time", CifarResNet(20, 10, 1), torch.zeros(4, 1, 8, 8), recorded=True)
+    assert len(recordings.made) > 3
+    assert len(set(recordings.made)) == 1
+    assert recordings.made[0][0] is not None
+    assert recordings.replays > 0
+
+
+def test_what_is_replayed_is_not_compared_with_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block for which there is no room would look dearer than its like by what the host takes to launch it."""
+    recordings = Recordings(monkeypatch, room=3)
+    found = measure_unit_cost("time", CifarResNet(20, 10, 1), torch.zeros(4, 1, 8, 8), recorded=True)
+    assert len(recordings.made) == 3
+    assert recordings.replays == 0
+    assert min(found.blocks.values()) > 0
 
 
 class Machine:
