@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from greenprune.config import ModelConfig
 from greenprune.energy import Measurement, Meter, open_meter
@@ -264,7 +264,7 @@ def _compare(
     contestants = []
     for name, loaded, size in networks:
         if loaded.module is not None:
-            loaded.module.to(device, memory_format=layout)  # type: ignore[call-overload]
+            _move(loaded.module, device, layout)
         run = torch.compile(loaded.module, dynamic=False) if way == "compiled" and loaded.module else loaded.run
         contestants.append(_Contestant(name, run, loaded.module, size))
     synchronize = torch.cuda.synchronize if device.type == "cuda" else _no_wait
@@ -287,6 +287,25 @@ def _compare(
     engine = ", ".join(part for part in (networks[0][1].engine, way, order, where) if part)
     sources = {reading.device: reading.source for reading in readings}
     return Comparison(engine, costs, measurement.quality, sources)
+
+
+def _move(module: nn.Module, device: torch.device, layout: torch.memory_format) -> None:
+    """Move a network to a device, in place, a program of torch.export too.
+
+    In its calls such a program has the device on which it was traced: of tensors that it makes, and of those that it
+    expects.
+
+    Args:
+        module: The network.
+        device: Where it is to run.
+        layout: Memory format of its weights.
+    """
+    module.to(device, memory_format=layout)  # type: ignore[call-overload]
+    for part in module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                node.args, node.kwargs = tree_map_only(torch.device, lambda _: device, (node.args, node.kwargs))
+            part.recompile()
 
 
 def _no_wait() -> None:

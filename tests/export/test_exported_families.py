@@ -19,6 +19,7 @@ from families import BATCH, EVERY_ORDER, FAMILIES, ONE_ACTIVATION, build, patter
 from greenprune import UserError
 from greenprune.export import export_network
 from greenprune.export.formats import read_network
+from greenprune.export.inference import _move
 from greenprune.surgery import carry_out
 
 TRACED = ("torch.export", "onnx")
@@ -153,6 +154,26 @@ def test_a_network_in_another_precision_is_exported_in_fp32(dtype: torch.dtype, 
     with torch.no_grad():
         expected = model(images.to(dtype)).float()
         assert relative_difference(logits(kind, tmp_path / "out", images), expected) <= tolerance
+
+
+class Positions(nn.Module):
+    """Makes a tensor where its input is, as attention in windows does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) * (torch.arange(x.shape[1], device=x.device) > 1).to(x.dtype)
+
+
+def test_a_program_goes_to_another_device_with_the_tensors_that_it_makes(tmp_path: Path) -> None:
+    """To the meta device, which stands for a GPU: shapes alone are computed there."""
+    model, images = nn.Sequential(nn.Conv2d(3, 5, 1), Positions()), torch.randn(4, 3, 8, 8)
+    export_network(model, images, "torch.export", tmp_path / "out")
+    loaded = read_network("torch.export", tmp_path / "out", trust=True)
+    assert loaded.module is not None
+    with torch.no_grad():
+        _move(loaded.module, torch.device("cpu"), torch.channels_last)
+        assert relative_difference(loaded.run(images), model(images)) <= 1e-5
+        _move(loaded.module, torch.device("meta"), torch.contiguous_format)
+        assert loaded.run(images.to("meta")).is_meta
 
 
 def test_the_module_files_are_tidy(tmp_path: Path) -> None:
