@@ -78,3 +78,29 @@ def test_without_a_counter_a_turn_takes_no_longer(monkeypatch: pytest.MonkeyPatc
     device = Device()
     _, window_s = measure(device, [device.estimate()], monkeypatch)
     assert window_s == pytest.approx(0.3, abs=0.015)
+
+
+class Queue:
+    """A GPU to which the host gives an image's work in 1 ms, and which then computes for 2 ms beside the host."""
+
+    def __init__(self) -> None:
+        self.time_s = self.done_s = 0.0
+
+    def run(self, images: Tensor) -> Tensor:
+        self.time_s += 0.001
+        self.done_s = max(self.done_s, self.time_s) + 0.002
+        return images
+
+    def synchronize(self) -> None:
+        self.time_s = max(self.time_s, self.done_s)
+
+
+def test_one_image_by_itself_is_not_computed_while_the_next_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Queue()
+    contestant = _Contestant("network", gpu.run, None, 0)
+    with Meter([]) as meter:
+        monkeypatch.setattr(time, "perf_counter", lambda: gpu.time_s)
+        _warm_up(contestant, ONE, MANY, gpu.synchronize, meter)
+        _take_turn(contestant, ONE, MANY, gpu.synchronize, meter)
+    assert contestant.single_s == [pytest.approx(0.003)]
+    assert contestant.image_s == [pytest.approx(0.002 / len(MANY), rel=0.01)]
