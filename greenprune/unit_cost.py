@@ -31,6 +31,9 @@ MEASURED: tuple[MeasuredUnit, ...] = get_args(MeasuredUnit)
 """Units of a budget that are measured and not counted."""
 
 _WARM_UP, _TURNS = 2, 15
+# Seconds of a turn on a GPU (our choice): to give it the first pass and to hear of the last takes some microseconds, of
+# which a small block would have as many as the whole network.
+_TURN_S = 0.003
 _WHOLE, _REST = "whole", "rest of "
 
 # torchvision's and timm's stochastic depth as they print themselves, with the rate, which differs from block to block.
@@ -234,8 +237,8 @@ def _recorded(passes: Passes, device: torch.device) -> Passes:
 
 
 def _least_seconds(passes: Passes, device: torch.device, turns: int = _TURNS) -> dict[str, float]:
-    """Seconds of each pass."""
-    least = dict.fromkeys(passes, math.inf)
+    """Seconds of each pass: on a GPU of several one behind the other, as the passes of steps are."""
+    least, repeats = dict.fromkeys(passes, math.inf), dict.fromkeys(passes, 1)
     on_cpu = device.type == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
     with _one_thread() if on_cpu else nullcontext():
@@ -243,10 +246,14 @@ def _least_seconds(passes: Passes, device: torch.device, turns: int = _TURNS) ->
             for name, once in passes.items():
                 _wait_for(device)
                 started = clock()
-                once()
+                for _ in range(repeats[name]):
+                    once()
                 _wait_for(device)
+                each = (clock() - started) / repeats[name]
                 if turn >= _WARM_UP:
-                    least[name] = min(least[name], clock() - started)
+                    least[name] = min(least[name], each)
+                elif not on_cpu:
+                    repeats[name] = max(1, int(_TURN_S / max(each, 1e-9)))
     return least
 
 

@@ -35,7 +35,7 @@ from greenprune.models.attention import SelfAttention
 from greenprune.models.cifar_resnet import SubsamplePad
 from greenprune.progress import Display
 from greenprune.run import train
-from greenprune.unit_cost import UnitCost, measure_unit_cost
+from greenprune.unit_cost import UnitCost, _least_seconds, measure_unit_cost
 from greenprune.verify import verify_run
 
 SMALL = Config(
@@ -203,6 +203,25 @@ def test_what_is_replayed_is_not_compared_with_what_is_launched(monkeypatch: pyt
     assert len(recordings.made) == 3
     assert recordings.replays == 0
     assert min(found.blocks.values()) > 0
+
+
+def test_waiting_for_a_gpu_is_no_part_of_what_a_block_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small blocks would look dearer, for the run's steps wait for nothing."""
+    host_s = gpu_s = 0.0
+
+    def give(seconds: float) -> None:
+        nonlocal host_s, gpu_s
+        host_s += 5e-6
+        gpu_s = max(gpu_s, host_s) + seconds
+
+    def wait(_: object) -> None:
+        nonlocal host_s
+        host_s = max(host_s, gpu_s) + 10e-6
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(time, "perf_counter", lambda: host_s)
+    found = _least_seconds({"small": partial(give, 40e-6), "large": partial(give, 4e-3)}, torch.device("cuda"))
+    assert found == {"small": pytest.approx(40e-6, rel=0.01), "large": pytest.approx(4e-3, rel=0.01)}
 
 
 class Machine:
