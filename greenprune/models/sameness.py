@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -91,6 +92,26 @@ def pass_through(model: nn.Module, example: Tensor) -> None:
             module.training = training
 
 
+@contextlib.contextmanager
+def _whole_products() -> Iterator[None]:
+    """Within, fp32 products on a GPU are not rounded to TF32, of which other kernels would make another sum.
+
+    Where the newer of PyTorch's settings was used, which cannot be mixed with this one, it is left as it is.
+    """
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        before = "highest"
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def check_same(name: str, block: nn.Module, split: nn.Module, x: Tensor) -> None:
     """Check that a taken-apart block computes what the block computes, and drops as much in training.
 
@@ -104,7 +125,7 @@ def check_same(name: str, block: nn.Module, split: nn.Module, x: Tensor) -> None
     x = x.float() if x.is_floating_point() else x
     _move_constants(block)
     failure = ""
-    with torch.no_grad():
+    with torch.no_grad(), _whole_products():
         # Copies of the input: a module of one may work in place on what the other still needs.
         expected = block.eval()(x.clone())
         try:

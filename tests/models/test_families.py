@@ -523,6 +523,27 @@ def test_what_drops_in_training_is_known_in_published_blocks(name: str) -> None:
     assert convert_blocks(DROPPING[name](), FAMILIES[name].images())
 
 
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_blocks_are_compared_without_tf32(register: Any, precision: str) -> None:
+    """With it, other kernels for the same products differ by more than a mistake would."""
+    seen = []
+
+    class Seeing(Bend):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.get_float32_matmul_precision())
+            return super().forward(x)
+
+    register(lambda block: split_of(block, bend=Seeing()))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        convert_blocks(network(Block()), IMAGES)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen[0] == "highest"
+
+
 def test_a_split_that_gives_nan_is_refused(register: Any) -> None:
     register(lambda block: split_of(block, activation=nn.Threshold(9.0, float("nan"))))
     with pytest.raises(BlockError, match=r"^1: .* computes something else"):
