@@ -15,7 +15,7 @@ from pathlib import Path
 from greenprune.energy.carbon import CarbonIntensity, carbon_intensity, co2_g, format_intensity
 from greenprune.energy.estimate import open_cpu_estimate, open_ram_estimate
 from greenprune.energy.meter import IDLE, Measurement, Meter, Reading, Window
-from greenprune.energy.nvml import doubtful_order, nvml_session, open_gpu, visible_gpu_uuids
+from greenprune.energy.nvml import doubtful_order, nvml_session, open_gpu, visible_gpu_names, visible_gpu_uuids
 from greenprune.energy.nvml import gpu_uuids as all_gpu_uuids
 from greenprune.energy.rapl import POWERCAP, open_rapl
 from greenprune.energy.sharing import Share, node_id, share_devices
@@ -47,6 +47,7 @@ __all__ = [
     "share_devices",
     "slurm_energy",
     "slurm_job",
+    "visible_gpu_names",
     "visible_gpu_uuids",
 ]
 

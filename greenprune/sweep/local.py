@@ -15,8 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from greenprune.energy.nvml import visible_gpu_names
-from greenprune.energy.source import MeterUnavailable
+from greenprune.energy import MeterUnavailable, visible_gpu_names
 from greenprune.interrupt import InterruptRequest
 from greenprune.sweep.folder import PlannedRun, SweepFolder
 from greenprune.tracking import salvage_events
