@@ -120,8 +120,14 @@ def count_costs(
     """
     shadow = copy.deepcopy(model).to("meta").train()
     images = torch.empty(_BATCH, *image_shape, dtype=dtype, device="meta")
+    # Without gradients the counter fails at a module that is given a view of a parameter that asks for some, such as a
+    # learned query.
+    trained = [parameter for parameter in shadow.parameters() if parameter.requires_grad]
+    shadow.requires_grad_(False)
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         shadow(images)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     # One counter over both passes: it knows whose backward it sees only if it saw the forward.
     with FlopCounterMode(display=False, custom_mapping=_CORRECTIONS) as training:
         go_back_from(shadow(images))

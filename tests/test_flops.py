@@ -149,3 +149,21 @@ def test_frozen_parameters_are_parameters(make_network: MakeNetwork) -> None:
 def test_subtraction() -> None:
     assert subtract(Cost(10, 30, 5), [Cost(1, 3, 2), Cost(2, 6, 0)]) == Cost(7, 21, 3)
     assert subtract(Cost(10, 30, 5), iter([])) == Cost(10, 30, 5)
+
+
+def test_a_module_may_be_given_a_view_of_a_parameter() -> None:
+    """A learned query, one for each sample, or an embedding of positions with a dropout of its own."""
+
+    class Pooling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Parameter(torch.randn(1, 6))
+            self.frozen = nn.Parameter(torch.randn(6), requires_grad=False)
+            self.layer = nn.Linear(6, 6, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.layer(self.query.expand(len(x), -1)) + self.frozen
+
+    cost = count_costs(Pooling(), (6,))[""]
+    forward = 2 * 6 * 6
+    assert cost == Cost(forward, 3 * forward, 48)
