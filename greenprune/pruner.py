@@ -246,7 +246,8 @@ class Pruner:
         Raises:
             ValueError: The gates are not in the optimizer, or something that trains and that channels are cut from.
             TypeError: Channels have gates, and the optimizer keeps something that cannot follow their removal, as
-                Adafactor's rows and columns. Told at the first call, while the network is whole.
+                Adafactor's rows and columns; or it is around another one, which would not follow. Told at the first
+                call, while the network is whole.
         """
         if not self._policy.active:
             return []

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -720,6 +721,31 @@ def test_an_optimizer_with_one_history_of_all_parameters_is_refused() -> None:
     model, pruner = make_pruner(["channel"])
     with pytest.raises(TypeError, match="LBFGS keeps one history of all parameters together"):
         pruner.step(torch.optim.LBFGS(model.parameters()))
+
+
+class Around(torch.optim.Optimizer):
+    """As Lookahead of timm and SAM are: with the groups of another optimizer, and a state beside that one's."""
+
+    def __init__(self, inner: Optimizer, *, shows_state: bool) -> None:
+        self.inner = inner
+        self.param_groups, self.defaults = inner.param_groups, inner.defaults
+        self.state = inner.state if shows_state else defaultdict(dict)
+
+
+def test_an_optimizer_around_another_is_refused_for_that_one() -> None:
+    """The momentum of all that loses channels would be lost, and that of what is gone would stay."""
+    model, pruner = make_pruner()
+    optimizer = make_optimizer(pruner)
+    step_of(model, pruner, optimizer)
+    message = r"Around is around another optimizer \(SGD, its 'inner'\), .*; expected that one"
+    with pytest.raises(TypeError, match=message):
+        pruner.step(Around(optimizer, shows_state=False))
+    with pytest.raises(TypeError, match=message):
+        pruner.finalize(Around(optimizer, shows_state=False))
+    assert pruner.structure.operations == []
+    assert pruner.step(Around(optimizer, shows_state=True)) == []
+    assert pruner.finalize(Around(optimizer, shows_state=True))
+    assert set(optimizer.state) <= set(model.parameters())
 
 
 def test_named_parameters_keep_their_names() -> None:

@@ -291,10 +291,12 @@ def refuse_uncuttable(optimizers: Sequence[Optimizer], model: nn.Module) -> None
 
     Raises:
         TypeError: One keeps something for a parameter in another shape, which cannot be cut; the message names the
-            first such parameter. Or it keeps one history of all parameters, or the network is wrapped.
+            first such parameter. Or it keeps one history of all parameters, or leaves the state to another optimizer
+            inside, or the network is wrapped.
         ValueError: A parameter that trains and would be cut is in none of them.
     """
     for optimizer in optimizers:
+        _refuse_wrapper(optimizer)
         if isinstance(optimizer, LBFGS):
             raise TypeError(
                 f"{type(optimizer).__name__} keeps one history of all parameters together, which cannot follow a "
@@ -312,6 +314,25 @@ def refuse_uncuttable(optimizers: Sequence[Optimizer], model: nn.Module) -> None
             )
         for optimizer in optimizers:
             _refuse_uncuttable(optimizer, parameter, name)
+
+
+def _refuse_wrapper(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that steps by another one, whose own state or groups would keep what is removed.
+
+    One that shows the other's state and groups as its own, as Accelerate's, may be given.
+
+    Raises:
+        TypeError: It does.
+    """
+    for name, inner in vars(optimizer).items():
+        if not isinstance(inner, Optimizer):
+            continue
+        if inner.state is not optimizer.state or inner.param_groups is not optimizer.param_groups:
+            kind = type(optimizer).__name__
+            raise TypeError(
+                f"{kind} is around another optimizer ({type(inner).__name__}, its {name!r}), which would not follow "
+                f"the removal of units; expected that one, or one that trains the network without a {kind}"
+            )
 
 
 def _refuse_uncuttable(optimizer: Optimizer, parameter: nn.Parameter, path: str) -> None:
