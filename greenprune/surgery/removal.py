@@ -28,11 +28,11 @@ def refuse_wrapped(model: nn.Module) -> None:
     Raises:
         TypeError: The network is wrapped for data parallelism or compiled, or its parameters are sharded.
     """
-    sharded = next(
-        (name for name, parameter in model.named_parameters() if type(parameter.data).__name__ == "DTensor"), None
-    )
-    if sharded is not None:
-        raise TypeError(f"surgery needs whole parameters, and {sharded!r} is sharded (a DTensor)")
+    for name, parameter in model.named_parameters():
+        # FSDP's second version, and its first, in which the network itself may stand below the wrapper.
+        how = "a DTensor" if type(parameter.data).__name__ == "DTensor" else "by FullyShardedDataParallel"
+        if how == "a DTensor" or getattr(parameter, "_fsdp_flattened", False):
+            raise TypeError(f"surgery needs whole parameters, and {name!r} is sharded ({how})")
     if isinstance(model, DistributedDataParallel | DataParallel) or type(model).__name__ in _WRAPPERS:
         raise TypeError(f"surgery needs the unwrapped network, not {type(model).__name__}")
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import distribute_module
 from torch.nn import functional
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -246,6 +247,17 @@ def test_a_sharded_network_is_refused(make_network: MakeNetwork) -> None:
     model = make_network()
     distribute_module(model, init_device_mesh("cpu", (1,)))
     with pytest.raises(TypeError, match=r"whole parameters, and 'stem\.0\.weight' is sharded"):
+        remove_block(model, "stages.0.1")
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:FSDP")  # one process has nothing to share
+@pytest.mark.parametrize("own", [True, False], ids=["parameters of their own", "one flat parameter"])
+def test_a_network_inside_of_a_sharding_wrapper_is_refused(make_network: MakeNetwork, own: bool) -> None:
+    """Its blocks are there as they were, but their parameters are pieces of the wrapper's."""
+    model = make_network()
+    FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=own)
+    with pytest.raises(TypeError, match=r"whole parameters, and '.*' is sharded \(by FullyShardedDataParallel\)"):
         remove_block(model, "stages.0.1")
 
 
