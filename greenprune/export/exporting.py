@@ -210,8 +210,8 @@ def export_network(
         opset: ONNX operator set; None: the exporter's own choice.
 
     Raises:
-        UserError: The network still has gates, the images are none, the format cannot hold it, or the output is there
-            or cannot be written. Nothing is left of it.
+        UserError: The network still has gates, or gives something other than logits, the images are none, the format
+            cannot hold it, or the output is there or cannot be written. Nothing is left of it.
     """
     started = time.monotonic()
     check_format(kind, opset)
@@ -261,7 +261,7 @@ def _export(  # noqa: PLR0913 -- what both ways in differ in
 ) -> Exported:
     network, folded = form_to_write(model, kind, fold)
     with torch.no_grad():
-        expected = [model(images), model(images[:1])]
+        expected = [_logits(model(images)), _logits(model(images[:1]))]
     versions = {"greenprune": importlib.metadata.version("greenprune"), "torch": torch.__version__}
     with new_folder(target) as folder:
         with naming_the_target(folder, target):
@@ -324,10 +324,25 @@ def weights_bytes(network: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
 
 
+def _logits(output: object) -> Tensor:
+    """What a network gives, if it is what can be exported.
+
+    Raises:
+        ExportError: It is not one tensor with a dimension of classes.
+    """
+    if not isinstance(output, Tensor):
+        raise ExportError(f"the network gives a {type(output).__name__}; expected one tensor of logits [B, classes]")
+    if output.dim() < 2:
+        raise ExportError(f"the network gives a tensor of shape {tuple(output.shape)}; expected logits [B, classes]")
+    return output
+
+
 def _relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest logit; 0 of two that are all 0, as an untrained head may give."""
     if found.shape != expected.shape:
         return float("inf")
-    return float((found - expected).abs().max() / expected.abs().max())
+    difference = (found - expected).abs().max()
+    return float(difference / expected.abs().max()) if difference else 0.0
 
 
 def open_run(path: Path, data_root: str | None, default_root: str | None = None) -> TrainedRun:

@@ -387,6 +387,13 @@ class Choosy(nn.Module):
         return x if float(x.sum()) > 0 else -x
 
 
+class Named(nn.Module):
+    """What segmentation networks give."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": x}
+
+
 class SEModule(nn.Module):
     """Computes something else than the module of timm whose name it bears."""
 
@@ -470,6 +477,30 @@ def test_a_network_that_has_no_plain_form_is_still_traced(tmp_path: Path) -> Non
     report = benchmark_inference([exported.path], batch_size=2, turns=1, trust=True)
     assert len(report.comparisons[0].costs) == 1  # nothing tells its twin
     assert "no dense twin" in report.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (Named(), r"^the network gives a dict; expected one tensor of logits \[B, classes\]$"),
+        (nn.Flatten(0), r"^the network gives a tensor of shape \(8,\); expected logits \[B, classes\]$"),
+    ],
+    ids=["a dict", "one dimension"],
+)
+def test_a_network_that_gives_no_logits_is_refused(end: nn.Module, message: str, tmp_path: Path) -> None:
+    network = nn.Sequential(small_network(nn.Identity()), end)
+    with pytest.raises(ExportError, match=message):
+        export_network(network, torch.randn(4, 3, 8, 8), "torch.export", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_are_all_zero_are_the_same(tmp_path: Path) -> None:
+    """Of a head that starts at zero and has not been trained, as torchvision's vision transformer has."""
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 2))
+    nn.init.zeros_(network[2].weight)
+    nn.init.zeros_(network[2].bias)
+    exported = export_network(network, torch.randn(2, 3, 8, 8), "torch", tmp_path / "out")
+    assert exported.max_relative_logit_difference == 0
 
 
 def test_gates_are_refused_in_a_network_at_hand(make_network: Callable[..., nn.Module], tmp_path: Path) -> None:
