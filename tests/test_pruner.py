@@ -31,7 +31,7 @@ from launching import run
 from greenprune import BudgetConfig, GateConfig, Pruner, RemovalConfig, SurgeryConfig, UserError
 from greenprune.flops import count_costs
 from greenprune.gating import find_gates, gate_parameters
-from greenprune.models import CifarResNet, PlainBlock, ResidualBlock
+from greenprune.models import CifarResNet, PlainBlock, ResidualBlock, convert_blocks
 from greenprune.surgery import Operation, StructureMismatch, carry_out, replay
 
 STEPS, WINDOW = 60, 6
@@ -106,6 +106,24 @@ def test_the_structure_makes_the_same_network_of_a_fresh_dense_one() -> None:
     fresh.load_state_dict(model.state_dict())
     images, _ = batch_of(0)
     assert torch.equal(fresh.eval()(images), model.eval()(images))
+
+
+def test_a_structure_asks_for_blocks_that_are_taken_apart() -> None:
+    def fresh() -> nn.Module:
+        return resnet18(num_classes=10)
+
+    torch.manual_seed(0)
+    model, images = fresh(), torch.randn(2, 3, 32, 32)
+    pruner = Pruner(model, images, total_steps=STEPS, gate=GateConfig(units=["block", "channel"]))
+    (model(images).mean() + pruner.penalty()).backward()
+    pruner.finalize()
+    other = fresh()
+    with pytest.raises(StructureMismatch, match=r"none is taken apart; expected greenprune\.models\.convert_blocks\("):
+        replay(pruner.structure, other)
+    convert_blocks(other, images)
+    replay(pruner.structure, other)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.eval()(images), model.eval()(images))
 
 
 @pytest.mark.parametrize("cut", [20, 27, 41])

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from greenprune.gating import Verdict
+from greenprune.models import PlainBlock, ResidualBlock
 from greenprune.surgery.removal import Surgeon
 
 FORMAT = 2
@@ -183,12 +184,19 @@ def replay(structure: Structure, model: nn.Module) -> None:
 
     Args:
         structure: What to do.
-        model: The unwrapped dense network, with gates (to go on training) or without (to use it).
+        model: The unwrapped dense network, its blocks taken apart, with gates (to go on training) or without (to use
+            it).
 
     Raises:
-        StructureMismatch: The network has no such unit.
+        StructureMismatch: The network has no such unit, or its blocks are not taken apart.
     """
     try:
         carry_out(structure.operations, model)
     except KeyError as error:
-        raise StructureMismatch(error.args[0]) from None
+        reason = error.args[0]
+        if not any(isinstance(module, ResidualBlock | PlainBlock) for module in model.modules()):
+            reason += (
+                ", of whose blocks none is taken apart; expected greenprune.models.convert_blocks(network, example) "
+                "before, or a fresh Pruner's load_state_dict"
+            )
+        raise StructureMismatch(reason) from None
