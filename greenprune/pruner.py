@@ -378,6 +378,11 @@ class Pruner:
             "looked": self._looked,
         }
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's gates know no loss scale, as they have decided nothing, and would learn from scaled gradients."""
+        vars(self).update(state)
+        self._policy.scale_losses_by(self._loss_scale)
+
     @property
     def batches(self) -> int:
         """For how many batches it has given a penalty; those before a state that it took up count."""

@@ -1226,6 +1226,22 @@ def test_gates_learn_the_same_from_a_scaled_loss_when_the_scale_changes() -> Non
             assert torch.allclose(mine, expected, rtol=1e-4, atol=1e-7)
 
 
+def test_a_copy_goes_on_as_its_original_from_a_scaled_loss() -> None:
+    parts = (*make_pruner(), torch.tensor(2.0**10))
+
+    def gradients(model: nn.Module, pruner: Pruner, scale: Tensor) -> list[Tensor]:
+        images, labels = batch_of(0)
+        model.zero_grad()
+        loss = functional.cross_entropy(model(images), labels) + pruner.penalty(scale)
+        (loss * scale).backward()
+        return [parameter.grad for parameter in gate_parameters(model)]
+
+    gradients(*parts)
+    copied = copy.deepcopy(parts)
+    for mine, expected in zip(gradients(*copied), gradients(*parts), strict=True):
+        assert torch.equal(mine, expected)
+
+
 @pytest.mark.parametrize(
     ("branch", "reason"),
     [
