@@ -60,7 +60,7 @@ class Pruner:
         model: The unwrapped network, built of blocks that greenprune knows (:func:`greenprune.register_block`).
         example: A small batch of its input, on its device: blocks are checked and costs are counted with it. For
             budget.unit time and energy one of the training's size: blocks are measured with it (in fp32).
-        total_steps: Training batches of the whole run.
+        total_steps: Training batches of the whole run; where several passes of one have a penalty each, these passes.
         gate: What is gated, and how.
         budget: How much of the network's cost is kept.
         removal: When units leave. A window that is not set is a 25th of the run.
