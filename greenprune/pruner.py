@@ -171,7 +171,7 @@ class Pruner:
                 which a loss is made or whose gradients are added up.
         """
         self._follow_device()
-        nothing = torch.zeros((), device=self._device)
+        nothing = torch.zeros((), dtype=torch.float32, device=self._device)
         if not self._policy.active:
             return nothing
         if loss_scale is not None:
@@ -403,7 +403,7 @@ class Pruner:
             self._surgery = SurgeryConfig(state["round_to"])
             self._rounding = self._table.rounding(state["round_to"])
         if state.get("loss_scale") is not None:
-            self._loss_scale = torch.tensor(state["loss_scale"], device=self._device)
+            self._loss_scale = torch.tensor(state["loss_scale"], dtype=torch.float32, device=self._device)
         self._policy = self._new_policy()
         self._policy.load_state_dict(state["policy"])
         self._batches, self._looked = state["batches"], state["looked"]

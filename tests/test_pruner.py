@@ -8,7 +8,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -567,6 +567,28 @@ def test_a_network_in_half_the_precision_has_gates_in_full(cast: str) -> None:
     loss = model(images.bfloat16()).float().logsumexp(1).sum() + pruner.penalty()
     loss.backward()
     assert all(parameter.grad is not None for parameter in gate_parameters(model))
+
+
+@pytest.fixture
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("units", [["block"], ["block", "channel"]], ids="-".join)
+@pytest.mark.parametrize("default_dtype", [torch.float64, torch.bfloat16], ids=str, indirect=True)
+def test_gates_are_in_full_precision_whatever_tensors_are_made_in(default_dtype: torch.dtype, units: list[str]) -> None:
+    model, pruner = make_pruner(units, removal=RemovalConfig(window=2, decide_by=0.2))
+    assert {parameter.dtype for parameter in gate_parameters(model)} == {torch.float32}
+    optimizer = make_optimizer(pruner)
+    train(model, pruner, optimizer, range(STEPS // 5 - 1))
+    images, _ = batch_of(0)
+    assert model(images).dtype == default_dtype
+    assert pruner.penalty().dtype == torch.float32
+    pruner.finalize(optimizer)
+    assert pruner.report()["kept_cost"] <= 0.5
 
 
 @pytest.mark.parametrize("kind", ["conditional", "static"])

@@ -209,14 +209,15 @@ class ExpectedCost:
     def __init__(self, costs: UnitCosts, units: list[str], present: set[str], device: torch.device) -> None:
         self._products: tuple[Tensor, ...] | None = None
         if not costs.channels:
-            self._linear = torch.tensor([costs.units[name] for name in units], device=device)
+            self._linear = torch.tensor([costs.units[name] for name in units], dtype=torch.float32, device=device)
             self._constant = costs.kept(present - set(units))
             return
         # Factors: for each block whether it is on, for each set which share of it is on, and last the number 1.
         factors = [*costs.units, *costs.channels]
         row = {name: index for index, name in enumerate(factors)}
         one = len(factors)
-        base, by_rate = torch.zeros(one + 1), torch.zeros(one + 1, len(units))
+        base = torch.zeros(one + 1, dtype=torch.float32)
+        by_rate = torch.zeros(one + 1, len(units), dtype=torch.float32)
         base[one] = 1.0
         gated = set(units)
         for name in present - gated:
@@ -228,13 +229,13 @@ class ExpectedCost:
         made_of_terms = {term.block for term in costs.terms}
         rest = [CostTerm(share, name) for name, share in costs.units.items() if name not in made_of_terms]
         terms = [*costs.terms, *rest]
-        chosen = torch.zeros(3, len(terms), one + 1)
+        chosen = torch.zeros(3, len(terms), one + 1, dtype=torch.float32)
         for index, term in enumerate(terms):
             names = (*([term.block] if term.block in costs.units else []), *term.sets)
             for place in range(3):
                 chosen[place, index, row[names[place]] if place < len(names) else one] = 1.0
         self._constant = costs.fixed
-        self._linear = torch.tensor([term.share for term in terms], device=device)
+        self._linear = torch.tensor([term.share for term in terms], dtype=torch.float32, device=device)
         self._products = (base.to(device), by_rate.to(device), chosen.to(device))
 
     def __call__(self, rates: Tensor) -> Tensor:
@@ -289,9 +290,9 @@ class BudgetController:
         self.passes = passes
         self.warmup_end = warmup_end
         self.ramp_end = ramp_end
-        self.integral = torch.zeros((), device=device)
-        self.price = torch.zeros((), device=device)
-        self._aim = torch.ones((), device=device)
+        self.integral = torch.zeros((), dtype=torch.float32, device=device)
+        self.price = torch.zeros((), dtype=torch.float32, device=device)
+        self._aim = torch.ones((), dtype=torch.float32, device=device)
 
     def target_at(self, step: int) -> float:
         """The ramped target tau(t)."""

@@ -45,7 +45,7 @@ class Consensus:
     def __init__(self, units: list[str], device: torch.device) -> None:
         self.units = list(units)
         self._on = torch.zeros(len(units), dtype=torch.int64, device=device)
-        self._openness = torch.zeros(len(units), device=device)
+        self._openness = torch.zeros(len(units), dtype=torch.float32, device=device)
         self._steps = 0
         self._samples: int | Tensor = 0
         self._taken_back = torch.zeros(1, dtype=torch.int64, device=device)  # steps that do not count

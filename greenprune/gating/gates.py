@@ -131,7 +131,7 @@ def _pull_of_one(samples: int, every: int, parts: int) -> tuple[float, float]:
 
 def _pull(samples: int, every: int, parts: int, device: torch.device) -> tuple[Tensor, float]:
     """How hard each sample may pull [B, 1], fp32, and for how many each of those that have a voice speaks."""
-    voices = torch.zeros(samples, 1, device=device)
+    voices = torch.zeros(samples, 1, dtype=torch.float32, device=device)
     voices[::every] = 1.0
     pull, stands_for = _pull_of_one(samples, every, parts)
     return voices * pull, stands_for
@@ -203,7 +203,7 @@ class Gate(nn.Module):
         super().__init__()
         self.weight = weight
         self.start = math.log(openness / (1 - openness))
-        self.bias = nn.Parameter(torch.full((units,), self.start))
+        self.bias = nn.Parameter(torch.full((units,), self.start, dtype=torch.float32))
         self.decision = self.logit = self.loss_scale = None
         self.units = units
         self.gain = 1.0
@@ -320,7 +320,8 @@ class BlockGate(Gate):
     """
 
     def __init__(self, channels: int | None, openness: float, dim: int = 1) -> None:
-        super().__init__(1, openness, None if channels is None else nn.Parameter(torch.zeros(1, channels)))
+        weight = None if channels is None else nn.Parameter(torch.zeros(1, channels, dtype=torch.float32))
+        super().__init__(1, openness, weight)
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -360,7 +361,8 @@ class ChannelGate(Gate):
     """
 
     def __init__(self, units: int, openness: float, dim: int, *, conditional: bool) -> None:
-        super().__init__(units, openness, nn.Parameter(torch.zeros(units)) if conditional else None)
+        weight = nn.Parameter(torch.zeros(units, dtype=torch.float32)) if conditional else None
+        super().__init__(units, openness, weight)
         self.dim = dim
         self.gain = math.sqrt(units)
 
