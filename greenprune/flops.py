@@ -128,8 +128,12 @@ def count_costs(
         shadow(images)
     for parameter in trained:
         parameter.requires_grad_(True)
-    # One counter over both passes: it knows whose backward it sees only if it saw the forward.
-    with FlopCounterMode(display=False, custom_mapping=_CORRECTIONS) as training:
+    # One counter over both passes: it knows whose backward it sees only if it saw the forward. Gradients without values
+    # have no anomalies to look for, which a script may have asked for.
+    with (
+        torch.autograd.set_detect_anomaly(False),
+        FlopCounterMode(display=False, custom_mapping=_CORRECTIONS) as training,
+    ):
         go_back_from(shadow(images))
     in_forward, in_training = forward.get_flop_counts(), training.get_flop_counts()
     root = type(model).__name__

@@ -1311,6 +1311,12 @@ def test_a_network_whose_cost_cannot_be_counted_without_values_is_told_so(
     assert not find_gates(model)
 
 
+def test_a_network_is_counted_where_a_script_looks_for_anomalies() -> None:
+    with torch.autograd.set_detect_anomaly(True):
+        model, pruner = make_pruner()
+        train(model, pruner, make_optimizer(pruner), range(1))
+
+
 def test_a_network_without_an_output_to_go_back_from_is_told_so() -> None:
     model = Asking(lambda _: None)
     model.register_forward_hook(lambda *_: "logits")
