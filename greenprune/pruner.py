@@ -429,8 +429,13 @@ def _check_has_values(model: nn.Module, example: Tensor) -> None:
     """Refuse what has shapes alone: no block can be compared with its taken-apart form, and gates would not start open.
 
     Raises:
-        ConfigError: The example or a parameter is on PyTorch's meta device.
+        ConfigError: The example is no tensor, or the example or a parameter is on PyTorch's meta device.
     """
+    if not isinstance(example, Tensor):
+        raise ConfigError(
+            f"example: a {type(example).__name__} is not valid; expected one tensor, a small batch of the network's "
+            "input"
+        )
     if example.is_meta:
         raise ConfigError("example: a tensor on the meta device is not valid; expected one with values")
     for name, parameter in model.named_parameters():

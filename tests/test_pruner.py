@@ -1160,6 +1160,13 @@ def test_a_wrapped_network_is_refused() -> None:
         Pruner(DataParallel(CifarResNet(20, 10)), torch.randn(2, 3, 8, 8), total_steps=STEPS)
 
 
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+def test_an_example_that_is_no_tensor_is_refused(kind: Callable[[object], object]) -> None:
+    example = kind({"pixel_values": torch.randn(2, 3, 8, 8)})
+    with pytest.raises(UserError, match=f"^example: a {type(example).__name__} is not valid; expected one tensor"):
+        Pruner(CifarResNet(20, 10), example, total_steps=STEPS)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("of_model", "of_example"), [("meta", "cpu"), ("meta", "meta"), ("cpu", "meta")])
 def test_what_has_no_values_is_refused(of_model: str, of_example: str) -> None:
     with torch.device(of_model):
