@@ -158,7 +158,7 @@ class Surgeon:
         except AttributeError:
             module = None
         if not isinstance(module, ResidualBlock):
-            raise KeyError(f"the network has no unit {name!r}")
+            raise KeyError(f"the network has no unit {name!r}{self._why_none()}")
         return module
 
     def _owner(self, channels: ChannelSet) -> ResidualBlock | PlainBlock:
@@ -174,8 +174,17 @@ class Surgeon:
     def _channels(self, name: str) -> ChannelSet:
         channels = self._channel_sets().get(name)
         if channels is None:
-            raise KeyError(f"the network has no channels {name!r}")
+            raise KeyError(f"the network has no channels {name!r}{self._why_none()}")
         return channels
+
+    def _why_none(self) -> str:
+        """Of a network as its library builds it, as a copy made before the pruner is: what it lacks."""
+        if any(isinstance(module, ResidualBlock | PlainBlock) for module in self.model.modules()):
+            return ""
+        return (
+            ", of whose blocks none is taken apart; expected a copy that was made after the Pruner, or "
+            "greenprune.models.convert_blocks(network, example) before"
+        )
 
     def _gate_path(self, channels: ChannelSet) -> str | None:
         slot_path, _, child = channels.slot.rpartition(".")

@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from greenprune.gating import Verdict
-from greenprune.models import PlainBlock, ResidualBlock
 from greenprune.surgery.removal import Surgeon
 
 FORMAT = 2
@@ -163,7 +162,7 @@ def carry_out(operations: Iterable[Operation], model: nn.Module) -> Surgeon:
         Who operated: :func:`update_optimizer` needs it to make an optimizer follow.
 
     Raises:
-        KeyError: The network has no such unit.
+        KeyError: The network has no such unit, or its blocks are not taken apart.
         TypeError: The network is wrapped.
     """
     surgeon = Surgeon(model)
@@ -193,10 +192,4 @@ def replay(structure: Structure, model: nn.Module) -> None:
     try:
         carry_out(structure.operations, model)
     except KeyError as error:
-        reason = error.args[0]
-        if not any(isinstance(module, ResidualBlock | PlainBlock) for module in model.modules()):
-            reason += (
-                ", of whose blocks none is taken apart; expected greenprune.models.convert_blocks(network, example) "
-                "before, or a fresh Pruner's load_state_dict"
-            )
-        raise StructureMismatch(reason) from None
+        raise StructureMismatch(error.args[0]) from None
