@@ -33,7 +33,7 @@ from greenprune.export.target import naming_the_target, new_folder, refuse_exist
 from greenprune.formatting import format_counted
 from greenprune.gating import find_gates
 from greenprune.models import build_model
-from greenprune.surgery import Structure, StructureMismatch, replay
+from greenprune.surgery import Structure, StructureMismatch, refuse_wrapped, replay
 from greenprune.tracking import RunFolder, gpus_of_attempt, read_attempts, write_json
 
 TOLERANCE = 1e-5
@@ -210,15 +210,21 @@ def export_network(
         opset: ONNX operator set; None: the exporter's own choice.
 
     Raises:
-        UserError: The network still has gates, or gives something other than logits, the images are none, the format
-            cannot hold it, or the output is there or cannot be written. Nothing is left of it.
+        UserError: The network is wrapped, still has gates, or gives something other than logits, the images are none,
+            the format cannot hold it, or the output is there or cannot be written. Nothing is left of it.
     """
     started = time.monotonic()
     check_format(kind, opset)
     refuse_existing(Path(output))
+    try:
+        refuse_wrapped(model)
+    except TypeError as error:
+        raise ExportError(f"the network is wrapped ({error}); expected the network itself") from None
     gates = find_gates(model)
     if gates:
         raise ExportError(f"the network is undecided (gates left: {len(gates)}); expected a call of finalize first")
+    if not isinstance(images, Tensor):
+        raise ExportError(f"images: a {type(images).__name__} is not valid; expected a tensor of images [B, C, H, W]")
     if images.dim() != 4:
         raise ExportError(f"images: a tensor of shape {tuple(images.shape)} is not valid; expected images [B, C, H, W]")
     if len(images) < 2:

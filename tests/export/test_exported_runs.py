@@ -494,6 +494,19 @@ def test_a_network_that_gives_no_logits_is_refused(end: nn.Module, message: str,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["data parallel", "compiled"])
+def test_a_wrapped_network_is_refused(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    network = wrap(small_network(nn.Identity()))
+    with pytest.raises(ExportError, match=rf"^the network is wrapped \(.*{type(network).__name__}\); expected the net"):
+        export_network(network, torch.randn(4, 3, 8, 8), "onnx", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_are_no_tensor_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"^images: a list is not valid; expected a tensor"):
+        export_network(small_network(nn.Identity()), [torch.randn(3, 8, 8)], "torch", tmp_path / "out")  # type: ignore[arg-type]
+
+
 def test_logits_that_are_all_zero_are_the_same(tmp_path: Path) -> None:
     """Of a head that starts at zero and has not been trained, as torchvision's vision transformer has."""
     network = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 2))
