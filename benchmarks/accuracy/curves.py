@@ -45,7 +45,8 @@ def write_curves(points: Sequence[dict[str, Any]], title: str, stem: Path, axes:
         The file: a PNG, or an HTML page where there is no browser to draw one with.
     """
     figure = make_subplots(cols=len(axes), shared_yaxes=True, horizontal_spacing=0.04)
-    for number, series in enumerate(dict.fromkeys(point["series"] for point in points)):
+    all_series = list(dict.fromkeys(point["series"] for point in points))
+    for number, series in enumerate(all_series):
         for column, key in enumerate(axes, start=1):
             shown = [point for point in points if point["series"] == series and point[key] is not None]
             shown.sort(key=lambda point: point[key])
@@ -68,7 +69,9 @@ def write_curves(points: Sequence[dict[str, Any]], title: str, stem: Path, axes:
     figure.update_yaxes(title="accuracy %", row=1, col=1)
     seeds = sorted({point["seeds"] for point in points})
     about = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seeds" if seeds else "no results"
-    figure.update_layout(title=f"{title}: mean and deviation, {about}", width=1300, height=560, template="plotly_white")
+    height = max(560, 190 + 29 * len(all_series))  # a picture's legend is cut where it is longer than the plot
+    figure.update_layout(title=f"{title}: mean and deviation, {about}", width=1300, height=height)
+    figure.update_layout(template="plotly_white")
     if importlib.util.find_spec("kaleido") is not None:
         import kaleido
         from choreographer.errors import ChromeNotFoundError

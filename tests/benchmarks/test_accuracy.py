@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -268,3 +269,16 @@ def test_a_small_study_is_trained_kept_and_not_trained_again(tmp_path: Path) -> 
         shutil.rmtree(folder / "small-test")
         for path in folder.glob("small-test.*"):
             path.unlink()
+
+
+def test_the_figure_has_room_for_the_names_of_all_its_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a picture nobody can scroll to those that are cut off."""
+    curves = pytest.importorskip("curves")
+    monkeypatch.setattr(curves.importlib.util, "find_spec", lambda _: None)  # no browser: a page, which is text
+    points = [
+        {"series": f"way {number}", "seeds": 2, "accuracy": 90.0, "deviation": 0.1, "flops": 0.5}
+        for number in range(20)
+    ]
+    page = curves.write_curves(points, "it", tmp_path / "it", ["flops"]).read_text()
+    (height,) = re.findall(r'"height":(\d+)', page)
+    assert int(height) > 20 * 29 + 150
