@@ -11,6 +11,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -274,7 +275,8 @@ def test_a_small_study_is_trained_kept_and_not_trained_again(tmp_path: Path) -> 
 def test_the_figure_has_room_for_the_names_of_all_its_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a picture nobody can scroll to those that are cut off."""
     curves = pytest.importorskip("curves")
-    monkeypatch.setattr(curves.importlib.util, "find_spec", lambda _: None)  # no browser: a page, which is text
+    without = SimpleNamespace(util=SimpleNamespace(find_spec=lambda _: None))
+    monkeypatch.setattr(curves, "importlib", without)  # no kaleido: a page, which is text
     points = [
         {"series": f"way {number}", "seeds": 2, "accuracy": 90.0, "deviation": 0.1, "flops": 0.5}
         for number in range(20)
