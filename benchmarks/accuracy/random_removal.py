@@ -22,7 +22,7 @@ from typing import Any
 
 import greenprune.run
 from greenprune.command import run_command
-from greenprune.config import parse_config
+from greenprune.config import load_config, parse_config
 from greenprune.gating import GatePolicy, UnitWindow, Verdict, channel_unit, split_unit
 from greenprune.surgery import Structure
 from greenprune.trainer import Trainer
@@ -99,9 +99,10 @@ def main() -> int:
     path, flags = Path(sys.argv[1]), sys.argv[2:]
     file = greenprune.run.RunFolder(path).structure if path.is_dir() else path
     structure = Structure.from_dict(json.loads(file.read_text()))
-    units = {"block" if removal.channels is None else "channel" for removal in structure.removed()}
-    if len(units) != 1:
-        sys.exit(f"{file}: {' and '.join(sorted(units))} cannot be exchanged at random; expected removals of one kind")
+    if path.is_dir() and len(units := load_config(greenprune.run.RunFolder(path).config).gate.units) != 1:
+        sys.exit(f"{path}: gate.units {list(units)} cannot be exchanged at random; expected a run of one kind")
+    # A block of whose channels none is left goes as a whole, in a run of channels too.
+    unit = "block" if all(removal.channels is None for removal in structure.removed()) else "channel"
     seed = parse_config(flags).seed
 
     class RandomTrainer(Trainer):
@@ -115,7 +116,7 @@ def main() -> int:
             return policy
 
     greenprune.run.Trainer = RandomTrainer  # type: ignore[misc]
-    flags += ["--gate.units", f"[{units.pop()}]", "--gate.kind", "static", "--gate.lr", STILL]
+    flags += ["--gate.units", f"[{unit}]", "--gate.kind", "static", "--gate.lr", STILL]
     return run_command(flags, os.environ, prog="random_removal.py")
 
 

@@ -284,3 +284,18 @@ def test_the_figure_has_room_for_the_names_of_all_its_series(tmp_path: Path, mon
     page = curves.write_curves(points, "it", tmp_path / "it", ["flops"]).read_text()
     (height,) = re.findall(r'"height":(\d+)', page)
     assert int(height) > 20 * 29 + 150
+
+
+def test_random_channels_go_for_a_run_in_which_a_whole_block_went(tmp_path: Path) -> None:
+    """A block of whose channels none is left is taken out; that makes no run of blocks of it."""
+    blocks = [{"action": "remove", "unit": "stages.0.1", "step": 1, "epoch": 0.05, "reason": "off"}]
+    channels = [{**blocks[0], "unit": "stages.2.0:hidden", "channels": [0, 1, 2, 3]}]
+    (tmp_path / "structure.json").write_text(json.dumps({"format": 2, "operations": [*blocks, *channels]}))
+    command = [sys.executable, "benchmarks/accuracy/random_removal.py", str(tmp_path / "structure.json")]
+    command += ["--config", "configs/digits.yaml", "--model.name", "resnet20", "--optim.epochs", "2", "--seed", "3"]
+    command += ["--budget.target", "0.5", "--output_dir", str(tmp_path), "--run_name", "random"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "random" / "summary.json").read_text())
+    assert {removal["unit"].rpartition(":")[2] for removal in summary["removals"]} == {"hidden"}
+    assert summary["seed"] == 3
