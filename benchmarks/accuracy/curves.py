@@ -70,8 +70,8 @@ def write_curves(points: Sequence[dict[str, Any]], title: str, stem: Path, axes:
     seeds = sorted({point["seeds"] for point in points})
     about = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seeds" if seeds else "no results"
     height = max(560, 190 + 29 * len(all_series))  # a picture's legend is cut where it is longer than the plot
-    figure.update_layout(title=f"{title}: mean and deviation, {about}", width=1300, height=height)
-    figure.update_layout(template="plotly_white")
+    title = f"{title}: mean and deviation, {about}"
+    figure.update_layout(title=title, width=1300, height=height, template="plotly_white")
     if importlib.util.find_spec("kaleido") is not None:
         import kaleido
         from choreographer.errors import ChromeNotFoundError

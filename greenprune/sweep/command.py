@@ -353,7 +353,8 @@ def _run_here(sweep: Sweep, folder: SweepFolder, runs: list[PlannedRun], at_once
         print(f"{done} of {len(runs)} runs are finished or on their way already", flush=True)
     processes = sweep.config.nodes * sweep.config.processes
     side_by_side = min(at_once, len(todo))
-    shares = shares_of_gpus(os.environ, processes) if side_by_side > 1 else []
+    on_gpus = any(task.config.device != "cpu" for task in sweep.tasks)
+    shares = shares_of_gpus(os.environ, processes) if side_by_side > 1 and on_gpus else []
     if side_by_side > 1:
         print(f"greenprune: note: {_about_side_by_side(side_by_side, len(shares))}", file=sys.stderr)
     ended = 0

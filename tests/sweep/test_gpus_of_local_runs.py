@@ -68,6 +68,14 @@ def test_they_share_gpus_where_these_are_too_few(sweep_of_two: Path, driver: Pat
     assert "2 runs side by side share GPUs for 1" in said
 
 
+def test_runs_on_a_cpu_are_told_of_no_gpus(sweep_of_two: Path, driver: Path) -> None:
+    with (sweep_of_two / "two.yaml").open("a") as file:
+        file.write("settings: {device: cpu}\n")
+    said, seen = _sweep(sweep_of_two, driver, 2, 2)
+    assert seen == ["None None"] * 2
+    assert "each counts the joules of the whole machine" in said
+
+
 def test_one_run_at_a_time_sees_all(sweep_of_two: Path, driver: Path) -> None:
     said, seen = _sweep(sweep_of_two, driver, 2, 1)
     assert seen == ["None None"] * 2
