@@ -387,3 +387,16 @@ def test_a_network_that_cannot_be_recorded_is_told_to_go_without(
     with pytest.raises(ConfigError, match=rf"model\.cuda_graph: True is not valid .*{reason}.* expected false"):
         step(*batch, None)
     assert torch.cuda.current_stream() == here
+
+    def other_passes(images: Tensor, labels: Tensor) -> Tensor:
+        loss = engine.model(images).sum()
+        engine.backward(loss)
+        return loss.detach()
+
+    step = engine.recorded(other_passes)  # what one recording failed at is nothing to the next
+    losses = []
+    for _ in range(8):
+        losses.append(step(*batch, None).item())
+        engine.step()
+    assert losses == sorted(losses, reverse=True)
+    assert len(set(losses)) == 8

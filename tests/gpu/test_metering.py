@@ -18,9 +18,10 @@ from pathlib import Path
 import pynvml
 import pytest
 import torch
+from torchvision.models import resnet50
 
 from greenprune.energy import Meter, open_meter, visible_gpu_uuids
-from greenprune.models import CifarResNet
+from greenprune.models import CifarResNet, convert_blocks
 from greenprune.unit_cost import measure_unit_cost
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
@@ -197,6 +198,23 @@ def test_blocks_are_measured_as_steps_are_done() -> None:
     print({name: round(1e6 * seconds) for name, seconds in recorded.blocks.items()})
     assert recorded.whole < launched.whole
     assert recorded.blocks["stages.0.1"] == recorded.blocks["stages.0.2"] > recorded.blocks["stages.2.1"] > 0
+
+
+def test_the_time_of_large_blocks_is_measured_recorded_and_leaves_the_memory() -> None:
+    """A ResNet-50 in batches of 64 at 224 x 224: all passes of a turn share the memory of one recording."""
+    model = resnet50()
+    convert_blocks(model)
+    batch = torch.randn(64, 3, 224, 224, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    cost = measure_unit_cost("time", model, batch, recorded=True)
+    assert len(cost.blocks) == 16
+    assert all(0 < seconds < cost.whole for seconds in cost.blocks.values())
+    assert sum(cost.blocks.values()) == pytest.approx(cost.whole, rel=0.3)
+    print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, whole {1e3 * cost.whole:.1f} ms")
+    del cost
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() - before < 2**20
 
 
 def test_a_run_is_steered_by_the_joules_that_the_gpu_counts(tmp_path: Path) -> None:
