@@ -52,10 +52,10 @@ def test_transformers_are_pruned_with_either_precision_of_products(name: str, pr
     assert loss.isfinite()
 
 
-@pytest.mark.parametrize("kind", ["torch.export", "safetensors"])
-def test_exported_networks_are_measured_on_the_cpu_and_on_the_gpu(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("swin", "torch.export"), ("cifar-a", "safetensors")])
+def test_exported_networks_are_measured_on_the_cpu_and_on_the_gpu(name: str, kind: str, tmp_path: Path) -> None:
     """A program of torch.export holds the device it was traced on; swin makes tensors of its own there."""
-    family = FAMILIES["swin"]
+    family = FAMILIES[name]
     exported = export_network(family.build().eval(), family.images(), kind, tmp_path / "out")
     report = benchmark_inference([exported.path], batch_size=64, turns=3, trust=True)
     on_cpu, on_gpu = report.comparisons
