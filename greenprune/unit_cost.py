@@ -114,6 +114,8 @@ def measure_unit_cost(
     if channels_last:
         network.to(memory_format=torch.channels_last)
         example = example.contiguous(memory_format=torch.channels_last)
+    if example.device.type == "cuda":
+        _wake(example.device)
     blocks = residual_blocks(network)
     for block in blocks.values():
         block.gate = None
@@ -207,6 +209,11 @@ def _pass_of(module: nn.Module, x: Tensor, autocast: Autocast) -> Callable[[], N
         go_back_from(out)
 
     return once
+
+
+def _wake(device: torch.device) -> None:
+    """Let the thread of backward passes meet the GPU: where its first kernel there is of cuBLAS, PyTorch warns."""
+    torch.ones(1, device=device, requires_grad=True).square().sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _recorded(passes: Passes, device: torch.device) -> Passes:
