@@ -50,7 +50,7 @@ GPU: dict[str, Any] = {
     "steps": 24,
     "batch_size": 512,
     "imagenet_batch": 128,
-    "seeds": (0, 1),
+    "seeds": (0,),
     "batches": (128, 256, 512, 1024),
     "launches": 2,
 }
