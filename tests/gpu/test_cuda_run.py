@@ -138,9 +138,11 @@ def test_the_budget_is_met_on_the_gpu(finished: Path) -> None:
     assert summary["gates_left"] == 0
     assert summary["accuracy"] > 0.8
     if not summary["channels_dense"]:
-        # In every precision the gates decide for themselves; without a scaled bound fp16 would leave all to settlement.
-        # Those of channels do not in so few steps (docs/log.md).
-        assert any(removal["reason"] == "off" for removal in summary["removals"])
+        # In every precision the gates learn to close, whether or not the ramp then takes them first. They start at 0.9,
+        # where without a scaled bound fp16 would leave them. Those of channels do not in so few steps (docs/log.md).
+        events = [json.loads(line) for line in (finished / "events.jsonl").read_text().splitlines()]
+        units = [unit for event in events if event["kind"] == "window" for unit in event["units"].values()]
+        assert min(unit["openness"] for unit in units) < 0.5
 
 
 def test_channels_are_left_in_eights(finished: Path) -> None:
