@@ -8,6 +8,9 @@ import torch
 
 from greenprune.config import Config, ConfigError, UserError
 
+# Accelerate reads it by itself, and would divide every loss by it.
+_ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+
 
 def check_precision(config: Config, on_cpu: bool) -> None:
     """Check that the device computes in the precision that is asked for.
@@ -34,6 +37,12 @@ def check_launch(config: Config, stage: int | None, processes: int) -> None:
         raise UserError(
             "the launcher asks for FSDP, which shares out the weights, so that no rank holds a network to operate on "
             "(docs/decisions/0010); expected a file in launch/"
+        )
+    steps = os.environ.get(_ACCUMULATION, "1")
+    if stage is None and steps != "1":  # with DeepSpeed it is one of the launcher's settings, which are checked as such
+        raise ConfigError(
+            f"{_ACCUMULATION}: {steps!r} in the environment is not valid; expected no such variable, because the run's "
+            "own config says it in optim.accumulate"
         )
     if stage is not None and config.device == "cpu" and torch.cuda.is_available():
         raise ConfigError(

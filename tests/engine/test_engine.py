@@ -346,6 +346,16 @@ def test_sharded_weights_are_refused(make_engine: MakeEngine, monkeypatch: pytes
         make_engine(CONFIG)
 
 
+def test_a_loss_is_divided_by_what_the_config_says_alone(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ConfigError, match=r"^ACCELERATE_GRADIENT_ACCUMULATION_STEPS: '4' .* in optim.accumulate$"):
+        make_engine(CONFIG)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")  # as accelerate launch hands it on by itself
+    make_engine(CONFIG)
+
+
 def test_synchronised_batch_norm_loses_channels_like_any_other(make_network: MakeNetwork) -> None:
     """On one process it computes what BatchNorm does; surgery finds and cuts it all the same."""
     plain = make_network(kind=None)
