@@ -9,6 +9,7 @@ import socket
 import tempfile
 import threading
 import time
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ class FolderLock:
             self._file.close()
             raise
         self._released = threading.Event()
+        _HELD.add(self)
         threading.Thread(target=self._renew, name="greenprune-lock", daemon=True).start()
 
     def _take(self, folder: Path, watch_s: float) -> str:
@@ -127,9 +129,28 @@ class FolderLock:
         """Let go of the folder; may be called twice."""
         if not self._released.is_set():
             self._released.set()
+            _HELD.discard(self)
             with suppress(OSError):  # a disk that is full, or gone
                 self._file.truncate(0)
             self._file.close()
+
+    def leave_to_parent(self) -> None:
+        """In a process that was forked from the owner: have no part in the lock, which stays the owner's."""
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nowhere, self._file.fileno(), inheritable=False)  # closing takes a mutex that a thread may have had
+        os.close(nowhere)
+
+
+_HELD: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    for lock in _HELD:
+        lock.leave_to_parent()
+
+
+# A forked process, as loaders of images are, shares the system's lock, and would hold it on when its parent is killed.
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 @dataclass(frozen=True)

@@ -285,6 +285,32 @@ def test_a_lock_left_behind_on_this_machine_is_taken_over(tmp_path: Path) -> Non
     again.release()
 
 
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "lock.release(); os._exit(0)"], ids=["killed", "let go"])
+def test_a_process_that_was_started_beside_the_run_does_not_hold_its_folder(tmp_path: Path, end: str) -> None:
+    """As loader processes of a killed run do not, which find out seconds later that they are alone."""
+    code = f"""
+import os, pathlib, sys, time
+from greenprune.locking import FolderLock
+lock = FolderLock(pathlib.Path(sys.argv[1]))
+if os.fork() == 0:
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+sys.stdin.readline()
+{end}
+"""
+    args = [sys.executable, "-c", code, tmp_path]
+    with subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdin is not None
+        assert owner.stdout is not None
+        helper = int(owner.stdout.readline())
+        try:
+            owner.stdin.close()
+            owner.wait()
+            FolderLock(tmp_path).release()
+        finally:
+            os.kill(helper, signal.SIGKILL)
+
+
 def test_a_lock_of_another_machine_is_taken_over_once_it_is_not_renewed(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("process 7 on elsewhere")
     lock = FolderLock(tmp_path, watch_s=0.6)
