@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from greenprune.allocation import give_back_freed_memory
 from greenprune.config import Config, ConfigError, UserError
 from greenprune.engine.compilation import compile_blocks
-from greenprune.engine.launch_checks import check_launch, check_precision
+from greenprune.engine.launch_checks import check_launch, check_precision, runs_on_cpu
 from greenprune.engine.peers import Peer, Peers, is_of_network, join_after_restart
 from greenprune.engine.step_graph import Passes, StepGraph
 from greenprune.engine.zero import ZeroParallel, quiet_deepspeed, zero_plugin, zero_stage
@@ -67,11 +67,11 @@ class Engine:
     """
 
     def __init__(self, config: Config) -> None:
-        on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+        on_cpu = runs_on_cpu(config)
         check_precision(config, on_cpu)
         stage = zero_stage(os.environ)
         announced = int(os.environ.get("WORLD_SIZE", "1"))
-        check_launch(config, stage, announced)
+        check_launch(config, stage, announced, on_cpu)
         handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         if on_cpu and announced > 1:
             handlers.append(InitProcessGroupKwargs(backend="gloo"))

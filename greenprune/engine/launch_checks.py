@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from greenprune.config import Config, ConfigError, UserError
 
 # Accelerate reads it by itself, and would divide every loss by it.
 _ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+
+
+def runs_on_cpu(config: Config) -> bool:
+    """Whether the run has no GPU: by its config, by the launcher (``accelerate launch --cpu``), or as there is none."""
+    return config.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
 
 
 def check_precision(config: Config, on_cpu: bool) -> None:
@@ -27,7 +33,7 @@ def check_precision(config: Config, on_cpu: bool) -> None:
         )
 
 
-def check_launch(config: Config, stage: int | None, processes: int) -> None:
+def check_launch(config: Config, stage: int | None, processes: int, on_cpu: bool) -> None:
     """Check that the run can be done the way it was launched.
 
     Raises:
@@ -54,7 +60,7 @@ def check_launch(config: Config, stage: int | None, processes: int) -> None:
             "optim.nonfinite: 'skip' is not valid with DeepSpeed, whose optimizer takes every step; expected stop, or "
             "a file in launch/ without DeepSpeed"
         )
-    if config.model.sync_batchnorm and processes > 1 and (config.device == "cpu" or not torch.cuda.is_available()):
+    if config.model.sync_batchnorm and processes > 1 and on_cpu:
         raise ConfigError(
             "model.sync_batchnorm: True is not valid on CPUs, where torch has no synchronised BatchNorm; expected false"
         )

@@ -346,6 +346,20 @@ def test_sharded_weights_are_refused(make_engine: MakeEngine, monkeypatch: pytes
         make_engine(CONFIG)
 
 
+def test_a_launcher_that_asks_for_the_cpu_gets_it_beside_a_gpu(
+    make_engine: MakeEngine, make_network: MakeNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # accelerate launch --cpu
+    config = replace(CONFIG, device="auto")
+    engine = make_engine(config)
+    model = make_network()
+    engine.prepare(model, build_optimizer(config, model, 10))
+    assert engine.device.type == "cpu"
+    assert not engine.records
+    engine.recorded(lambda images, labels: images.sum())
+
+
 def test_a_loss_is_divided_by_what_the_config_says_alone(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
