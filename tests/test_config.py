@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -549,3 +552,29 @@ def test_shaping_values_can_be_read_from_a_saved_config() -> None:
     config = Config(budget=BudgetConfig(target=0.3))
     assert shaping_values(yaml.safe_load(dump_config(config))) == shaping_values(config.to_dict())
     assert shaping_values(config.to_dict())["budget.target"] == 0.3
+
+
+def test_a_config_can_come_through_a_pipe() -> None:
+    """As with ``--config <(...)``: what has been read of a pipe is gone from it."""
+    reading, writing = os.pipe()
+    os.write(writing, b"seed: 3\noptim:\n  lr: 0.25\n")
+    os.close(writing)
+    try:
+        config = parse_config(["--config", f"/dev/fd/{reading}", "--optim.epochs", "7"])
+    finally:
+        os.close(reading)
+    assert (config.seed, config.optim.lr, config.optim.epochs) == (3, 0.25, 7)
+
+
+def test_a_config_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("# für Große\nmodel: {name: größe}\n", encoding="utf-8")
+    code = "import sys, greenprune.config as c; print(ascii(c.parse_config(['--config', sys.argv[1]]).model.name))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        check=False,
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout.strip(), done.stderr) == (r"'gr\xf6\xdfe'", "")

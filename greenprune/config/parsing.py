@@ -102,8 +102,8 @@ FIELDS = _fields(Config)
 """Dotted name of every field, and whether it may be null."""
 
 
-def _check_file(path: Path) -> None:
-    """Check that a config file is YAML with known keys, to name what is wrong better than the parser does.
+def _read_file(path: Path) -> str:
+    """A config file as plain YAML, checked to have known keys, to name what is wrong better than the parser does.
 
     Raises:
         ConfigError: The file is missing, is not YAML, or has a key that no field has.
@@ -131,6 +131,7 @@ def _check_file(path: Path) -> None:
         else:
             _check_key(str(key), known)
             _check_null(str(key), value)
+    return yaml.dump(values, Dumper=_Dumper)  # in ASCII, for the parser also looks for a file of that name
 
 
 def _check_null(key: str, value: object) -> None:
@@ -161,6 +162,28 @@ def check_field(key: str) -> None:
     _check_key(key, list(FIELDS))
 
 
+def _with_files_read(args: list[str]) -> list[str]:
+    """The arguments with what each config file holds in place of its path, and every flag known to be a field's.
+
+    The parser would read a file once more, which a pipe (``--config <(...)``) has no second time, and in the locale's
+    encoding.
+    """
+    known = list(FIELDS)
+    read = []
+    rest = iter(args)
+    for arg in rest:
+        path = next(rest, None) if arg == "--config" else None
+        if arg.startswith("--config="):
+            path = arg.removeprefix("--config=")
+        if path is not None:
+            read.append(f"--config={_read_file(Path(path))}")
+            continue
+        if arg.startswith("--") and arg not in ("--help", "--config", "--print_config"):
+            _check_key(arg[2:].split("=")[0].split("+")[0], known)
+        read.append(arg)
+    return read
+
+
 def parse_config(args: list[str], prog: str = "train.py") -> Config:
     """Turn command-line arguments, with the YAML files they name, into a validated config.
 
@@ -172,17 +195,9 @@ def parse_config(args: list[str], prog: str = "train.py") -> Config:
         ConfigError: Any key, type or value is wrong.
         SystemExit: ``--help`` was asked for (code 0).
     """
-    known = list(FIELDS)
-    for index, arg in enumerate(args):
-        if arg == "--config" and index + 1 < len(args):
-            _check_file(Path(args[index + 1]))
-        elif arg.startswith("--config="):
-            _check_file(Path(arg.removeprefix("--config=")))
-        elif arg.startswith("--") and arg not in ("--help", "--config", "--print_config"):
-            _check_key(arg[2:].split("=")[0].split("+")[0], known)
     parser = config_parser(prog)
     try:
-        namespace = parser.parse_args(args)
+        namespace = parser.parse_args(_with_files_read(args))
         config = parser.instantiate(namespace)
     except ConfigError:
         raise
