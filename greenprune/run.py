@@ -33,6 +33,7 @@ from greenprune.progress import Display
 from greenprune.provenance import Place, collect_provenance, place_of
 from greenprune.redaction import without_secrets
 from greenprune.report.writing import write_run_report
+from greenprune.summary_file import read_summary
 from greenprune.surgery import resolve_structure
 from greenprune.tracking import Event, EventLog, RunFolder, default_run_name, salvage_events
 from greenprune.trainer import Trainer
@@ -97,7 +98,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         claim = engine.together(lambda: _claim(config, network, stack, environment), main_only=True)
         folder = RunFolder(claim.path)
         if claim.finished:
-            return RunResult(json.loads(folder.summary.read_text()), folder, engine.is_main, was_finished=True)
+            return RunResult(engine.together(lambda: _result(folder)), folder, engine.is_main, was_finished=True)
         resume = None
         if claim.checkpoint is not None:
             path = claim.checkpoint
@@ -348,10 +349,19 @@ def _end_log(folder: RunFolder, stack: ExitStack) -> None:
     events, _ = salvage_events(folder.events)
     if events and events[-1]["kind"] != "end":
         _hold(folder, stack)
-        summary = json.loads(folder.summary.read_text())
+        summary = _result(folder)
         log = EventLog(folder.events, [])
         log.record("end", summary["steps"], summary=summary)
         log.close()
+
+
+def _result(folder: RunFolder) -> dict[str, Any]:
+    """The summary of a run that is finished."""
+    try:
+        return read_summary(folder.summary)
+    except UserError as error:
+        told = str(error).removeprefix("RUN: ")
+        raise UserError(f"resume: {told}, or no such file, to have it made again from the last checkpoint") from None
 
 
 def _new_or_same_folder(config: Config) -> tuple[RunFolder, bool]:

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from greenprune.config import Config, UserError, dump_config
+from greenprune.summary_file import wrong_with_summary
 from greenprune.whole_files import write_atomically
 
 Event = dict[str, Any]
@@ -314,7 +315,7 @@ def _wrong_with(event: Event) -> str:
         return "its unit is missing or no text"
     if not isinstance(event.get("summary", {}), dict):
         return "its summary is no object"
-    return ""
+    return wrong_with_summary(event.get("summary", {}))
 
 
 def _is_number(value: object) -> bool:

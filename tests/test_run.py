@@ -726,3 +726,17 @@ def test_secrets_of_the_environment_stay_there(config: Path, tmp_path: Path) -> 
     assert secret not in done.stdout + done.stderr
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+
+
+def test_a_finished_run_whose_summary_is_damaged_is_refused_in_one_line(
+    finished: Path, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "whole")
+    summary = tmp_path / "whole" / "summary.json"
+    summary.write_text(summary.read_text()[:100])
+    args = ["--config", str(config), "--output_dir", str(tmp_path), "--run_name", "whole", "--resume", "auto"]
+    assert run_command(args, {}, "train") == 2
+    told = capfd.readouterr().err
+    assert f"resume: '{summary}' cannot be read (" in told
+    assert "or no such file" in told
+    assert told.count("\n") == 1

@@ -317,7 +317,7 @@ def _channels(summary: dict[str, Any]) -> str:
 def _ratio_cell(run: ComparedRun, key: str | None) -> str:
     if run.against_twin is None or key is None:
         return ""
-    ratio = run.against_twin[key]
+    ratio = run.against_twin.get(key)  # not there if the summary lacks the figure
     if ratio is None:
         return "-"
     return f"{ratio:+.2f} pts" if key == "accuracy_points" else f"{ratio:.2f}x"

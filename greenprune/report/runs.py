@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from greenprune.config import UserError, load_yaml, shaping_values
 from greenprune.energy import CarbonIntensity, co2_g, format_intensity
 from greenprune.formatting import format_counted, worst_quality
 from greenprune.report.attempts import IN_GOOD_ORDER, Allotment, Attempt, allotment_of, read_spans
+from greenprune.summary_file import read_summary
 from greenprune.timing import StepTimes
 from greenprune.tracking import (
     Event,
@@ -279,7 +279,7 @@ def read_run(path: Path, name: str, config: dict[str, Any] | None = None) -> Com
     folder = RunFolder(path)
     damage: tuple[str, ...] = ()
     if folder.summary.is_file():
-        summary, state = _read_object(folder.summary), "finished"
+        summary, state = read_summary(folder.summary), "finished"
     else:
         events, damage = read_run_events(path)
         if damage and not events:
@@ -336,16 +336,6 @@ def read_run_events(path: Path) -> tuple[list[Event], tuple[str, ...]]:
     except OSError as error:
         return [], (str(error),)
     return events, tuple(damaged)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"RUN: {str(path)!r} cannot be read ({error}); expected a run's summary") from None
-    if not isinstance(values, dict):
-        raise UserError(f"RUN: {str(path)!r} holds no summary; expected one JSON object with a run's figures")
-    return values
 
 
 def read_provenance(path: Path) -> list[dict[str, Any]]:

@@ -130,9 +130,12 @@ def test_figures_and_names_are_whole_at_any_width(tmp_path: Path, width: int) ->
     assert max(map(len, text.splitlines())) <= width
 
 
-@pytest.mark.parametrize("key", ["model", "data", "seed", "epochs", "batch_size", "precision"])
-def test_a_dense_run_of_another_config_is_no_twin(tmp_path: Path, key: str) -> None:
-    write_run(tmp_path / "dense", DENSE | {key: "another"})
+@pytest.mark.parametrize(
+    ("key", "other"),
+    [("model", "another"), ("data", "another"), ("seed", 99), ("epochs", 99), ("batch_size", 99), ("precision", "x")],
+)
+def test_a_dense_run_of_another_config_is_no_twin(tmp_path: Path, key: str, other: object) -> None:
+    write_run(tmp_path / "dense", DENSE | {key: other})
     write_run(tmp_path / "gated", GATED)
     comparison = compare_runs([tmp_path])
     assert [run.twin for run in comparison.runs] == [None, None]
@@ -577,6 +580,10 @@ def test_json_holds_everything(tmp_path: Path) -> None:
         ({"notes.txt": "x"}, "holds no run"),
         ({"summary.json": "{"}, "cannot be read"),
         ({"summary.json": "[1]"}, "holds no summary"),
+        ({"summary.json": '{"energy_j": "12 J"}'}, "energy_j '12 J' is no number"),
+        ({"summary.json": '{"model": ["resnet38"]}'}, r"model \['resnet38'\] is no text"),
+        ({"summary.json": '{"step_time_s": {"after": "fast"}}'}, "step_time_s .* is no object of numbers"),
+        ({"events.jsonl": '{"time": 1, "step": 4, "kind": "end", "summary": {"accuracy": "?"}}\n'}, "accuracy"),
         ({"events.jsonl": "nonsense\n"}, "cannot be read"),
     ],
 )
@@ -590,6 +597,15 @@ def test_what_is_no_run_is_named(tmp_path: Path, content: dict[str, str] | None,
         compare_runs([folder])
     assert str(folder) in str(error.value)
     assert "expected" in str(error.value)
+
+
+def test_a_figure_that_a_summary_lacks_is_left_open(tmp_path: Path) -> None:
+    """As an edited one, or one of an older version, may."""
+    write_run(tmp_path / "dense", DENSE)
+    write_run(tmp_path / "gated", {key: value for key, value in GATED.items() if key != "energy_j"})
+    text = render(compare_runs([tmp_path]), 120)
+    assert "unknown" in text
+    assert "-1.00 pts" in text
 
 
 def test_another_file_is_not_a_run(tmp_path: Path) -> None:

@@ -620,6 +620,18 @@ def test_a_few_devices_are_told_one_by_one_and_nothing_is_drawn_where_a_group_ha
     assert sum(trace["showlegend"] for trace in drawn) == 4
 
 
+def test_a_figure_of_another_kind_spoils_no_other_run(tmp_path: Path) -> None:
+    """As of a summary that was edited by hand: its run is named, and all others are told."""
+    record_run(tmp_path / "good", gated=False)
+    record_run(tmp_path / "bad")
+    path = tmp_path / "bad" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"energy_j": "12 J"}))
+    report = build_report([tmp_path])
+    page, _ = forms(report)
+    assert "energy_j '12 J' is no number" in page
+    assert next(run for run in report.runs if run.name == "good").is_finished
+
+
 @pytest.mark.parametrize("damage", ["events.jsonl", "summary.json", "config.yaml", "provenance.jsonl"])
 def test_a_file_that_cannot_be_read_spoils_no_other_run(tmp_path: Path, damage: str) -> None:
     record_run(tmp_path / "good", gated=False)
