@@ -209,6 +209,8 @@ class Meter:
     def window(self, name: str) -> Window:
         """A window to be used with ``with``; all windows of one name make up the phase of that name.
 
+        Entering it once the meter is closed raises a RuntimeError.
+
         Raises:
             ValueError: The name is that of the phase outside all windows.
         """
@@ -268,6 +270,8 @@ class Meter:
         self.close()
 
     def _open_window(self, window: Window) -> _Snapshot:
+        if self._closed:  # nothing is read any more, and the window would tell 0 J
+            raise RuntimeError(f"window {window.name!r}: the meter is closed; open it before, or another meter")
         if self._synchronize is not None:
             self._synchronize()
         snapshot = self._read()

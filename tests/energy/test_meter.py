@@ -428,3 +428,14 @@ result = {"loaded": [name for name in ("torch", "codecarbon", "pandas") if name 
           "nvml": pynvml.nvmlLib is not None}
 """
     assert run_python(code, {}) == {"loaded": [], "nvml": False}
+
+
+def test_a_window_of_a_closed_meter_is_refused() -> None:
+    """It would tell 0 J, as if nothing had been used."""
+    dial = Dial(1000)
+    meter = Meter([counter(dial)])
+    with meter.window("train"):
+        meter.close()
+    with pytest.raises(RuntimeError, match="window 'later': the meter is closed"), meter.window("later"):
+        pass
+    assert "later" not in meter.by_phase_j()
