@@ -23,7 +23,7 @@ from greenprune.accounts import Records
 from greenprune.checkpoint import Checkpoint, CheckpointCorrupt, list_checkpoints, load_checkpoint, load_newest
 from greenprune.config import MAY_CHANGE, Config, ConfigError, UserError, load_config, shaping_values
 from greenprune.data import ImageData, open_data
-from greenprune.energy import Meter, carbon_intensity, node_id, open_meter, share_devices, slurm_job
+from greenprune.energy import CO2_IS_UNKNOWN, Meter, carbon_intensity, node_id, open_meter, share_devices, slurm_job
 from greenprune.engine import Engine
 from greenprune.interrupt import Interrupted
 from greenprune.late_files import PATIENCE_S, await_attempt, take_lock
@@ -119,7 +119,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         )
         notes += claim.notes
         if carbon is None:
-            notes.append("CO2 is unknown: set energy.country to the country whose grid feeds this machine")
+            notes.append(CO2_IS_UNKNOWN)
         records = Records(folder, meter, carbon, mirrors, notes, slurm_job(environment))
         with meter.window("setup"):
             trainer = Trainer(config, data, engine, network, records, resume)

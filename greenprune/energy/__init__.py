@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from greenprune.energy.carbon import CarbonIntensity, carbon_intensity, co2_g, format_intensity
+from greenprune.energy.carbon import CO2_IS_UNKNOWN, CarbonIntensity, carbon_intensity, co2_g, format_intensity
 from greenprune.energy.estimate import open_cpu_estimate, open_ram_estimate
 from greenprune.energy.meter import IDLE, Measurement, Meter, Reading, Window
 from greenprune.energy.nvml import doubtful_order, nvml_session, open_gpu, visible_gpu_names, visible_gpu_uuids
@@ -23,6 +23,7 @@ from greenprune.energy.slurm import SlurmEnergy, slurm_energy, slurm_job
 from greenprune.energy.source import MeterUnavailable, Quality, Source, UnreadableSource
 
 __all__ = [
+    "CO2_IS_UNKNOWN",
     "IDLE",
     "POWERCAP",
     "CarbonIntensity",

@@ -12,6 +12,9 @@ from greenprune.config import UserError
 if TYPE_CHECKING:
     from codecarbon.input import DataSource
 
+CO2_IS_UNKNOWN = "CO2 is unknown: set energy.country to the country whose grid feeds this machine"
+"""What a run that knows no carbon intensity notes of itself."""
+
 _J_PER_KWH = 3.6e6
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from greenprune.energy import CarbonIntensity, co2_g
+from greenprune.energy import CO2_IS_UNKNOWN, CarbonIntensity, co2_g
 from greenprune.tracking import Event
 
 REMOVED = -1.0
@@ -150,8 +150,10 @@ class History:
     energy_by_device_j: dict[str, float | None]
 
     def at_intensity(self, carbon: CarbonIntensity) -> History:
-        """The same with CO2e told at another carbon intensity and PUE."""
-        return replace(self, epochs=tuple(replace(one, co2_g=co2_g(one.energy_j, carbon)) for one in self.epochs))
+        """The same with CO2e told at another carbon intensity and PUE, and no note that it is unknown."""
+        notes = [note for note in self.start.get("notes", []) if note != CO2_IS_UNKNOWN]
+        epochs = tuple(replace(one, co2_g=co2_g(one.energy_j, carbon)) for one in self.epochs)
+        return replace(self, start=self.start | {"notes": notes}, epochs=epochs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -21,6 +21,7 @@ import pytest
 
 from greenprune.cli import main
 from greenprune.config import UserError
+from greenprune.energy import CO2_IS_UNKNOWN, CarbonIntensity
 from greenprune.formatting import format_joules, format_percent, format_si
 from greenprune.locking import FolderLock
 from greenprune.report.comparison import compare_runs
@@ -618,6 +619,16 @@ def test_a_few_devices_are_told_one_by_one_and_nothing_is_drawn_where_a_group_ha
     assert all(trace["x"] != [None] for trace in drawn)
     assert {trace["legendgroup"] for trace in drawn} == {LOAD, *(f"GPU-{n} {H100}" for n in range(3))}
     assert sum(trace["showlegend"] for trace in drawn) == 4
+
+
+def test_no_note_says_that_co2e_is_unknown_where_an_intensity_is_given(tmp_path: Path) -> None:
+    events = record_run(tmp_path / "run")
+    events[0]["notes"] += [CO2_IS_UNKNOWN]
+    (tmp_path / "run" / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    assert CO2_IS_UNKNOWN in build_report([tmp_path]).notes
+    notes = build_report([tmp_path], carbon=CarbonIntensity(50.0, "given", None, None)).notes
+    assert "a note of the meter" in notes
+    assert not any("CO2 is unknown" in note for note in notes)
 
 
 def test_a_figure_of_another_kind_spoils_no_other_run(tmp_path: Path) -> None:
