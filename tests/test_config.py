@@ -554,6 +554,14 @@ def test_shaping_values_can_be_read_from_a_saved_config() -> None:
     assert shaping_values(config.to_dict())["budget.target"] == 0.3
 
 
+def test_a_flag_that_is_a_section_is_told_from_one_that_is_unknown() -> None:
+    message = refusal(["--optim", "adamw"])
+    assert message.startswith(
+        "optim: a section, which takes no value of its own; expected one of its fields: optim.name"
+    )
+    assert "did you mean" not in message
+
+
 def test_a_config_can_come_through_a_pipe() -> None:
     """As with ``--config <(...)``: what has been read of a pipe is gone from it."""
     reading, writing = os.pipe()

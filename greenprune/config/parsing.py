@@ -146,6 +146,9 @@ def _check_key(key: str, known: list[str]) -> None:
     section = key.split(".", maxsplit=1)[0]
     siblings = [name for name in known if name.startswith(f"{section}.")] if "." in key else []
     top = sorted({name.split(".")[0] for name in known})
+    if key in top:
+        fields = ", ".join(name for name in known if name.startswith(f"{key}."))
+        raise ConfigError(f"{key}: a section, which takes no value of its own; expected one of its fields: {fields}")
     siblings = siblings or top
     close = difflib.get_close_matches(key, known if "." in key else [*top, *known], n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}? " if close else ""
