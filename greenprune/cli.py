@@ -8,14 +8,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from greenprune.interrupt import ended_by_ctrl_c, undone_by_ctrl_c
 from greenprune.redaction import print_error, without_secrets
 from greenprune.streams import ready_streams
-
-if TYPE_CHECKING:
-    from greenprune.energy import CarbonIntensity
 
 _DESCRIPTION = """\
 Train a network and remove the blocks it does not need while it trains, with every joule accounted for.
@@ -155,26 +152,12 @@ def _add_export_parsers(
     return evaluate, benchmark
 
 
-def _carbon(arguments: argparse.Namespace) -> CarbonIntensity | None:
-    """The intensity at which all runs' CO2e is asked for; None if each has its own.
-
-    Raises:
-        UserError: An option is not valid, or a PUE stands alone.
-    """
-    from greenprune.config import UserError
-    from greenprune.energy.options import carbon_of
-
-    carbon = carbon_of(arguments)
-    if carbon is None and arguments.pue != 1:
-        raise UserError(f"--pue: {arguments.pue} changes nothing alone; expected --country or --intensity beside it")
-    return carbon
-
-
 def _compare(arguments: argparse.Namespace) -> int:
+    from greenprune.energy.options import carbon_of
     from greenprune.formatting import open_console
     from greenprune.report import compare_runs
 
-    comparison = compare_runs(arguments.runs, arguments.to_accuracy, _carbon(arguments))
+    comparison = compare_runs(arguments.runs, arguments.to_accuracy, carbon_of(arguments))
     if arguments.json:
         print(json.dumps(comparison.to_dict(), indent=2))
     else:
@@ -250,11 +233,12 @@ def _carry_out(command: Callable[[argparse.Namespace], int], arguments: argparse
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from greenprune.energy.options import carbon_of
     from greenprune.formatting import format_si
     from greenprune.report.writing import write_report
 
     with undone_by_ctrl_c():
-        path = write_report(arguments.runs, arguments.output, arguments.format, carbon=_carbon(arguments))
+        path = write_report(arguments.runs, arguments.output, arguments.format, carbon=carbon_of(arguments))
     if path is not None:
         size = f": {format_si(path.stat().st_size, 'B')}" if path.is_file() else ""  # a pipe has none
         print(f"{path} is written{size}")

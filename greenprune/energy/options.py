@@ -31,13 +31,16 @@ def carbon_of(options: argparse.Namespace) -> CarbonIntensity | None:
     """The intensity that options tell, under the rules of a run's config; None if they tell none.
 
     Raises:
-        UserError: An option is not valid.
+        UserError: An option is not valid, or a PUE stands alone.
     """
     try:
         valid = EnergyConfig(options.country, options.region, options.intensity, options.pue)
-        return carbon_intensity(valid.country, valid.region, g_per_kwh=valid.intensity_g_per_kwh, pue=valid.pue)
+        carbon = carbon_intensity(valid.country, valid.region, g_per_kwh=valid.intensity_g_per_kwh, pue=valid.pue)
     except UserError as error:
         raise by_options(error) from None
+    if carbon is None and valid.pue != 1:
+        raise UserError(f"--pue: {valid.pue} changes nothing alone; expected --country or --intensity beside it")
+    return carbon
 
 
 def by_options(error: UserError) -> UserError:

@@ -332,6 +332,7 @@ def test_the_command_starts_with_the_signals_that_it_would_have_had() -> None:
         (["sleep", "1"], ["no command", "after --"]),
         (["--wat", "--", "true"], ["'--wat' is not an option"]),
         (["--pue", "0.5", "--", "true"], ["--pue: 0.5", "at least 1"]),
+        (["--pue", "1.5", "--", "true"], ["--pue: 1.5", "--country or --intensity"]),
         (["--interval", "0", "--", "true"], ["--interval: 0.0", "above 0"]),
         (["--country", "XYZ", "--", "true"], ["--country: 'XYZ'", "three-letter"]),
         (["--country", "FRA", "--intensity", "5", "--", "true"], ["--intensity: 5.0", "--country (FRA)"]),
