@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from greenprune.config import EnergyConfig
 from greenprune.energy.carbon import CO2_IS_UNKNOWN, CarbonIntensity, carbon_intensity, co2_g, format_intensity
 from greenprune.energy.estimate import open_cpu_estimate, open_ram_estimate
 from greenprune.energy.meter import IDLE, Measurement, Meter, Reading, Window
@@ -116,7 +117,11 @@ def open_meter(
         synchronize: Waits for the work queued on the device; called at the edges of windows.
         powercap: Where the kernel shows the counters of the CPU.
         environment: The process's environment: what memory a Slurm job has here.
+
+    Raises:
+        UserError: The interval is not valid.
     """
+    EnergyConfig(interval_s=interval_s)
     choices = [_choose_gpu(uuid, interval_s) for uuid in dict.fromkeys(gpu_uuids)]
     if host:
         choices += _choose_host(powercap, environment)
@@ -138,7 +143,11 @@ def open_local_meter(
         interval_s: Seconds between two samples of sources that have no counter.
         synchronize: Waits for the work queued on the device; called at the edges of windows.
         powercap: Where the kernel shows the counters of the CPU.
+
+    Raises:
+        UserError: The interval is not valid.
     """
+    EnergyConfig(interval_s=interval_s)
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     choices: list[_Choice] = []
     notes: list[str] = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from greenprune.config import UserError
+from greenprune.config import EnergyConfig, UserError
 
 if TYPE_CHECKING:
     from codecarbon.input import DataSource
@@ -53,8 +53,9 @@ def carbon_intensity(
         The intensity; None without a country and an intensity.
 
     Raises:
-        UserError: CodeCarbon has no data for the country or region.
+        UserError: The intensity or the PUE is not valid, or CodeCarbon has no data for the country or region.
     """
+    EnergyConfig(intensity_g_per_kwh=g_per_kwh, pue=pue)
     if g_per_kwh is not None:
         return CarbonIntensity(g_per_kwh, "given", None, None, pue)
     if country is None:

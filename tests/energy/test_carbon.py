@@ -67,6 +67,20 @@ def test_a_given_intensity_needs_no_country_and_says_that_it_was_given() -> None
     assert co2_g(3.6e6, intensity) == pytest.approx(123)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"country": "FRA", "pue": 0.5}, "energy.pue: 0.5 is not valid; expected a number of at least 1"),
+        ({"country": "FRA", "pue": float("nan")}, "energy.pue: nan is not valid"),
+        ({"country": None, "g_per_kwh": -1.0}, "energy.intensity_g_per_kwh: -1.0 is not valid"),
+        ({"country": None, "g_per_kwh": "50"}, "energy.intensity_g_per_kwh: '50' is not valid; expected a number"),
+    ],
+)
+def test_an_intensity_asked_for_in_python_follows_the_rules_of_a_config(values: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        carbon_intensity(**values)
+
+
 def test_the_sites_overhead_multiplies_the_joules() -> None:
     plain, site = carbon_intensity("FRA"), carbon_intensity("FRA", pue=1.4)
     assert plain is not None

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from greenprune.config import UserError
+from greenprune.energy import open_local_meter, open_meter
 from greenprune.energy.meter import Meter
 from greenprune.energy.source import CounterSource, MeterUnavailable, PowerSource, Source, UnreadableSource
 
@@ -439,3 +441,12 @@ def test_a_window_of_a_closed_meter_is_refused() -> None:
     with pytest.raises(RuntimeError, match="window 'later': the meter is closed"), meter.window("later"):
         pass
     assert "later" not in meter.by_phase_j()
+
+
+@pytest.mark.parametrize("interval_s", [0, -1.0, float("nan")])
+def test_an_interval_that_is_none_is_refused(interval_s: float) -> None:
+    refused = pytest.raises(UserError, match=r"^energy.interval_s: .* expected a number of seconds above 0")
+    with refused:
+        open_meter(gpu_uuids=[], host=False, interval_s=interval_s)
+    with refused:
+        open_local_meter({}, interval_s=interval_s)
