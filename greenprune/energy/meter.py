@@ -209,7 +209,8 @@ class Meter:
     def window(self, name: str) -> Window:
         """A window to be used with ``with``; all windows of one name make up the phase of that name.
 
-        Entering it once the meter is closed raises a RuntimeError.
+        Windows nest, and belong to one thread. Entering one once the meter is closed, or leaving it before another that
+        was entered after it, raises a RuntimeError.
 
         Raises:
             ValueError: The name is that of the phase outside all windows.
@@ -283,9 +284,14 @@ class Meter:
         if synchronize and self._synchronize is not None:
             self._synchronize()
         snapshot = self._read()
-        innermost = self._windows.pop()
-        assert innermost is window, f"window {window.name!r} was closed before {innermost.name!r} inside it"
+        innermost = self._windows[-1]
+        self._windows.remove(window)
         self._enter(self._windows[-1].name if self._windows else IDLE)
+        if innermost is not window:
+            raise RuntimeError(
+                f"window {window.name!r} was closed before {innermost.name!r}, which was opened inside it; windows "
+                "nest, and belong to one thread"
+            )
         return snapshot
 
     def _enter(self, phase: str) -> _Account:

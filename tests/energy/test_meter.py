@@ -450,3 +450,18 @@ def test_an_interval_that_is_none_is_refused(interval_s: float) -> None:
         open_meter(gpu_uuids=[], host=False, interval_s=interval_s)
     with refused:
         open_local_meter({}, interval_s=interval_s)
+
+
+def test_windows_that_do_not_nest_are_refused() -> None:
+    """As those of two threads may not: the joules of one would be counted to the other's phase."""
+    with Meter([counter(Dial())]) as meter:
+        outer, inner = meter.window("outer"), meter.window("inner")
+        outer.__enter__()
+        inner.__enter__()
+        with pytest.raises(RuntimeError, match=r"window 'outer' was closed before 'inner', which was opened inside it"):
+            outer.__exit__(None, None, None)
+        inner.__exit__(None, None, None)
+        with meter.window("after") as after:
+            pass
+    assert inner.measurement.complete
+    assert after.measurement.complete
