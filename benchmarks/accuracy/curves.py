@@ -39,11 +39,13 @@ def write_curves(points: Sequence[dict[str, Any]], title: str, stem: Path, axes:
             share of the dense twin's; None where unknown.
         title: Of the figure.
         stem: Path of the file without its ending.
-        axes: What accuracy is drawn against: flops (of inference), training (its FLOPs) or joules.
+        axes: What accuracy is drawn against: flops (of inference), training (its FLOPs) or joules; left out where no
+            point knows it.
 
     Returns:
         The file: a PNG, or an HTML page where there is no browser to draw one with.
     """
+    axes = [key for key in axes if any(point[key] is not None for point in points)] or axes[:1]
     figure = make_subplots(cols=len(axes), shared_yaxes=True, horizontal_spacing=0.04)
     all_series = list(dict.fromkeys(point["series"] for point in points))
     for number, series in enumerate(all_series):

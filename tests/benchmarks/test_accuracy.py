@@ -284,6 +284,10 @@ def test_the_figure_has_room_for_the_names_of_all_its_series(tmp_path: Path, mon
     page = curves.write_curves(points, "it", tmp_path / "it", ["flops"]).read_text()
     (height,) = re.findall(r'"height":(\d+)', page)
     assert int(height) > 20 * 29 + 150
+    unknown = [point | {"joules": None} for point in points]  # as before the dense twin is trained
+    page = curves.write_curves(unknown, "it", tmp_path / "it", ["flops", "joules"]).read_text()
+    assert "FLOPs of inference" in page
+    assert "joules of training" not in page
 
 
 def test_random_channels_go_for_a_run_in_which_a_whole_block_went(tmp_path: Path) -> None:
