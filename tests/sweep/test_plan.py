@@ -116,7 +116,10 @@ def test_every_sweep_that_is_there_expands(path: Path) -> None:
 BAD = {
     "unknown key": ("sweeds: [1]", "sweeds: unknown key; did you mean seeds?"),
     "unknown field": ("grid: {optim.lrr: [1]}", "optim.lrr: unknown key; did you mean optim.lr?"),
-    "section": ("grid: {optim: [1]}", "optim: unknown key"),
+    "section": (
+        "grid: {optim: [1]}",
+        "optim: a section, which takes no value of its own; expected one of its fields: opt",
+    ),
     "unknown field in a list": ("runs: [{gate.kynd: static}]", "gate.kynd: unknown key; did you mean gate.kind?"),
     "field of the sweep": ("grid: {run_name: [a, b]}", "run_name: is not valid in a sweep"),
     "wrong type": ("grid: {optim.epochs: [many]}", "optim.epochs: Expected a value of type int. Got value: many"),
