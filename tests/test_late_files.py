@@ -85,6 +85,7 @@ def test_a_lock_that_goes_late_is_waited_for(tmp_path: Path) -> None:
     lock.release()
 
 
+@pytest.mark.system
 def test_a_job_that_queued_itself_goes_on_from_what_it_sees_late(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(SMALL)
     args = ["--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path), "--run_name", "run"]

@@ -396,7 +396,7 @@ def test_asking_again_for_the_penalty_beside_the_output_does_not_add_it_twice() 
     assert pruner.batches == 2
 
 
-@pytest.mark.parametrize(("unit", "target"), [("flops", 0.4), ("time", 0.6)])
+@pytest.mark.parametrize(("unit", "target"), [("flops", 0.4), pytest.param("time", 0.6, marks=pytest.mark.system)])
 def test_processes_of_a_data_parallel_loop_agree(unit: str, target: float) -> None:
     """Each on its own part of the data, with other last batches; what is measured is measured by one of them."""
     done = run(Path(__file__).parent / "distributed" / "pruner_worker.py", [unit, str(target)], processes=2)
@@ -408,12 +408,14 @@ def test_processes_of_a_data_parallel_loop_agree(unit: str, target: float) -> No
     assert first["removed_blocks"]
 
 
+@pytest.mark.system
 def test_a_measurement_that_fails_fails_on_every_process() -> None:
     done = run(Path(__file__).parent / "distributed" / "pruner_worker.py", ["energy", "0.6"], processes=2)
     assert done.returncode != 0
     assert done.stderr.count("ConfigError: budget.unit: 'energy' is not valid here: nothing counts here") == 2
 
 
+@pytest.mark.system
 def test_a_measurement_that_breaks_on_the_first_process_is_told_on_the_others() -> None:
     """Whatever broke: they wait for what it finds."""
     worker = Path(__file__).parent / "distributed" / "pruner_worker.py"

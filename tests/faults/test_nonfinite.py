@@ -93,7 +93,7 @@ def test_a_window_whose_only_step_is_skipped_decides_by_how_open_gates_are(tmp_p
     assert summary["kept_cost"] <= 0.5
 
 
-@pytest.mark.parametrize("window", ["1", "2"])
+@pytest.mark.parametrize("window", ["1", pytest.param("2", marks=pytest.mark.system)])
 def test_a_window_that_is_skipped_whole_decides_nothing_and_ends_nothing(tmp_path: Path, window: str) -> None:
     flags = ("--optim.nonfinite", "skip", "--removal.window", window, "--optim.epochs", "1")
     done, _ = broken(tmp_path, "loss:nan:1:9", "loss:nan:0:10", "loss:nan:1:11", flags=flags)

@@ -130,7 +130,7 @@ def test_the_report_is_written_though_slurm_does_not_answer(programs: Path, caps
         "squeue",
         f'[ -e "{programs}/asked" ] && echo "9|1|PENDING|why" && exit; touch "{programs}/asked"; exit 1',
     )
-    assert main(["collect", str(folder.path), "--patience", "30"]) == 0
+    assert main(["collect", str(folder.path), "--patience", "5"]) == 0
     report = (folder.path / "report.md").read_text()
     assert "queue is not known" not in report
     assert "seed0 has no result: waiting (job 9_1 why)." in report
