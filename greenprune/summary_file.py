@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from greenprune.config import UserError
 
@@ -80,7 +80,7 @@ def wrong_with_summary(values: dict[str, Any]) -> str:
     for key, value in values.items():
         if value is None:
             continue
-        if key in _NUMBERS and not _is_number(value):
+        if key in _NUMBERS and not is_number(value):
             return f"{key} {value!r} is no number"
         if key in _TEXTS and not isinstance(value, str):
             return f"{key} {value!r} is no text"
@@ -89,9 +89,10 @@ def wrong_with_summary(values: dict[str, Any]) -> str:
     return ""
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value read from JSON is a number, which true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_number_or_null(value: object) -> bool:
-    return value is None or _is_number(value)
+    return value is None or is_number(value)

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from greenprune.config import Config, UserError, dump_config
-from greenprune.summary_file import wrong_with_summary
+from greenprune.summary_file import is_number, wrong_with_summary
 from greenprune.whole_files import write_atomically
 
 Event = dict[str, Any]
@@ -306,10 +306,10 @@ def _wrong_with(event: Event) -> str:
         return "it has no kind"
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         return f"step {step!r} is no number of steps"
-    if not _is_number(event.get("time")):
+    if not _is_finite(event.get("time")):
         return f"time {event.get('time')!r} is no number of seconds"
     for key in ("energy/total_j", "energy/resumed_at_j", "time_s"):
-        if event.get(key) is not None and not _is_number(event[key]):
+        if event.get(key) is not None and not _is_finite(event[key]):
             return f"{key} {event[key]!r} is no number"
     if event["kind"] in ("removal", "freeze") and not isinstance(event.get("unit"), str):
         return "its unit is missing or no text"
@@ -318,8 +318,8 @@ def _wrong_with(event: Event) -> str:
     return wrong_with_summary(event.get("summary", {}))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_finite(value: object) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 _OF_AN_ATTEMPT = ("start", "interrupt", "failure", "end")

@@ -349,7 +349,7 @@ def test_sharded_weights_are_refused(make_engine: MakeEngine, monkeypatch: pytes
 def test_a_launcher_that_asks_for_the_cpu_gets_it_beside_a_gpu(
     make_engine: MakeEngine, make_network: MakeNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # a stand-in for a GPU, which must not be touched
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # accelerate launch --cpu
     config = replace(CONFIG, device="auto")
     engine = make_engine(config)
