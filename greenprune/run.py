@@ -33,7 +33,7 @@ from greenprune.progress import Display
 from greenprune.provenance import Place, collect_provenance, place_of
 from greenprune.redaction import without_secrets
 from greenprune.report.writing import write_run_report
-from greenprune.summary_file import read_summary
+from greenprune.summary_file import read_whole_summary
 from greenprune.surgery import resolve_structure
 from greenprune.tracking import Event, EventLog, RunFolder, default_run_name, salvage_events
 from greenprune.trainer import Trainer
@@ -358,7 +358,7 @@ def _end_log(folder: RunFolder, stack: ExitStack) -> None:
 def _result(folder: RunFolder) -> dict[str, Any]:
     """The summary of a run that is finished."""
     try:
-        return read_summary(folder.summary)
+        return read_whole_summary(folder.summary)
     except UserError as error:
         told = str(error).removeprefix("RUN: ")
         raise UserError(f"resume: {told}, or no such file, to have it made again from the last checkpoint") from None

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from greenprune.config import Config, UserError, dump_config
-from greenprune.summary_file import is_number, wrong_with_summary
+from greenprune.event_checks import wrong_with_event
 from greenprune.whole_files import write_atomically
 
 Event = dict[str, Any]
@@ -224,7 +224,7 @@ def salvage_events(path: Path) -> tuple[list[Event], list[str]]:
     events: list[Event] = []
     damaged: list[str] = []
     for number, value in _json_lines(path):
-        wrong = value if isinstance(value, str) else _wrong_with(value)
+        wrong = value if isinstance(value, str) else wrong_with_event(value)
         if wrong:
             damaged.append(f"line {number} is no event: {wrong}")
         else:
@@ -245,7 +245,7 @@ def parse_event(line: bytes) -> Event:
         EventsCorrupt: It is no event; the message says why.
     """
     value = _object_in(line)
-    wrong = value if isinstance(value, str) else _wrong_with(value)
+    wrong = value if isinstance(value, str) else wrong_with_event(value)
     if wrong:
         raise EventsCorrupt(wrong)
     event: Event = value
@@ -297,29 +297,6 @@ def _object_in(line: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         return " ".join(str(error).split())[:200]
     return value if isinstance(value, dict) else "expected a JSON object"
-
-
-def _wrong_with(event: Event) -> str:
-    """What keeps a JSON object from being an event; empty if nothing does."""
-    step = event.get("step")
-    if not isinstance(event.get("kind"), str):
-        return "it has no kind"
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        return f"step {step!r} is no number of steps"
-    if not _is_finite(event.get("time")):
-        return f"time {event.get('time')!r} is no number of seconds"
-    for key in ("energy/total_j", "energy/resumed_at_j", "time_s"):
-        if event.get(key) is not None and not _is_finite(event[key]):
-            return f"{key} {event[key]!r} is no number"
-    if event["kind"] in ("removal", "freeze") and not isinstance(event.get("unit"), str):
-        return "its unit is missing or no text"
-    if not isinstance(event.get("summary", {}), dict):
-        return "its summary is no object"
-    return wrong_with_summary(event.get("summary", {}))
-
-
-def _is_finite(value: object) -> bool:
-    return is_number(value) and math.isfinite(value)
 
 
 _OF_AN_ATTEMPT = ("start", "interrupt", "failure", "end")

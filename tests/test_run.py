@@ -28,7 +28,7 @@ from torch import equal
 
 from greenprune.checkpoint import CheckpointCorrupt, list_checkpoints, load_checkpoint, save_checkpoint
 from greenprune.command import run_command
-from greenprune.config import Config, ConfigError, load_config, parse_config
+from greenprune.config import Config, ConfigError, UserError, load_config, parse_config
 from greenprune.progress import Display
 from greenprune.recording import Recorder
 from greenprune.run import _new_or_same_folder, train
@@ -479,6 +479,16 @@ def test_runs_without_a_name_do_not_share_a_folder(config: Path, tmp_path: Path)
         "digits-resnet20-block-0.5-seed0",
         "digits-resnet20-block-0.5-seed0-2",
     }
+
+
+def test_a_finished_run_whose_summary_tells_nothing_is_refused(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "whole"))
+    (folder / "summary.json").write_text("{}")
+    again = dataclasses.replace(load_config(finished / "config.yaml"), output_dir=str(tmp_path), resume="auto")
+    with pytest.raises(UserError, match=r"^resume: .*summary\.json' does not tell run; .* made again from the last"):
+        train(again, {}, silent)
+    (folder / "summary.json").unlink()
+    assert train(again, {}, silent).summary["accuracy"] == read_summary(finished)["accuracy"]
 
 
 def test_without_a_name_auto_goes_on_with_the_same_run_and_does_no_finished_one_again(

@@ -81,7 +81,7 @@ def _structure_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         when.setdefault(f"epoch {removal['epoch']:.3g}, {removal['reason']}", []).append(removal)
     units = "; ".join(f"{format_removed(those)} ({key})" for key, those in when.items())
     removed = f"{summary['blocks_dense'] - summary['blocks']} of {summary['blocks_dense']} blocks"
-    if summary.get("channels_dense"):
+    if summary.get("channels_dense") and summary.get("channels") is not None:
         gone = summary["channels_dense"] - summary["channels"]
         removed += f", {gone:,} of {summary['channels_dense']:,} channels inside blocks"
     removed += f": {units}" if units else ""
@@ -121,9 +121,10 @@ def _energy_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("", f"{lost} of it for work that was lost and done again"))
     if summary.get("energy_per_sample_j") is not None:
         each = f"{format_si(summary['energy_per_sample_j'], 'J')} an image trained on"
-        rows.append(("", f"{each}, {format_joules(summary['energy_per_epoch_j'])} an epoch"))
-    if len(summary.get("energy_by_attempt", [])) > 1:
-        rows.append(("  by attempt", ", ".join(_attempt(attempt) for attempt in summary["energy_by_attempt"])))
+        rows.append(("", f"{each}, {format_joules(summary.get('energy_per_epoch_j'))} an epoch"))
+    attempts = summary.get("energy_by_attempt") or []
+    if len(attempts) > 1:
+        rows.append(("  by attempt", ", ".join(map(_attempt, attempts))))
     if summary.get("energy_slurm_j") is not None:
         rows.append(("  by Slurm", f"{format_joules(summary['energy_slurm_j'])} for the job, on whole nodes"))
     phases = sorted(summary["energy_by_phase_j"].items(), key=lambda item: -(item[1] or 0))
@@ -132,7 +133,7 @@ def _energy_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("  by device" if index == 0 else "", f"{format_joules(joules)}, {device}")
         for index, (device, joules) in enumerate(by_device.items())
     ]
-    missing = summary.get("energy_missing", {}).items()
+    missing = (summary.get("energy_missing") or {}).items()
     rows += [("" if index else "  missing", f"{device}: {why}") for index, (device, why) in enumerate(missing)]
     return rows
 
@@ -143,10 +144,12 @@ def _attempt(attempt: dict[str, Any]) -> str:
 
 
 def _co2(summary: dict[str, Any]) -> str:
+    intensity = summary["carbon_intensity_g_per_kwh"]
     if summary["co2_g"] is not None:
-        pue = f" and a PUE of {summary['pue']:g}" if summary.get("pue", 1.0) != 1 else ""
-        return f"{format_si(summary['co2_g'], 'g')}, at {format_intensity(summary['carbon_intensity_g_per_kwh'])}{pue}"
-    if summary["carbon_intensity_g_per_kwh"] is None:
+        pue = f" and a PUE of {summary['pue']:g}" if (summary.get("pue") or 1.0) != 1 else ""
+        at = "an intensity that is not told" if intensity is None else format_intensity(intensity)
+        return f"{format_si(summary['co2_g'], 'g')}, at {at}{pue}"
+    if intensity is None:
         return f"{UNKNOWN}: set energy.country, or afterwards: greenprune report --country"
     return f"{UNKNOWN}, as the energy is"
 
@@ -158,7 +161,7 @@ def _time(summary: dict[str, Any]) -> str:
 
 
 def _step_time(step_time_s: dict[str, float | None]) -> str:
-    before, after = step_time_s["before"], step_time_s["after"]
+    before, after = step_time_s.get("before"), step_time_s.get("after")
     if before is None or after is None:
         return format_seconds(before if after is None else after)
     ratio = f"{after / before:.2f}x"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from greenprune.config import UserError
 from greenprune.report import print_summary
+from greenprune.summary_file import read_whole_summary
 
 
 def summary_of(**changes: object) -> dict[str, Any]:
@@ -183,3 +186,39 @@ def test_channels_are_counted_beside_the_blocks(printed: Any) -> None:
         in text
     )
     assert "1 channel of stages.0.2 (epoch 3, settled)" in text
+
+
+def test_an_edited_summary_is_told_or_refused(tmp_path: Path) -> None:
+    """Each figure taken out, unknown, or of another kind: the table is printed, or one message says what is wrong."""
+    path = tmp_path / "summary.json"
+    whole = summary_of(
+        channels=None, channels_dense=None, energy_by_attempt=[], energy_missing={}, energy_complete=True
+    )
+    whole |= {
+        "pue": 1.0,
+        "energy_bound_j": None,
+        "energy_slurm_j": None,
+        "energy_per_sample_j": 0.1,
+        "energy_per_epoch_j": 9.0,
+    }
+    told = refused = 0
+    for key in whole:
+        others = [{**whole, key: value} for value in ("x", None, 2.5, [], {}, [{"unit": 1}], {"a": "b"})]
+        for summary in ({other: whole[other] for other in whole if other != key}, *others):
+            path.write_text(json.dumps(summary))
+            try:
+                read_whole_summary(path)
+            except UserError:
+                refused += 1
+            else:
+                print_summary(summary, tmp_path)
+                told += 1
+    assert told > len(whole)
+    assert refused > len(whole)
+
+
+def test_a_summary_without_a_result_is_none_of_a_finished_run(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"summary\.json' does not tell run; expected the summary of a finished run"):
+        read_whole_summary(path)
