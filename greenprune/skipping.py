@@ -53,7 +53,7 @@ class StepSkipper:
 
     def begin(self, module: nn.Module) -> None:
         """Remember what a forward pass in training changes."""
-        self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point() and buffer.numel()]
         if [copy.shape for copy in self._before] != [buffer.shape for buffer in self._buffers]:
             self._before = [torch.empty_like(buffer) for buffer in self._buffers]
         if self._buffers:
@@ -62,8 +62,16 @@ class StepSkipper:
             self._policy.remember_step()
 
     def marked(self, loss: Tensor) -> Tensor:
-        """A loss with a gradient that is not finite where the loss is not, which is not always so by itself."""
-        return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        """A loss with a gradient that is not finite where the loss is not, which is not always so by itself.
+
+        Nor where a statistic has become so: divided by a variance that has left fp32, activations are 0, and all else
+        is finite. Constants that are infinite, as masks may be, are not meant.
+        """
+        is_bad = ~loss.detach().isfinite()
+        if self._buffers:
+            now, before = (torch.stack(torch._foreach_norm(of, torch.inf)) for of in (self._buffers, self._before))
+            is_bad = is_bad | (before.isfinite() & ~now.isfinite()).any()
+        return loss * torch.where(is_bad, torch.nan, 1.0)
 
     def judge(self, module: nn.Module) -> None:
         """Look at the gradients of all ranks, after the backward pass and before the optimizer's step."""

@@ -1,8 +1,8 @@
-"""A training process in which a loss, gradient, gate or weight of one rank goes wrong at a given step.
+"""A training process in which a loss, image, gradient, gate or weight of one rank goes wrong at a given step.
 
     python nonfinite_worker.py FAULT:VALUE:RANK:STEP[,...] [flags of a run]
 
-FAULT is loss, gradient, gate or weight.
+FAULT is loss, image, gradient, gate or weight: an image of which the loss is not finite, or one that it is finite of.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def broken_step(self: Trainer, images: Tensor, labels: Tensor) -> None:
     ((kind, value),) = here
     module = self.engine.module
     hooks = []
-    if kind == "loss":
+    if kind in ("loss", "image"):
         images = images.clone()
         images[0] = value
     elif kind == "gradient":

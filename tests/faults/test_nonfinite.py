@@ -82,6 +82,31 @@ def test_all_ranks_skip_together(tmp_path: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in [*last.model.values(), *last.training["average"].values()])
 
 
+def test_a_step_whose_statistics_are_infinite_is_skipped_though_its_loss_is_not(tmp_path: Path) -> None:
+    """The variance of so large an image leaves fp32; divided by it, activations are 0, and the loss is finite."""
+    done, events = broken(tmp_path, "image:1e30:1:26", flags=("--optim.nonfinite", "skip"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [event["train/skipped_steps"] for event in events if event["kind"] == "train"][-1] == 1
+    last = load_checkpoint(list_checkpoints(tmp_path / "it" / "checkpoints")[-1])
+    assert all(tensor.isfinite().all() for tensor in last.model.values())
+
+
+def test_a_constant_that_is_infinite_keeps_no_step_from_counting() -> None:
+    """As a causal mask in a buffer is."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    skipper = StepSkipper(optimizer, None, scaled=False, device=torch.device("cpu"))
+    for scale, skipped in ((1.0, 0.0), (1e30, 1.0), (1.0, 0.0)):
+        skipper.begin(model)
+        optimizer.zero_grad()
+        skipper.marked(model(scale * torch.randn(8, 2)).sum()).backward()
+        skipper.judge(model)
+        optimizer.step()
+        assert skipper.end(torch.ones(1)).tolist() == [1 - skipped, skipped]
+    assert model[1].running_var.isfinite().all()
+
+
 def test_a_window_whose_only_step_is_skipped_decides_by_how_open_gates_are(tmp_path: Path) -> None:
     """Of 44 steps the 34th, alone between a boundary and the deadline."""
     flags = ("--optim.nonfinite", "skip", "--removal.decide_by", "0.77", "--removal.window", "11")
