@@ -44,6 +44,13 @@ ROOT = Path(__file__).parents[2]
 RUNS = Path("runs/accuracy")
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 UNITS = {"block": "[block]", "channel": "[channel]", "both": "[block, channel]"}
+OTHER_CHOICES = [
+    ("random", "random blocks, same schedule", "block", "random"),
+    ("random-channel", "random channels, all layers alike, same schedule", "channel", "random"),
+    ("norm-channel", "channels of the smallest norm, same schedule", "channel", "norm"),
+]
+"""Cells whose units are chosen otherwise: name, label, the cell whose schedule they follow, and how they are chosen."""
+
 PEERS = {
     "slimming": "network slimming",
     "polarization": "polarized batch-norm scales",
@@ -123,7 +130,7 @@ class Cell:
         flags: Fields of the run that differ.
         after: Cell whose run has to be there first.
         peer: Method of ``benchmarks/peers/pruning.py``; None for our own runs.
-        random: Whether units go at random, when those of ``after`` went.
+        choice: How units are chosen, random or norm, that go when those of ``after`` went; None: as gates learn to.
         ablated: Flags of ``benchmarks/accuracy/ablated.py``, if it trains the cell.
         varied: Whether it may be trained for other epochs than the rest.
     """
@@ -134,7 +141,7 @@ class Cell:
     flags: tuple[str, ...] = ()
     after: str | None = None
     peer: str | None = None
-    random: bool = False
+    choice: str | None = None
     ablated: tuple[str, ...] = ()
     varied: bool = False
 
@@ -210,18 +217,9 @@ def cells_of(study: Study) -> list[Cell]:
             Cell(f"scratch-{name}-{at}", f"{name}'s structure from scratch", target, dense, after=f"{name}-{at}")
             for name in UNITS
         ]
-        at_random = ("--budget.target", at)
-        cells += [
-            Cell(f"random-{at}", "random blocks, same schedule", target, at_random, f"block-{at}", random=True),
-            Cell(
-                f"random-channel-{at}",
-                "random channels, all layers alike, same schedule",
-                target,
-                at_random,
-                f"channel-{at}",
-                random=True,
-            ),
-        ]
+        for name, label, after, choice in OTHER_CHOICES:
+            to_target = ("--budget.target", at)
+            cells.append(Cell(f"{name}-{at}", label, target, to_target, f"{after}-{at}", choice=choice))
         if target in (study.variant_targets or study.targets):
             cells += [_variant(name, target, flags) for name, flags in study.variants.items()]
     for target in study.peer_targets:
@@ -330,8 +328,9 @@ class Runner:
         place = ["--output_dir", str(self.folder), "--run_name", f"{cell.name}-seed{seed}", "--resume", "auto"]
         flags = ["--config", config, *study.flags, *cell.flags, *place]
         before = None if cell.after is None else self._structure_of(cell.after, seed)
-        if cell.random:
-            return ["python", "benchmarks/accuracy/random_removal.py", str(before), *flags, "--seed", str(seed)]
+        if cell.choice is not None:
+            script = f"benchmarks/accuracy/{cell.choice}_removal.py"
+            return ["python", script, str(before), *flags, "--seed", str(seed)]
         if cell.ablated:
             script = ["python", "benchmarks/accuracy/ablated.py", *cell.ablated, "--"]
             return [*script, *flags, "--seed", str(seed)]

@@ -19,7 +19,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "accuracy"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import study
+import torch
 from launching import ROOT, environment
+from norm_removal import ByNorm, group_norms
+
+from greenprune.config import GateConfig, ModelConfig
+from greenprune.gating import attach_gates, gated_units
+from greenprune.models import build_model, find_channels
 
 
 def test_every_cell_has_a_command_and_what_it_needs_comes_before(tmp_path: Path) -> None:
@@ -218,19 +224,41 @@ def test_masking_ends_with_the_accuracy_of_removing(tmp_path: Path) -> None:
     assert found["removed"]["flops_forward"] < found["removed"]["flops_forward_dense"]
 
 
-def test_random_channels_go_from_all_layers_alike_when_those_of_a_run_went(tmp_path: Path) -> None:
+def test_channels_are_ordered_by_the_norm_of_all_that_goes_with_them() -> None:
+    model = build_model(ModelConfig(name="resnet20"), classes=10, channels=3, image_size=32)
+    attach_gates(model, GateConfig(units=["channel"], kind="static"))
+    sets = find_channels(model).sets
+    small = {("stages.1.1:hidden", 3): 0.0, ("stages.2.0:hidden", 60): 0.1, ("stages.0.2:hidden", 7): 0.2}
+    with torch.no_grad():
+        for (name, index), factor in small.items():
+            for piece in sets[name].slices:
+                tensor = getattr(model.get_submodule(piece.module), piece.tensor)
+                tensor.select(piece.dim, index).mul_(factor)
+    before, after = group_norms(model, sets["stages.1.1:hidden"]), group_norms(model, sets["stages.0.2:hidden"])
+    assert before[3] == 0
+    assert after[7] < after.median() / 4
+    choice = object.__new__(ByNorm)
+    choice.model, choice._units = model, gated_units(model)
+    order = choice.order()
+    assert order[:3] == list(small)
+    assert len(order) == len(set(order)) == 3 * (16 + 32 + 64) - 9  # one of each set stays
+
+
+def test_other_channels_go_when_those_of_a_run_went(tmp_path: Path) -> None:
     flags = ["--config", "configs/digits.yaml", "--model.name", "resnet20", "--optim.epochs", "2"]
     flags += ["--output_dir", str(tmp_path), "--run_name"]
     ours = [sys.executable, "-m", "greenprune.train", *flags, "ours", "--gate.units", "[channel]"]
     for_random = [sys.executable, "benchmarks/accuracy/random_removal.py", str(tmp_path / "ours"), *flags, "random"]
+    by_norm = [sys.executable, "benchmarks/accuracy/norm_removal.py", str(tmp_path / "ours"), *flags, "norm"]
     found = {}
-    for name, command in {"ours": ours, "random": for_random}.items():
+    for name, command in {"ours": ours, "random": for_random, "norm": by_norm}.items():
         done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         found[name] = json.loads((tmp_path / name / "summary.json").read_text())
     steps = {name: [removal["step"] for removal in summary["removals"]] for name, summary in found.items()}
-    assert set(steps["random"]) == set(steps["ours"])
-    assert 0.49 < found["random"]["kept_cost"] <= found["ours"]["kept_cost"]
+    for name in ("random", "norm"):
+        assert set(steps[name]) == set(steps["ours"])
+        assert 0.49 < found[name]["kept_cost"] <= found["ours"]["kept_cost"]
     gone: dict[str, int] = {}
     for removal in found["random"]["removals"]:
         gone[removal["unit"]] = gone.get(removal["unit"], 0) + removal["channels"]
