@@ -1,7 +1,8 @@
 """What the present structure costs, counted by PyTorch's own counter on a copy without storage.
 
 Convention: one multiply-add is 2 FLOPs. Matrix products, convolutions and attention are counted; normalisation,
-activations and pooling are not (torch.utils.flop_counter).
+activations and pooling are not (torch.utils.flop_counter). Passes are of two samples: of what a pass does once, however
+many samples it has, as Swin V2 makes its position biases (1 % of it), a sample is charged half.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,12 +19,19 @@ from greenprune.config import (
     RemovalConfig,
     SurgeryConfig,
     UserError,
-    check_budget_unit,
 )
-from greenprune.gating import WINDOWS, GatePolicy, Verdict, attach_gates, find_gates, gate_parameters
+from greenprune.gating import WINDOWS, GatePolicy, Verdict, attach_gates, find_gates, gate_parameters, gated_units
 from greenprune.models import convert_blocks, put_back_on_failure
 from greenprune.network import UnitTable, gating_notes, round_to_on, unit_costs, units_present
 from greenprune.output_penalty import with_penalty
+from greenprune.pruner_checks import (
+    all_of,
+    check_count,
+    check_gates,
+    check_has_values,
+    check_holds_gates,
+    check_settings,
+)
 from greenprune.surgery import (
     Operation,
     Structure,
@@ -88,20 +94,19 @@ class Pruner:
         surgery: SurgeryConfig | None = None,
     ) -> None:
         refuse_wrapped(model)
-        _check_settings(total_steps, gate, budget, removal, surgery)
-        _check_has_values(model, example)
+        check_settings(total_steps, gate, budget, removal, surgery)
+        check_has_values(model, example)
         self.model = model
         self.total_steps = total_steps
         self.gate = gate or GateConfig()
         self.budget = budget or BudgetConfig()
         self.removal = removal or RemovalConfig()
         self.structure = Structure()
-        check_budget_unit(self.budget, self.gate)
         self._surgery = surgery or SurgeryConfig()
         self._device = example.device
         self._accumulate = 1
         self._loss_scale: Tensor | None = None  # one tensor for good: a backward pass reads what it holds then
-        with put_back_on_failure(model):
+        with put_back_on_failure(model), torch.enable_grad():
             convert_blocks(model, example)
             attach_gates(model, self.gate, example)
             self.notes = gating_notes(model, self.gate)
@@ -144,7 +149,11 @@ class Pruner:
                 batches gradients are added up is to be said before (:meth:`losses_are_divided_by`).
             adaptive: Whether the optimizer divides a gradient by its size, as Adam and AdamW do: the gates' learning
                 rate is then another.
+
+        Raises:
+            ConfigError: The batch size is none.
         """
+        check_count("batch_size", batch_size)
         gates = gate_parameters(self.model)
         of_gates = set(gates)
         weights = [parameter for parameter in self.model.parameters() if parameter not in of_gates]
@@ -168,8 +177,17 @@ class Pruner:
 
         Raises:
             RuntimeError: Nothing has passed through the network in training since the last call, or two passes have of
-                which a loss is made or whose gradients are added up.
+                which a loss is made or whose gradients are added up, or :meth:`penalize_output` has taken it.
         """
+        gate = next(iter(find_gates(self.model).values()), None)
+        if gate is not None and gate.decision is None and self._is_beside_output:
+            raise RuntimeError(
+                "the penalty of this pass is in the network's output already (Pruner.penalize_output); expected either "
+                "that or penalty() after each forward pass, not both (its handle's remove() takes it off)"
+            )
+        return self._penalty(loss_scale)
+
+    def _penalty(self, loss_scale: Tensor | float | None = None) -> Tensor:
         self._follow_device()
         nothing = torch.zeros((), dtype=torch.float32, device=self._device)
         if not self._policy.active:
@@ -251,9 +269,9 @@ class Pruner:
         """
         if not self._policy.active:
             return []
-        optimizers = _all_of(optimizer)
+        optimizers = all_of(optimizer)
         if not self._stepped:
-            _check_holds_gates(optimizers, self.model)
+            check_holds_gates(optimizers, self.model)
             refuse_uncuttable(optimizers, self.model)
             self._stepped = True
         self._policy.after_step()
@@ -281,7 +299,7 @@ class Pruner:
         """
         if not self._policy.active:
             return []
-        optimizers = [] if optimizer is None else _all_of(optimizer)
+        optimizers = [] if optimizer is None else all_of(optimizer)
         if optimizers:
             refuse_uncuttable(optimizers, self.model)
         if not self._batches:
@@ -310,7 +328,11 @@ class Pruner:
 
         What a batch's gradient says to a gate depends on it, and so does the gates' learning rate: to be said before
         the optimizer is made. :meth:`penalize_output` says it too, for the gradients alone.
+
+        Raises:
+            ConfigError: It is no number of batches.
         """
+        check_count("accumulate", accumulate)
         self._accumulate = accumulate
         self._policy.losses_are_divided_by(accumulate)
 
@@ -342,12 +364,18 @@ class Pruner:
                 return output
             if not (self.model.training and torch.is_grad_enabled() and self._policy.active):
                 return output
-            return with_penalty(output, self.penalty() / accumulate)
+            return with_penalty(output, self._penalty() / accumulate)
 
         if self._beside_output is not None:  # of a training that failed, perhaps: two would ask the gates twice
             self._beside_output.remove()
         self._beside_output = self.model.register_forward_hook(hook)
         return self._beside_output
+
+    @property
+    def _is_beside_output(self) -> bool:
+        handle = self._beside_output
+        hooks = None if handle is None else handle.hooks_dict_ref()
+        return handle is not None and hooks is not None and handle.id in hooks
 
     # What came of it.
 
@@ -392,10 +420,12 @@ class Pruner:
         """Take up a state: call on a fresh pruner, before the optimizer is made and the network's state is loaded.
 
         Raises:
-            StructureMismatch: The state is of another network.
+            StructureMismatch: The state is of another network, or of other gates; nothing was done to this one.
         """
-        self.structure = Structure.from_dict(state["structure"])
-        replay(self.structure, self.model)
+        structure = Structure.from_dict(state["structure"])
+        check_gates(structure, list(state["policy"]["consensus"]["always_on"]), gated_units(self.model))
+        replay(structure, self.model)
+        self.structure = structure
         if self._measured is not None:
             self._measured = UnitCost.of_state(state)
             self._costs = unit_costs(self._table, self.budget, self._measured)
@@ -407,43 +437,6 @@ class Pruner:
         self._policy = self._new_policy()
         self._policy.load_state_dict(state["policy"])
         self._batches, self._looked = state["batches"], state["looked"]
-
-
-def _check_settings(total_steps: object, gate: object, budget: object, removal: object, surgery: object) -> None:
-    """Refuse what is not a setting, before the network is touched.
-
-    Raises:
-        ConfigError: One is of another kind, nothing is to be gated, or there are no steps.
-    """
-    kinds = {"gate": GateConfig, "budget": BudgetConfig, "removal": RemovalConfig, "surgery": SurgeryConfig}
-    for (name, kind), given in zip(kinds.items(), (gate, budget, removal, surgery), strict=True):
-        if not isinstance(given, kind | None):
-            raise ConfigError(f"{name}: {given!r} is not valid; expected a greenprune.{kind.__name__}")
-    if isinstance(gate, GateConfig) and not gate.enabled:
-        raise ConfigError("gate.enabled: False is not valid for a Pruner; expected True, or a loop without one")
-    if isinstance(total_steps, bool) or not isinstance(total_steps, Integral) or int(total_steps) < 1:
-        raise ConfigError(f"total_steps: {total_steps!r} is not valid; expected a whole number of at least 1")
-
-
-def _check_has_values(model: nn.Module, example: Tensor) -> None:
-    """Refuse what has shapes alone: no block can be compared with its taken-apart form, and gates would not start open.
-
-    Raises:
-        ConfigError: The example is no tensor, or the example or a parameter is on PyTorch's meta device.
-    """
-    if not isinstance(example, Tensor):
-        raise ConfigError(
-            f"example: a {type(example).__name__} is not valid; expected one tensor, a small batch of the network's "
-            "input"
-        )
-    if example.is_meta:
-        raise ConfigError("example: a tensor on the meta device is not valid; expected one with values")
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ConfigError(
-                f"model: {name!r} is on the meta device; expected a network with its values (to_empty, and what "
-                "initialises or loads it, come before the Pruner)"
-            )
 
 
 def _count(model: nn.Module, example: Tensor) -> UnitTable:
@@ -462,18 +455,6 @@ def _count(model: nn.Module, example: Tensor) -> UnitTable:
             f"values (PyTorch's meta device): {' '.join(str(error).split())}; expected a forward pass that depends on "
             "shapes alone (no .item(), no branch on a value) and makes its tensors on its input's device"
         ) from error
-
-
-def _all_of(optimizer: Optimizer | Sequence[Optimizer]) -> Sequence[Optimizer]:
-    return optimizer if isinstance(optimizer, Sequence) else [optimizer]
-
-
-def _check_holds_gates(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
-    held = {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
-    if not held.issuperset(gate_parameters(model)):
-        raise ValueError(
-            "the gates are not in the optimizer; expected it to be made after the Pruner, of pruner.parameter_groups()"
-        )
 
 
 def _world_size() -> int:

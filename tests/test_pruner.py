@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer, mobilenet_v3_small, resnet18
+from torchvision.models.resnet import BasicBlock
 from torchvision.ops.misc import Permute
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
@@ -324,7 +325,7 @@ def test_the_penalty_counts_once_for_a_forward_pass() -> None:
     model = Parted()
     pruner = Pruner(model, torch.randn(2, 1, 8, 8), total_steps=STEPS)
     weight = nn.Parameter(torch.ones(()))
-    pruner.penalty = lambda: 3 * weight  # type: ignore[method-assign, assignment, misc]
+    pruner._penalty = lambda: 3 * weight  # type: ignore[method-assign, assignment, misc]
     pruner.penalize_output()
     images = batch_of(0)[0].requires_grad_()
 
@@ -429,7 +430,7 @@ def test_a_measurement_that_breaks_on_the_first_process_is_told_on_the_others() 
 @pytest.mark.parametrize("moved", ["before", "after"])
 def test_the_pruner_is_where_the_network_is(moved: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the meta device in a GPU's place, on which a tensor from elsewhere is refused as well."""
-    monkeypatch.setattr("greenprune.pruner._check_has_values", lambda *_: None)  # else refused: a GPU has values
+    monkeypatch.setattr("greenprune.pruner.check_has_values", lambda *_: None)  # else refused: a GPU has values
     model = CifarResNet(20, 10, channels=1)
     images = torch.randn(4, 1, 8, 8)
     if moved == "before":
@@ -708,7 +709,7 @@ def test_an_optimizer_without_the_gates_is_refused() -> None:
 
 def test_averages_of_weights_follow_the_removals() -> None:
     """An average that forgets all but the last weights is the network itself, whatever has gone."""
-    model, pruner = make_pruner(removal=RemovalConfig(window=2, decide_by=0.1))
+    model, pruner = make_pruner(removal=RemovalConfig(window=2, decide_by=0.12))
     average = AveragedModel(model, avg_fn=lambda _, new, __: new, use_buffers=True)
     optimizer = make_optimizer(pruner)
     for step in range(8):
@@ -730,9 +731,9 @@ def in_two(pruner: Pruner) -> list[Optimizer]:
 
 
 def test_several_optimizers_train_as_one() -> None:
-    model, pruner = make_pruner(removal=RemovalConfig(window=2, decide_by=0.1))
+    model, pruner = make_pruner(removal=RemovalConfig(window=2, decide_by=0.12))
     expected = train(model, pruner, make_optimizer(pruner), range(12))
-    model, pruner = make_pruner(removal=RemovalConfig(window=2, decide_by=0.1))
+    model, pruner = make_pruner(removal=RemovalConfig(window=2, decide_by=0.12))
     optimizers = in_two(pruner)
     losses = []
     for step in range(12):
@@ -1018,7 +1019,7 @@ def test_a_part_that_training_alone_calls_twice_is_refused() -> None:
 
 def losses_with(extra: Callable[[nn.Module, Tensor], object], steps: int = 4) -> list[float]:
     """Losses of a loop that does something more with the network before the pass that the penalty is for."""
-    model, pruner = make_pruner(removal=RemovalConfig(window=2, decide_by=0.05))
+    model, pruner = make_pruner(removal=RemovalConfig(window=2, decide_by=0.12))
     optimizer = make_optimizer(pruner)
     losses, kept = [], None
     for step in range(steps):
@@ -1420,3 +1421,102 @@ def test_settings_made_in_python_are_checked_as_those_of_a_file(make: Callable[[
 
 def test_units_may_be_given_as_a_tuple() -> None:
     assert GateConfig(units=("block",)) == GateConfig(units=["block"])  # type: ignore[arg-type]
+
+
+class Reading(nn.Module):
+    """A network that uses a block's layer beside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(1, 8, 3), nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x)) * self.blocks[0].conv1.weight.mean()
+
+
+def test_a_network_that_reads_a_part_of_a_block_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^Reading: its forward reads a part of a block that is taken apart .*conv1"):
+        Pruner(Reading(), torch.randn(2, 1, 8, 8), total_steps=STEPS)
+
+
+@pytest.mark.parametrize(
+    ("example", "complaint"),
+    [
+        (torch.zeros(0, 1, 8, 8), r"^example: a tensor of shape \[0, 1, 8, 8\] is not valid; expected one with values"),
+        (torch.full((2, 1, 8, 8), torch.nan), "^example: a tensor with values that are not finite is not valid"),
+    ],
+    ids=["empty", "not finite"],
+)
+def test_an_example_that_shows_nothing_is_refused(example: Tensor, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        Pruner(CifarResNet(20, 10, channels=1), example, total_steps=STEPS)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "4", None, True])
+def test_what_is_no_number_of_batches_or_samples_is_refused(value: Any) -> None:
+    _, pruner = make_pruner()
+    complaint = rf"{value!r} is not valid; expected a whole number of at least 1$"
+    with pytest.raises(UserError, match=f"^accumulate: {complaint}"):
+        pruner.losses_are_divided_by(value)
+    with pytest.raises(UserError, match=f"^batch_size: {complaint}"):
+        pruner.parameter_groups(batch_size=value)
+    assert pruner.accumulate == 1
+
+
+def test_what_is_no_optimizer_is_refused() -> None:
+    _, pruner = make_pruner()
+    with pytest.raises(TypeError, match=r"^optimizer: a NoneType is not valid; expected a torch optimizer"):
+        pruner.step(None)  # type: ignore[arg-type]
+
+
+def test_a_deadline_within_the_warmup_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^removal\.decide_by: 0\.2 is not valid; expected more than gate\.warmup"):
+        Pruner(CifarResNet(20, 10), torch.randn(2, 3, 8, 8), total_steps=100, gate=GateConfig(warmup=0.9))
+
+
+def test_a_pruner_is_made_where_no_gradients_are_kept() -> None:
+    with torch.no_grad():
+        _, pruner = make_pruner()
+    assert pruner.report()["gates_left"] > 0
+
+
+def test_a_penalty_beside_that_in_the_output_is_refused() -> None:
+    model, pruner = make_pruner()
+    handle = pruner.penalize_output()
+    images, _ = batch_of(0)
+    model.train()(images)
+    with pytest.raises(RuntimeError, match=r"is in the network's output already \(Pruner\.penalize_output\)"):
+        pruner.penalty()
+    handle.remove()
+    model(images)
+    pruner.penalty()
+
+
+def pruned_state(units: list[str]) -> dict[str, Any]:
+    """The state of a pruner that has removed something and goes on."""
+    model, pruner = make_pruner(units)
+    train(model, pruner, make_optimizer(pruner), range(4 * WINDOW))
+    return pruner.state_dict()
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("units", [["block"], ["channel"], ["block", "channel"]], ids="+".join)
+def test_a_state_of_other_gates_is_refused_and_leaves_the_network_as_it_was(units: list[str], pruned: bool) -> None:
+    others = ["channel"] if units == ["block"] else ["block"]
+    state = pruned_state(others) if pruned else make_pruner(others)[1].state_dict()
+    model, pruner = make_pruner(units)
+    before = str(model)
+    with pytest.raises(StructureMismatch, match=r"expected the state of a Pruner of the same network and gate\.units"):
+        pruner.load_state_dict(state)
+    assert str(model) == before
+    assert not pruner.structure.operations
+    again = pruned_state(units)
+    pruner.load_state_dict(again)
+    assert pruner.state_dict()["structure"] == again["structure"]
+
+
+def test_a_state_of_a_deeper_network_is_refused() -> None:
+    state = Pruner(CifarResNet(32, 10, channels=1), torch.randn(2, 1, 8, 8), total_steps=STEPS).state_dict()
+    pruner = Pruner(CifarResNet(20, 10, channels=1), torch.randn(2, 1, 8, 8), total_steps=STEPS)
+    with pytest.raises(StructureMismatch, match=r"of 15 units with gates where this network has 9 .* in stages\.0\.3;"):
+        pruner.load_state_dict(state)

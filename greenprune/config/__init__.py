@@ -20,6 +20,7 @@ from greenprune.config.fields import (
     SurgeryConfig,
     TrackingConfig,
     check_budget_unit,
+    check_deadline,
     shaping_values,
 )
 from greenprune.config.parsing import (
@@ -50,6 +51,7 @@ __all__ = [
     "TrackingConfig",
     "UserError",
     "check_budget_unit",
+    "check_deadline",
     "check_field",
     "config_parser",
     "dump_config",

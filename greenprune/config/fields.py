@@ -385,12 +385,7 @@ class Config(Checked):
             f"a divisor of data.batch_size ({self.data.batch_size})",
         )
         if self.gate.enabled:
-            _require(
-                self.removal.decide_by > self.gate.warmup,
-                "removal.decide_by",
-                self.removal.decide_by,
-                f"more than gate.warmup ({self.gate.warmup})",
-            )
+            check_deadline(self.removal, self.gate)
             check_budget_unit(self.budget, self.gate)
 
     @property
@@ -405,6 +400,20 @@ class Config(Checked):
     def identity(self) -> str:
         """A digest of everything that shapes the result: two configs with the same identity are the same run."""
         return hashlib.sha256(json.dumps(shaping_values(self.to_dict()), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_deadline(removal: RemovalConfig, gate: GateConfig) -> None:
+    """Check that there is time between the warm-up and the deadline.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    _require(
+        removal.decide_by > gate.warmup,
+        "removal.decide_by",
+        removal.decide_by,
+        f"more than gate.warmup ({gate.warmup})",
+    )
 
 
 def check_budget_unit(budget: BudgetConfig, gate: GateConfig) -> None:

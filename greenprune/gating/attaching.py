@@ -107,6 +107,13 @@ def _look_at(model: nn.Module, blocks: dict[str, ResidualBlock], example: Tensor
         handles += [layer.register_forward_pre_hook(seen[name].called) for layer in _layers(block.branch)]
     try:
         pass_through(model, example)
+    except AttributeError as error:
+        if not any(kind.__name__ in str(error) for kind in (ResidualBlock, PlainBlock)):
+            raise
+        raise BlockError(
+            f"{type(model).__name__}: its forward reads a part of a block that is taken apart ({error}); expected one "
+            "that calls its blocks and nothing in them"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -142,12 +142,40 @@ def check_same(name: str, block: nn.Module, split: nn.Module, x: Tensor) -> None
             f"else{failure}; expected branch, shortcut and activation to be those of its forward, made of its own "
             "modules, none of them in place on the block's input"
         )
+    if _changes_its_input(split, x):
+        raise BlockError(
+            f"{name}: its branch works in place on the block's input, and without the branch the network would go on "
+            "with another; expected modules that leave it as it is (ReLU(inplace=False), or the like) where a branch "
+            "begins"
+        )
     if _forgets_to_drop(block, split, x):
         raise BlockError(
             f"{name}: taken apart by the function registered for {type(block).__name__}, the block draws fewer random "
             "numbers in training; expected all that drops something there (dropout, stochastic depth) in branch, "
             "shortcut or activation"
         )
+
+
+def _changes_its_input(split: nn.Module, x: Tensor) -> bool:
+    """Whether the branch of a block that can be removed changes what the block is given."""
+    before: dict[nn.Module, Tensor] = {}
+    changed: list[nn.Module] = []
+
+    def keep(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        before[block] = inputs[0].clone()
+
+    def compare(block: nn.Module, inputs: tuple[Tensor, ...], _: object) -> None:
+        if not torch.equal(inputs[0], before.pop(block)):
+            changed.append(block)
+
+    removable = [block for block in split.modules() if isinstance(block, ResidualBlock)]
+    handles = [block.register_forward_pre_hook(keep) for block in removable]
+    handles += [block.register_forward_hook(compare) for block in removable]
+    with torch.no_grad():
+        split.eval()(x.clone())
+    for handle in handles:
+        handle.remove()
+    return bool(changed)
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]

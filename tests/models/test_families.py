@@ -467,6 +467,37 @@ def test_a_split_that_computes_something_else_is_refused(register: Any, split: C
         convert_blocks(network(nn.Identity(), Block()), IMAGES)
 
 
+class WorkingInPlace(nn.Module):
+    """A block whose branch changes its input, before it is added to what the branch makes of it."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.ReLU(inplace=in_place), conv(8, 12), nn.ReLU(), conv(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_branch_in_place_on_the_input_is_refused(register: Any, in_place: bool) -> None:
+    """Without it the network would go on with another input: the removal would not be exact."""
+    del register
+    register_block(WorkingInPlace)(
+        lambda block: ResidualBlock(block.branch, nn.Identity(), nn.Identity(), input_activated=True)
+    )
+    model = network(WorkingInPlace(in_place), WorkingInPlace(in_place))
+    if in_place:
+        with pytest.raises(BlockError, match=r"^1: its branch works in place on the block's input"):
+            convert_blocks(model, IMAGES)
+        return
+    convert_blocks(model, IMAGES)
+    attach_gates(model, GateConfig(units=["block"]))
+    model[2].gate.bias.detach().fill_(-50)
+    masked = model.eval()(IMAGES)
+    Surgeon(model).remove_block("2")
+    torch.testing.assert_close(model(IMAGES), masked)
+
+
 class Dropping(nn.Module):
     """A block that drops at two places in training."""
 
