@@ -32,6 +32,7 @@ _ENVIRONMENT = {
     "torch": lambda made: (made.get("versions") or {}).get("torch"),
     "processes": lambda made: made.get("processes"),
 }  # fmt: skip
+_FEW_KEYS = 3  # that a label tells one and all, so that the labels of a small grid read alike
 _SUMMARY_KEYS = ("model", "gated", "budget_target", "budget_unit", "epochs", "batch_size", "precision")
 
 
@@ -146,19 +147,22 @@ def _data_name(runs: Sequence[ReportedRun]) -> str:
 # Groups.
 
 
-def _group_key(run: ReportedRun) -> tuple[object, ...]:
-    """Equal for runs that differ in their seed alone and whose joules, where complete, can be averaged."""
+def _in_common(run: ReportedRun) -> dict[str, Any]:
+    """What is the same for the runs of a group, which differ in their seed alone and whose joules can be averaged."""
     shaping = shaping_values(_nested(run.config)) if "gate.enabled" in run.config else {}
     shaping.pop("seed", None)
     if not shaping:
         shaping = {key: run.compared.summary.get(key) for key in _SUMMARY_KEYS}
-    unreadable = run.name if not run.compared.summary and not run.is_finished else None
-    quality = run.metering[1:] if run.compared.summary else ()
-    return (repr(sorted(shaping.items(), key=lambda item: item[0])), run.compared.hardware, *quality, unreadable)
+    unreadable = {} if run.compared.summary or run.is_finished else {"run": run.name}
+    return shaping | run.metering | unreadable
+
+
+def _group_key(run: ReportedRun) -> str:
+    return repr(sorted(_in_common(run).items(), key=lambda item: item[0]))
 
 
 def _task(data: str, accuracy_kind: str, runs: Sequence[ReportedRun]) -> Task:
-    by_key: dict[tuple[object, ...], list[ReportedRun]] = {}
+    by_key: dict[str, list[ReportedRun]] = {}
     for run in runs:
         by_key.setdefault(_group_key(run), []).append(run)
     several_models = len({run.compared.summary.get("model") for run in runs}) > 1
@@ -251,18 +255,46 @@ def _label(run: ReportedRun, with_model: bool) -> str:
 
 
 def _what_differs(runs: Sequence[ReportedRun]) -> list[str]:
-    """For each of several runs what tells it from the others, in a few of its keys."""
-    values = [_values(run) for run in runs]
-    found: dict[str, set[str]] = {}
-    for key in dict.fromkeys(key for one in values for key in one):
-        found[key] = {repr(one.get(key)) for one in values}
-    named = [
-        key
-        for key, different in found.items()
-        if len(different) > 1 and not key.startswith(("tracking.", "checkpoint.")) and key != "greenprune revision"
-    ]
-    told = ([f"{key.rpartition('.')[2]} {one[key]}" for key in named if key in one] for one in values)
-    return [", ".join(parts[:3]) or f"as {run.name}" for run, parts in zip(runs, told, strict=True)]
+    """For a run of each of several groups what tells its group from the others, in as few keys as do so."""
+    told = [{key: str(value) for key, value in _in_common(run).items()} for run in runs]
+    keys = list(dict.fromkeys(key for one in told for key in one))
+    names = _short_names(keys)
+    differing = [key for key in keys if len({one.get(key) for one in told}) > 1]
+    labels = []
+    for run, one in zip(runs, told, strict=True):
+        others = [other for other in told if other is not one]
+        telling = _telling_keys(one, others, differing)
+        parts = [f"{names[key]} {one[key]}" for key in telling]
+        # A run of an older version may lack the keys that set others apart from it.
+        if any(_alike(one, other, telling) for other in others):
+            parts.append(f"as {run.name}")
+        labels.append(", ".join(parts))
+    return labels
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Keys of a config without their section, but for those that several sections have."""
+    ends = [key.rpartition(".")[2] for key in keys]
+    return {key: key if ends.count(end) > 1 else end for key, end in zip(keys, ends, strict=True)}
+
+
+def _telling_keys(one: dict[str, str], others: Sequence[dict[str, str]], differing: Sequence[str]) -> list[str]:
+    """The keys to tell one of several by: those that differ, or of many as few as no other has alike."""
+    mine = [key for key in differing if key in one]
+    if len(differing) <= _FEW_KEYS:
+        return mine
+    chosen: set[str] = set()
+    while rest := [other for other in others if _alike(one, other, chosen)]:
+        shared = {key: sum(_alike(one, other, [key]) for other in rest) for key in mine}
+        best = min(mine, key=shared.__getitem__, default=None)
+        if best is None or shared[best] == len(rest):
+            break
+        chosen.add(best)
+    return [key for key in mine if key in chosen]
+
+
+def _alike(one: dict[str, str], other: dict[str, str], keys: Iterable[str]) -> bool:
+    return all(one[key] == other.get(key) for key in keys)
 
 
 def _values(run: ReportedRun) -> dict[str, Any]:
@@ -301,7 +333,7 @@ def _front(groups: Sequence[Group]) -> tuple[tuple[str, ...] | None, str]:
     finished = [group for group in groups if group.spreads["accuracy"] and group.spreads["energy_j"]]
     if not finished:
         return None, "No front is drawn: no finished run has both an accuracy and joules that are complete."
-    metering = {run.metering for group in finished for run in group.runs if run.is_finished}
+    metering = {repr(run.metering) for group in finished for run in group.runs if run.is_finished}
     if len(metering) > 1 or any(len(run.compared.hardware or ()) > 1 for group in finished for run in group.runs):
         return None, "No front is drawn: these runs were not all metered alike, on the same hardware, executed alike."
     if any(run.compared.shared for group in finished for run in group.runs if run.is_finished):

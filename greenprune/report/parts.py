@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from greenprune.formatting import UNKNOWN
 from greenprune.report.history import History
 from greenprune.report.runs import ComparedRun
 
@@ -100,11 +101,18 @@ class ReportedRun:
         return once and complete if key in ("energy_j", "co2_g") else once or key != "time_s"
 
     @property
-    def metering(self) -> tuple[object, ...]:
-        """What must be the same for joules to be compared."""
+    def metering(self) -> dict[str, str]:
+        """What must be the same for joules to be compared, by its name for people."""
         summary = self.compared.summary
-        how = (summary.get("energy_quality"), self.compared.meters, repr(self.compared.execution))
-        return (self.compared.hardware, *how, summary.get("device"), summary.get("world_size"))
+        meters = sorted(f"{kind} ({meter or 'not metered'})" for kind, meter in self.compared.meters)
+        return {
+            "hardware": "; ".join(self.compared.hardware or (UNKNOWN,)),
+            **{key: str(value) for key, value in self.compared.execution.items()},
+            "quality of joules": str(summary.get("energy_quality") or UNKNOWN),
+            "joules of": ", ".join(meters) or UNKNOWN,
+            "device": str(summary.get("device") or UNKNOWN),
+            "processes": str(summary.get("world_size") or UNKNOWN),
+        }
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,50 @@ def test_differences_are_exact(tmp_path: Path) -> None:
     assert len({group.label for group in report.groups}) == 3
 
 
+def record_with(folder: Path, name: str, seed: int = 0, **changes: Any) -> None:
+    """A run with a few other keys in its config."""
+    record_run(folder / name, seed=seed)
+    (folder / name / "config.yaml").write_text(json.dumps(config(seed, **changes)))
+
+
+def labels_of(report: Report) -> dict[str, str]:
+    """What each run's group is called, without its gating."""
+    return {run.name: group.label.partition(" (")[2][:-1] for group in report.groups for run in group.runs}
+
+
+def test_labels_tell_what_sets_groups_apart_and_nothing_that_only_some_of_their_runs_have(tmp_path: Path) -> None:
+    record_with(tmp_path, "a", stall_s=9, data__eval_batch_size=100, energy={"interval_s": 2})
+    record_with(tmp_path, "b", stall_s=600, data__eval_batch_size=512, energy={"interval_s": 1})
+    record_with(tmp_path, "c", stall_s=600, data__eval_batch_size=512, optim__lr=0.07)
+    record_with(tmp_path, "d", stall_s=600, data__eval_batch_size=512, optim__lr=0.08)
+    report = build_report([tmp_path])
+    assert labels_of(report) == {"a": "lr 0.05", "b": "lr 0.05", "c": "lr 0.07", "d": "lr 0.08"}
+    assert "stall_s" in report.differences
+
+
+def test_labels_of_runs_that_each_differ_in_another_key_name_that_key(tmp_path: Path) -> None:
+    every: dict[str, Any] = {"gate__kind": "conditional", "gate__every": 4, "optim__ema": None, "gate__lr": 20}
+    changes = {"gate__kind": "static", "gate__every": 2, "optim__ema": 0.9, "gate__lr": 30}
+    for key, value in changes.items():
+        record_with(tmp_path, key, **every | {key: value})
+    record_with(tmp_path, "base", **every)
+    record_with(tmp_path, "both", **every | {"gate__every": 2, "optim__ema": 0.9})
+    assert labels_of(build_report([tmp_path])) == {
+        "gate__kind": "kind static",
+        "gate__every": "ema None, every 2",
+        "optim__ema": "ema 0.9, every 4",
+        "gate__lr": "gate.lr 30",
+        "base": "ema None, kind conditional, every 4, gate.lr 20",
+        "both": "ema 0.9, every 2",
+    }
+
+
+def test_a_run_that_lacks_the_key_that_sets_another_apart_is_called_by_its_name(tmp_path: Path) -> None:
+    record_with(tmp_path, "old")
+    record_with(tmp_path, "new", gate__every=4)
+    assert labels_of(build_report([tmp_path])) == {"old": "as old", "new": "every 4"}
+
+
 def test_co2e_is_told_at_the_intensity_that_is_asked_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     recorded = record_four(tmp_path)
     asked = ["report", str(tmp_path), "--intensity", "360", "--pue", "1.5"]
@@ -488,6 +532,7 @@ def test_joules_of_other_parts_are_neither_averaged_nor_drawn_with_the_rest(tmp_
     change_summary(tmp_path / "gated-1", energy_by_device_j={"dram (estimate: CodeCarbon: constant 20 W)": 10.0})
     (task,) = build_report([tmp_path]).tasks
     assert [len(group.runs) for group in task.groups] == [2, 1, 1]
+    assert "joules of dram (estimate: CodeCarbon: constant 20 W)" in task.groups[-1].label
     assert "not all metered alike" in task.front_reason
 
 
