@@ -10,11 +10,11 @@ from typing import Any
 
 from greenprune.config import UserError, shaping_values
 from greenprune.energy import CarbonIntensity
-from greenprune.formatting import format_joules, format_percent
+from greenprune.formatting import format_joules, format_number, format_percent
 from greenprune.locking import is_held
 from greenprune.report.comparison import set_against_twins
 from greenprune.report.history import read_history
-from greenprune.report.parts import FIGURES, Group, Report, ReportedRun, Spread, Task, spread_of
+from greenprune.report.parts import FIGURES, Group, Report, ReportedRun, Spread, Task, spread_over
 from greenprune.report.runs import (
     IMAGE_FOLDER,
     ComparedRun,
@@ -60,7 +60,7 @@ def build_report(paths: Sequence[Path], notes: Sequence[str] = (), carbon: Carbo
     groups = {
         f"{task.data}: {group.label}" if several else group.label: group for task in tasks for group in task.groups
     }
-    told = (*notes, *copies, *comparison.notes, *_carbon_notes(groups), *_notes(runs))
+    told = (*notes, *copies, *comparison.notes, *_carbon_notes(groups), *_repeat_notes(groups), *_notes(runs))
     return Report(tasks, _differences(groups), told)
 
 
@@ -176,13 +176,12 @@ def _task(data: str, accuracy_kind: str, runs: Sequence[ReportedRun]) -> Task:
 
 def _by_seed(run: ReportedRun) -> tuple[float, str]:
     """In the order of their seeds, then of their names; runs whose seed is unknown last."""
-    seed = run.compared.summary.get("seed", run.config.get("seed"))
-    return (seed if isinstance(seed, int) else math.inf, run.name)
+    return (math.inf if run.seed is None else run.seed, run.name)
 
 
 def _group(label: str, runs: Sequence[ReportedRun]) -> Group:
-    finished = [run for run in runs if run.is_finished]
-    ratios = [run.compared.against_twin for run in finished if run.compared.against_twin is not None]
+    paired = [run for run in runs if run.is_finished and run.compared.against_twin is not None]
+    ratios = [run.compared.against_twin or {} for run in paired]
     keys = dict.fromkeys(key for ratio in ratios for key in ratio)
     return Group(
         label=label,
@@ -190,7 +189,7 @@ def _group(label: str, runs: Sequence[ReportedRun]) -> Group:
         dense=_is_dense(runs[0]),
         runs=tuple(sorted(runs, key=_by_seed)),
         spreads={key: _spread(runs, key) for key in FIGURES},
-        against_twins={key: spread_of(ratio.get(key) for ratio in ratios) for key in keys},
+        against_twins={key: spread_over(paired, key, [ratio.get(key) for ratio in ratios]) for key in keys},
     )
 
 
@@ -198,7 +197,7 @@ def _spread(runs: Sequence[ReportedRun], key: str) -> Spread | None:
     counted = _in_mean(runs, key)
     if key == "co2_g" and len(_carbons(counted)) > 1:
         return None  # of joules that are not told alike there is no mean
-    return spread_of(run.figure(key) for run in counted)
+    return spread_over(counted, key, [run.figure(key) for run in counted])
 
 
 def _in_mean(runs: Iterable[ReportedRun], key: str) -> list[ReportedRun]:
@@ -367,6 +366,20 @@ def _carbon_notes(groups: dict[str, Group]) -> list[str]:
         f"CO2e is told at different carbon intensities or PUEs, so there is no mean of it: {name}."
         for name, group in groups.items()
         if len(_carbons(_in_mean(group.runs, "co2_g"))) > 1
+    ]
+
+
+def _repeat_notes(groups: dict[str, Group]) -> list[str]:
+    told = []
+    for name, group in groups.items():
+        seeds = [run.seed for run in group.runs if run.is_finished and run.seed is not None]
+        if len(set(seeds)) < len(seeds):
+            told.append(f"{name} ({len(seeds)} runs of {format_number(len(set(seeds)), 'seed')})")
+    if not told:
+        return []
+    return [
+        f"Runs repeat a seed: {'; '.join(told)}. Accuracy and FLOPs count each seed once, with its mean; joules, CO2e "
+        "and seconds count each run, so their spread is not one over seeds."
     ]
 
 

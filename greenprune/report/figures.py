@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 
 from greenprune.formatting import format_joules, format_percent, format_si
 from greenprune.report.history import REMOVED, GateMap
-from greenprune.report.parts import Group, Report, ReportedRun, Task, spread_of
+from greenprune.report.parts import Group, Report, ReportedRun, Task, spread_of, spread_over
 
 _DENSE_COLOUR = "#85837c"
 # Apart in hue and lightness, also for those who see colours differently, on light and on dark paper.
@@ -144,9 +144,9 @@ def _run_mark(run: ReportedRun, style: Style, accuracy: float, energy_j: float, 
 
 def _mean_mark(group: Group, style: Style) -> list[go.Scatter]:
     accuracy, energy = group.spreads["accuracy"], group.spreads["energy_j"]
-    if accuracy is None or energy is None or accuracy.n < 2:
+    if accuracy is None or energy is None or (number := max(accuracy.n, energy.n)) < 2:
         return []
-    means = f"mean of {accuracy.n}: {format_joules(energy.mean)}, {format_percent(accuracy.mean, 2)}"
+    means = f"mean of {number}: {format_joules(energy.mean)}, {format_percent(accuracy.mean, 2)}"
     bars = {"thickness": 1.2, "width": 4, "color": style.colour}
     return [
         go.Scatter(
@@ -243,6 +243,8 @@ def _add_curves(
 def mean_over_epochs(group: Group, key: str) -> dict[int, float]:
     """A figure's mean over a group's finished runs in which it counts, at the epochs that all of them have.
 
+    It is the mean that the group's spread of the figure is about.
+
     Args:
         group: The group.
         key: Name of the figure, of :class:`EpochFigures`.
@@ -255,8 +257,9 @@ def mean_over_epochs(group: Group, key: str) -> dict[int, float]:
         return {}
     means = {}
     for number in curves[0]:
-        spread = spread_of(curve.get(number) for curve in curves)
-        if spread is not None and spread.n == len(curves):
+        values = [curve.get(number) for curve in curves]
+        spread = spread_over(counted, key, values)
+        if spread is not None and None not in values:
             means[number] = spread.mean
     return means
 

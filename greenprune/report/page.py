@@ -121,7 +121,7 @@ def _title(report: Report) -> str:
 
 
 def _legend(group: Group, style: Style, data: str | None) -> dict[str, Any]:
-    seeds = [str(seed) for seed in group.seeds if seed is not None]
+    seeds = [str(seed) for seed in dict.fromkeys(group.seeds) if seed is not None]
     return {
         "number": style.number,
         "label": group.label if data is None else f"{data}: {group.label}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -18,10 +18,12 @@ _METERED = re.compile(r"(?P<device>.+?) \((?P<quality>counter|integrated power|e
 FIGURES = ("accuracy", "flops_forward", "flops_train", "energy_j", "co2_g", "time_s", "step_time_s")
 """Figures of a run that a group has a spread of."""
 
+_MEASURED = ("energy_j", "energy_to_accuracy_j", "co2_g", "time_s", "step_time_s")  # each run of a seed tells anew
+
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation of one figure over the finished runs of a group in which it is known.
+    """Mean and sample standard deviation of one figure over those finished runs of a group, or seeds, that tell it.
 
     Attributes:
         mean: Their mean.
@@ -64,6 +66,12 @@ class ReportedRun:
     def name(self) -> str:
         """What it is called in the report."""
         return self.compared.name
+
+    @property
+    def seed(self) -> int | None:
+        """Its seed; None if that is not known."""
+        seed = self.compared.summary.get("seed", self.config.get("seed"))
+        return seed if isinstance(seed, int) else None
 
     @property
     def is_finished(self) -> bool:
@@ -115,6 +123,26 @@ class ReportedRun:
         }
 
 
+def spread_over(runs: Sequence[ReportedRun], key: str, values: Sequence[float | None]) -> Spread | None:
+    """The spread of a figure of runs, or of its ratio to their twins'.
+
+    What is measured counts for every run. Accuracy and what is counted come again with the seed, so runs that repeat
+    one would make the spread smaller than it is over seeds: they count once, with their mean.
+
+    Args:
+        runs: The runs.
+        key: Name of the figure or the ratio.
+        values: Its value for each run.
+    """
+    if key in _MEASURED:
+        return spread_of(values)
+    by_seed: dict[object, list[float | None]] = {}
+    for run, value in zip(runs, values, strict=True):
+        by_seed.setdefault(run.name if run.seed is None else run.seed, []).append(value)
+    means = (spread_of(repeats) for repeats in by_seed.values())
+    return spread_of(mean.mean for mean in means if mean is not None)
+
+
 @dataclass(frozen=True)
 class Group:
     """Runs that differ in nothing but their seed.
@@ -137,9 +165,9 @@ class Group:
     against_twins: dict[str, Spread | None]
 
     @property
-    def seeds(self) -> tuple[Any, ...]:
-        """Their seeds, as far as known."""
-        return tuple(run.compared.summary.get("seed", run.config.get("seed")) for run in self.runs)
+    def seeds(self) -> tuple[int | None, ...]:
+        """The seed of each run, as far as known."""
+        return tuple(run.seed for run in self.runs)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,14 @@ from greenprune.formatting import format_joules, format_percent, format_si
 from greenprune.locking import FolderLock
 from greenprune.report.comparison import compare_runs
 from greenprune.report.contents import build_report
-from greenprune.report.figures import accuracy_against_joules, gate_map_figure, group_styles, overview, part_means
+from greenprune.report.figures import (
+    accuracy_against_joules,
+    gate_map_figure,
+    group_styles,
+    mean_over_epochs,
+    overview,
+    part_means,
+)
 from greenprune.report.history import REMOVED, read_history
 from greenprune.report.page import render_page
 from greenprune.report.parts import Report
@@ -334,6 +341,47 @@ def test_copies_of_a_run_are_no_seeds(tmp_path: Path) -> None:
     for text in forms(report):
         assert "0 is left out: it is a copy of" in text
         assert "b is left out: it is a copy of" in text
+
+
+def record_repeats(folder: Path, seeds: tuple[int, ...]) -> Report:
+    """Dense and gated runs of some seeds, which agree in accuracy where they repeat a seed, and not in joules."""
+    for number, seed in enumerate(seeds):
+        for kind in ("dense", "gated"):
+            path = folder / f"{kind}-{number}"
+            events = record_run(path, seed=seed, gated=kind == "gated")
+            change_summary(path, energy_j=events[-1]["summary"]["energy_j"] + number)
+    return build_report([folder])
+
+
+def test_a_seed_that_runs_repeat_counts_once_in_accuracy(tmp_path: Path) -> None:
+    report, once = record_repeats(tmp_path, (0, 0, 0, 1)), record_repeats(tmp_path / "once", (0, 1))
+    told, expected = (one.to_dict()["tasks"][0]["groups"] for one in (report, once))
+    for group, of_seeds in zip(told, expected, strict=True):
+        for key in ("accuracy", "flops_train", "flops_forward"):
+            assert group["spreads"][key] == pytest.approx(of_seeds["spreads"][key])
+        assert [group["spreads"][key]["n"] for key in ("accuracy", "energy_j", "time_s", "step_time_s")] == [2, 4, 4, 4]
+    gated, pairs = (groups[1]["against_twins"] for groups in (told, expected))
+    assert gated["accuracy_points"] == pytest.approx(pairs["accuracy_points"])
+    assert gated["energy_j"]["n"] == 4
+    curve = mean_over_epochs(report.groups[1], "flops_train")
+    assert curve[4] == pytest.approx(told[1]["spreads"]["flops_train"]["mean"])
+    for text in forms(report):
+        assert "Against its dense twins, 2 pairs" in text
+        assert "Runs repeat a seed: dense (4 runs of 2 seeds); block + channel gates, keep 50 % (4 runs of 2" in text
+    assert not any("repeat a seed" in note for note in once.notes)
+
+
+def test_repeats_of_one_seed_have_no_spread_of_accuracy(tmp_path: Path) -> None:
+    report = record_repeats(tmp_path, (0, 0))
+    assert [group["spreads"]["accuracy"]["sd"] for group in report.to_dict()["tasks"][0]["groups"]] == [None, None]
+    page, text = forms(report)
+    assert "2 runs, seed 0" in page
+    for told in (page, text):
+        assert re.search(r"dense: [\d.]+ % with [\d.]+ J ± ", told)
+        assert re.search(r"Against its dense twin: [+-][\d.]+ points", told)
+    figure = accuracy_against_joules(report.tasks[0], group_styles(report))
+    assert figure is not None
+    assert sum("mean of 2" in trace.hovertemplate for trace in figure.data) == 2
 
 
 def test_seeds_are_in_the_order_of_numbers(tmp_path: Path) -> None:
