@@ -16,7 +16,8 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -38,6 +39,9 @@ _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 # si_code of a signal that the kernel sent, such as the terminal's on Ctrl-C, to the whole foreground group.
 _SI_KERNEL = 0x80
 
+# Who signals a process and then its group, as timeout does, sends the second one within milliseconds.
+_ECHO_S = 1.0
+
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line."""
@@ -48,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "greenprune measure") -> int:
-    """Measure the command on a command line.
+    """Measure the command on a command line, for a process that ends with it: signals stay held back afterwards.
 
     Args:
         args: Arguments without the program's name: options, ``--`` and the command.
@@ -68,8 +72,9 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
         return 2
     shown = without_command_secrets(command, environment)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # one that was inherited as ignored would never be told
-    # From here on, before anything is imported that starts threads (NumPy's linear algebra): signals would reach those.
-    with _blocked(signal.SIGCHLD, *_FORWARDED) as mask:
+    with contextlib.ExitStack() as stack:
+        # Before anything is imported that starts threads (NumPy's linear algebra): signals would reach those.
+        mask = _hold_back(stack, signal.SIGCHLD, *_FORWARDED)
         try:
             EnergyConfig(interval_s=options.interval)
             carbon = carbon_of(options)
@@ -91,6 +96,8 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
                     return 127 if isinstance(error, FileNotFoundError) else 126
                 code = _wait(process)
             notes = meter.notes
+        stack.pop_all()  # a signal that comes once more would end this process before or while it tells the report
+    threading.Thread(target=_end_at_signal, daemon=True).start()
     report = _report(window.measurement, shown, code, carbon, notes)
     told = _tell(report, options, environment, prog)
     return code if told else code or 1
@@ -161,19 +168,32 @@ def _parse(args: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str
     return options, command
 
 
-@contextlib.contextmanager
-def _blocked(*signals: signal.Signals) -> Iterator[set[int]]:
-    """Hold signals back for the time of a block, in this thread and those it starts, and tell what was held before."""
+def _hold_back(stack: contextlib.ExitStack, *signals: signal.Signals) -> set[int]:
+    """Hold signals back until a stack is closed, in this thread and those it starts, and tell what was held before."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield {int(number) for number in before}
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+    return {int(number) for number in before}
+
+
+def _ending() -> set[signal.Signals]:
+    """What of the signals that are held back would end this process; some it may have been started to ignore."""
+    return {number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN}
 
 
 def _is_to_end() -> bool:
     """Whether a signal is held back that ends this process once it is let through."""
-    return any(signal.getsignal(number) is not signal.SIG_IGN for number in signal.sigpending() & set(_FORWARDED))
+    return bool(signal.sigpending() & _ending())
+
+
+def _end_at_signal() -> None:
+    """End this process at a signal that comes while it tells the report, which nobody may be reading.
+
+    One that comes at once after the command has ended is not meant for that: the command had it too.
+    """
+    time.sleep(_ECHO_S)
+    while signal.sigtimedwait(_ending(), 0) is not None:
+        pass
+    os._exit(128 + signal.sigwait(_ending()))
 
 
 def _wait(process: int) -> int:

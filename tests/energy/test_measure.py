@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -230,6 +232,41 @@ sys.exit(40 + len(got))
     _, text = process.communicate(timeout=30)
     assert process.returncode == 41
     assert "total:" in text
+
+
+@pytest.mark.parametrize("gap_s", [0, 0.001, 0.02])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_twice_does_not_take_the_report_away(
+    tmp_path: Path, number: signal.Signals, gap_s: float
+) -> None:
+    """As ``timeout`` sends it: to the process and then to its group."""
+    ready, output = tmp_path / "ready", tmp_path / "it.json"
+    command = ["sh", "-c", f"touch {shlex.quote(str(ready))}; exec sleep 30"]
+    started = [*GREENPRUNE, "--json", "--output", str(output), "--", *command]
+    with subprocess.Popen(started, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while not ready.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(number)
+        time.sleep(gap_s)
+        with contextlib.suppress(ProcessLookupError):  # all of them have ended
+            os.killpg(process.pid, number)
+        told, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert json.loads(told) == json.loads(output.read_text())
+    assert json.loads(told)["exit_code"] == 128 + number
+
+
+def test_a_report_that_nobody_reads_can_be_ended(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    begun, output = tmp_path / "begun", str(tmp_path / "pipe")
+    with subprocess.Popen([*MEASURE, "--output", output, "--", "touch", str(begun)]) as process:
+        deadline = time.monotonic() + 30
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+            if begun.exists():
+                process.terminate()
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def code_after_ctrl_c(command: list[str], *, once_it_says: bytes) -> int:
