@@ -20,7 +20,7 @@ def run_command(args: list[str], environment: Mapping[str, str], prog: str) -> i
         prog: Program name for the help text.
 
     Returns:
-        Exit code: 0 done, 1 diverged or damaged, 2 not runnable as asked, 128 + n stopped by signal n.
+        Exit code: 0 done, 1 diverged, damaged or ended by a file, 2 not runnable as asked, 128 + n stopped by signal n.
     """
     code, message, for_rank_0 = _outcome(args, environment, prog)
     if message and (int(environment.get("RANK", "0")) == 0 or not for_rank_0):
@@ -56,7 +56,7 @@ def _outcome(args: list[str], environment: Mapping[str, str], prog: str) -> tupl
     except PeerLost:
         return 1, "", False
     except (UserError, CheckpointCorrupt, RankMismatch, OSError) as error:
-        code = 2 if isinstance(error, UserError) else 1
+        code = 2 if isinstance(error, UserError) and not error.ended_run else 1
         return code, f"error: {error}", getattr(error, "known_to_all", False)
     except (MemoryError, RuntimeError) as error:
         if not _is_lack_of_memory(error):

@@ -69,7 +69,7 @@ def train(config: Config, environment: Mapping[str, str], display: Callable[[], 
         display: Makes the progress display; called on rank 0 only.
 
     Raises:
-        UserError: The run cannot be done as asked; nothing was written.
+        UserError: The run cannot be done as asked; nothing was written, unless ``ended_run`` says that it had begun.
         Interrupted: A signal asked to stop; a checkpoint is written.
         TrainingDiverged: The loss is not finite.
         PeerLost: Another process of the run is gone.
@@ -181,6 +181,8 @@ def _failures_recorded(trainer: Trainer, environment: Mapping[str, str]) -> Iter
     except Exception as error:
         with suppress(OSError):  # on a full disk the error is told all the same, and the log stays as it was
             trainer.recorder.failed(trainer.step, without_secrets(_in_one_line(error), environment))
+        if isinstance(error, UserError):
+            error.ended_run = True
         raise
 
 

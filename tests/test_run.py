@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from in_process import Killed, after_step, killed_at, stopped_at
 from launching import ROOT, TRAIN, command, environment, run
+from PIL import Image
 from safetensors.torch import load_file
 from torch import equal
 
@@ -387,6 +388,42 @@ def test_a_failure_that_cannot_be_recorded_is_still_the_one_that_is_told(
         train(config, {}, silent)
     assert said in json.loads(told[-1])["error"]
     assert [event["kind"] for event in read_events(folder)].count("failure") == 0
+
+
+def with_a_text_for_an_image(root: Path) -> list[str]:
+    """The flags of a short run on a set of small images, one of which to train on is none."""
+    for part in ("train", "val"):
+        (root / part / "n01").mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(root / part / "n01" / f"{number}.png")
+    (root / "train" / "n01" / "zz.jpg").write_text("no image")
+    args = ["--data.name", "image_folder", "--data.root", str(root), "--data.image_size", "32"]
+    args += ["--data.batch_size", "2", "--model.name", "resnet20", "--optim.epochs", "3", "--gate.enabled", "false"]
+    return [*args, "--output_dir", str(root / "runs"), "--run_name", "it", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_image_that_cannot_be_read_ends_a_run_that_was_runnable_as_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    args = [*with_a_text_for_an_image(tmp_path), "--data.workers", workers]
+    assert run_command([*args, "--data.batch_size", "20"], {}, "train.py") == 2
+    assert not (tmp_path / "runs").exists()
+    capsys.readouterr()
+    assert run_command(args, {}, "train.py") == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    last = read_events(tmp_path / "runs" / "it")[-1]
+    assert last["kind"] == "failure"
+    assert "zz.jpg' is truncated, corrupt or missing" in last["error"]
+    assert told == f"greenprune: error: {last['error']}"
+
+
+@pytest.mark.system
+def test_an_image_that_one_of_two_processes_cannot_read_ends_both(tmp_path: Path) -> None:
+    done = run(TRAIN, with_a_text_for_an_image(tmp_path), processes=2)
+    assert "zz.jpg' is truncated, corrupt or missing" in done.stderr
+    # The launcher's own code is 1 whatever theirs are. It sends a SIGTERM to whichever is not the first to end.
+    assert re.search(r"failed \(exitcode: (\d+)\)", done.stderr)[1] == "1"  # type: ignore[index]
 
 
 # Of MobileNet's blocks some have no shortcut and keep a piece of their channels: one of 8 channels is too much.

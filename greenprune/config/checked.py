@@ -14,9 +14,11 @@ class UserError(ValueError):
 
     Attributes:
         known_to_all: Whether every process of the run has raised it, so that rank 0 can speak for all.
+        ended_run: Whether it ended a run that had begun, as an image does that cannot be read (exit code 1).
     """
 
     known_to_all = False
+    ended_run = False
 
 
 def told_by_flags(error: UserError, section: str, **flags: str) -> UserError:
