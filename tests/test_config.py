@@ -259,6 +259,22 @@ def test_a_value_of_the_wrong_type_is_refused_in_one_sentence(key: str, value: s
     assert str(refused.value) == f"{key}: {told}"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("gate.units", "block", "'block' is not valid; expected a list such as '[block]' of block, channel"),
+        ("gate.units", "channel", "'channel' is not valid; expected a list such as '[channel]' of block, channel"),
+        ("gate.units", "", "'' is not valid; expected a list such as '[block]' of block, channel"),
+        ("gate.units", "null", "null is not valid; expected a list such as '[block]' of block, channel"),
+        ("gate.units", "3", "3 is not valid; expected a list such as '[block]' of block, channel"),
+        ("tracking.trackers", "wandb", "'wandb' is not valid; expected a list such as '[wandb]' of wandb, tensorboard"),
+    ],
+    ids=str,
+)
+def test_a_value_for_a_list_is_refused_with_the_form_and_the_valid_items(key: str, value: str, told: str) -> None:
+    assert refusal([f"--{key}={value}"]).startswith(f"{key}: {told}")
+
+
 @pytest.mark.parametrize(("key", "value"), [("optim.lr", -0.1), ("seed", -1)])
 def test_a_flag_out_of_range_is_refused_in_the_same_words(tmp_path: Path, key: str, value: float) -> None:
     with pytest.raises(ConfigError) as refused:

@@ -7,6 +7,8 @@ import dataclasses
 import difflib
 import json
 import re
+import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,13 @@ def check_field(key: str) -> None:
     _check_key(key, list(FIELDS))
 
 
+def declared_type(key: str) -> Any:
+    """The type of a config's field, by its dotted name."""
+    section, dot, name = key.partition(".")
+    hints = typing.get_type_hints(Config)
+    return typing.get_type_hints(hints[section])[name] if dot else hints[section]
+
+
 def _with_files_read(args: list[str]) -> list[str]:
     """The arguments with what each config file holds in place of its path, and every flag known to be a field's.
 
@@ -205,12 +214,12 @@ def parse_config(args: list[str], prog: str = "train.py") -> Config:
     except ConfigError:
         raise
     except (jsonargparse.ArgumentError, TypeError) as error:
-        raise ConfigError(plain_message(error)) from None
+        raise ConfigError(plain_message(error, declared_type)) from None
     except ValueError as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, ConfigError):
             cause = cause.__cause__ or cause.__context__
-        raise cause if isinstance(cause, ConfigError) else ConfigError(plain_message(error)) from None
+        raise cause if isinstance(cause, ConfigError) else ConfigError(plain_message(error, declared_type)) from None
     values = {item.name: config[item.name] for item in dataclasses.fields(Config)}
     return Config(**values)
 
@@ -237,11 +246,26 @@ _UNION = re.compile(
 )
 
 
-def plain_message(error: BaseException) -> str:
-    """One line from a parser's message, without its own preamble."""
+# And of what is no list.
+_NOT_A_LIST = re.compile(r"([\w.]+): Expected a <class 'list'>\. Got value: ?(.*)")
+
+# What may be in a list that has no choice of words, by type: an example, and what such things are called.
+_ITEMS = {int: ("0, 1", "whole numbers"), float: ("0.3, 0.5", "numbers"), str: ("TEXT", "texts")}
+_ITEMS |= {dict: ("{seed: 1}", "mappings"), Any: ("0, 1", "values for each field")}
+
+
+def plain_message(error: BaseException, declared: Callable[[str], Any]) -> str:
+    """One line from a parser's message, without its own preamble.
+
+    Args:
+        error: What the parser raised.
+        declared: Says of what type a key's value has to be.
+    """
     text = " ".join(str(error).split())
     found = re.search(r'[Kk]ey "?([\w.]+)"?:? ?(.*)', text)
     text = f"{found[1]}: {found[2]}" if found else text
+    if no_list := _NOT_A_LIST.fullmatch(text):
+        return _of_no_list(no_list[1], no_list[2], declared(no_list[1]))
     text = re.sub(r"Expected an? typing\.Literal\[(.*?)\]", r"Expected one of \1", text)
     return _UNION.sub(_of_several_types, re.sub(r"Expected an? <class '(\w+)'>", r"Expected a value of type \1", text))
 
@@ -249,3 +273,25 @@ def plain_message(error: BaseException) -> str:
 def _of_several_types(found: re.Match[str]) -> str:
     names = ["null" if name == "NoneType" else name for name in re.findall(r"<class '(\w+)'>", found[1])]
     return f"Expected a value of type {' or '.join(names)}. Got value: {found[2]}"
+
+
+def _of_no_list(key: str, given: str, declared: Any) -> str:
+    """What to say of a value that stands where a list belongs, or where one does for each key of a mapping."""
+    item = typing.get_args(declared)[-1]
+    if typing.get_origin(declared) is dict:
+        (item,) = typing.get_args(item)
+    words = [str(word) for word in typing.get_args(item)] if typing.get_origin(item) is typing.Literal else []
+    if words:
+        example, items = given if given in words else words[0], ", ".join(words)
+    else:
+        example, items = _ITEMS[typing.get_origin(item) or item]
+    return f"{key}: {_as_given(given)} is not valid; expected a list such as '[{example}]' of {items}"
+
+
+def _as_given(text: str) -> str:
+    """A value as other messages show it, text in quotes, from what a parser has made of it."""
+    try:
+        value = load_yaml(text)
+    except yaml.YAMLError:
+        value = text
+    return "null" if text == "None" else repr(text) if isinstance(value, str) or value is None else text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import jsonargparse
 
-from greenprune.config import Config, ConfigError, check_field, load_config, plain_message
+from greenprune.config import Config, ConfigError, check_field, declared_type, load_config, plain_message
 from greenprune.data import check_data_name
 from greenprune.models import check_model_name
 from greenprune.surgery import resolve_structure
@@ -245,20 +244,13 @@ def _typed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     values = {key: [run[key] for run in runs if key in run] for key in keys}
     parser = jsonargparse.ArgumentParser(exit_on_error=False, parser_mode="greenprune")
     for key in keys:
-        parser.add_argument(f"--{key}", type=list[_hint(key)])  # type: ignore[misc]
+        parser.add_argument(f"--{key}", type=list[declared_type(key)])  # type: ignore[misc]
     try:
         parsed = parser.parse_object(_nested(values))
     except (jsonargparse.ArgumentError, TypeError) as error:
-        raise ConfigError(plain_message(error)) from None
+        raise ConfigError(plain_message(error, declared_type)) from None
     supply = {key: iter(parsed[key]) for key in keys}
     return [{key: next(supply[key]) for key in run} for run in runs]
-
-
-def _hint(key: str) -> Any:
-    """The type of a config's field."""
-    section, dot, name = key.partition(".")
-    hints = typing.get_type_hints(Config)
-    return typing.get_type_hints(hints[section])[name] if dot else hints[section]
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,4 +56,4 @@ def read_settings(path: Path, cls: type[Settings], what: str) -> Settings:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {plain_message(error)}") from None
+        raise ConfigError(f"{where}: {plain_message(error, hints.__getitem__)}") from None

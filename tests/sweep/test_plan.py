@@ -136,7 +136,16 @@ BAD = {
     "settings without fields": ("seeds: [1]\nsettings:", "settings: null is not valid; expected a value"),
     "grid without fields": ("seeds: [1]\ngrid:", "grid: null is not valid; expected a value"),
     "no folder": ("seeds: [1]\noutput_dir: null", "output_dir: null is not valid; expected a value"),
-    "not a list": ("seeds: 3", "seeds"),
+    "seeds that are no list": (
+        "seeds: 3",
+        "seeds: 3 is not valid; expected a list such as '[0, 1]' of whole numbers",
+    ),
+    "runs that are no list": (
+        "runs: {seed: 1}",
+        "runs: {'seed': 1} is not valid; expected a list such as '[{seed: 1}]'",
+    ),
+    "axis that is no list": ("grid: {seed: 3}", "grid: 3 is not valid; expected a list such as '[0, 1]' of values for"),
+    "field that is no list": ("grid: {gate.units: [block]}", "gate.units: 'block' is not valid; expected a list such"),
     "empty axis": ("grid: {optim.lr: []}", "grid.optim.lr: [] has no value"),
     "value twice": ("seeds: [1, 2, 1]", "seeds: [1, 2, 1] has a value twice"),
     "run twice": ("runs: [{seed: 1}, {seed: 1}]", "runs: number 2 (seed 1) is the same as number 1"),
