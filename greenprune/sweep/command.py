@@ -122,6 +122,11 @@ def _sweep(args: Sequence[str], prog: str) -> int:
     for flag, value in (("--local", options.local), ("--at-once", options.at_once)):
         if value is not None and value < 1:
             raise UserError(f"{flag}: {value} is not valid; expected a whole number of at least 1")
+    if options.at_once is not None and not (options.submit or options.dry_run):
+        raise UserError(
+            f"--at-once: {options.at_once} is not valid without --submit or --dry-run; expected one of them, or "
+            "--local N for runs done here"
+        )
     sweep, site = read_sweep(options.file), _read_site(options.site)
     folder = SweepFolder(sweep.folder)
     check_same_sweep(folder, planned_runs(sweep))

@@ -218,6 +218,11 @@ WRONG = {
     "none at a time": (["two.yaml", "--local", "0"], "--local: 0 is not valid"),
     "no sweep": (["status", "."], "holds no sweep.json"),
     "nothing to report": (["collect", "runs", "--patience", "0"], "holds no sweep.json"),
+    "at once here": (
+        ("two.yaml", "--local", "--at-once", "7"),
+        "--at-once: 7 is not valid without --submit or --dry-run; expected one of them, or --local N",
+    ),
+    "at once where nothing is done": (("two.yaml", "--at-once", "7"), "--at-once: 7 is not valid without --submit"),
 }
 
 
