@@ -190,8 +190,9 @@ def _jobs(args: Sequence[str], prog: str) -> int:
     parser.add_argument("--processes", type=int, default=4, metavar="N", help="processes of a run on each node (4)")
     _add_site(parser)
     options = parser.parse_args(args)
-    if options.nodes < 2 or options.processes < 1:
-        raise UserError("--nodes, --processes: expected at least 2 nodes and 1 process on each")
+    for flag, value, least in (("--nodes", options.nodes, 2), ("--processes", options.processes, 1)):
+        if value < least:
+            raise UserError(f"{flag}: {value} is not valid; expected a whole number of at least {least}")
     site = _read_site(options.site)
     options.folder.mkdir(parents=True, exist_ok=True)
     for name, text in job_files(site, options.nodes, options.processes).items():

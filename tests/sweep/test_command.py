@@ -218,6 +218,14 @@ WRONG = {
     "none at a time": (["two.yaml", "--local", "0"], "--local: 0 is not valid"),
     "no sweep": (["status", "."], "holds no sweep.json"),
     "nothing to report": (["collect", "runs", "--patience", "0"], "holds no sweep.json"),
+    "one node of many": (
+        ("jobs", "jobs", "--nodes", "1", "--processes", "1"),
+        "--nodes: 1 is not valid; expected a whole number of at least 2",
+    ),
+    "no process": (
+        ("jobs", "jobs", "--processes", "0"),
+        "--processes: 0 is not valid; expected a whole number of at least 1",
+    ),
     "at once here": (
         ("two.yaml", "--local", "--at-once", "7"),
         "--at-once: 7 is not valid without --submit or --dry-run; expected one of them, or --local N",
