@@ -302,6 +302,8 @@ def read_network(kind: str, folder: Path, *, trust: bool = False) -> Loaded:
                 module: nn.Module = torch.export.load(path).module()
         else:
             module = _read_module(folder / _SOURCE, path)
+    except ExportError:  # which names the file by itself
+        raise
     except NotAnExport as error:
         raise ExportError(
             f"FILE: {str(folder / _SOURCE)!r} is not what greenprune export writes: {error}; it is read, not run, so "

@@ -27,7 +27,7 @@ from greenprune.cli import main
 from greenprune.config import parse_config
 from greenprune.export import ExportError, benchmark_inference, evaluate_file, export_network
 from greenprune.export.exporting import open_run
-from greenprune.export.formats import FILES
+from greenprune.export.formats import FILES, read_network
 from greenprune.export.inference import _LiveBytes
 from greenprune.models import ResidualBlock
 
@@ -603,6 +603,13 @@ def test_a_truncated_file_is_named(exports: Path, tmp_path: Path, capsys: pytest
         error = capsys.readouterr().err
         assert error.count("\n") == 1, error
         assert f"{name}' cannot be loaded" in error
+        assert error.count("cannot be loaded") == 1
+
+
+def test_a_missing_runtime_is_all_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("greenprune.export.formats.importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ExportError, match=r"^FILE: '[^']*model\.onnx' needs onnxruntime, which is not installed"):
+        read_network("onnx", tmp_path)
 
 
 @pytest.mark.slow
