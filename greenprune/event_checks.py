@@ -10,6 +10,8 @@ from greenprune.summary_file import is_number, wrong_with_summary
 
 Check = Callable[[Any], bool]
 
+_MOST = 1 << 63  # of anything that is counted
+
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
@@ -20,7 +22,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
 
 
 def _is_list(of: Check) -> Check:
@@ -51,7 +53,6 @@ def _is_gate(value: object) -> bool:
     return _is_finite(rate) or _is_list(_is_finite)(rate)
 
 
-_ANYTHING: tuple[Check, str] = (lambda _: True, "value")
 _WHOLE = (_is_count, "whole number")
 _NUMBER = (_is_finite, "number")
 _TEXT = (_is_text, "text")
@@ -62,6 +63,8 @@ _BOOKS: dict[str, Check] = {
     "energy_by_phase_bound_j": _is_table(_or_null(_is_finite)),
     "energy_by_device_j": _is_table(_or_null(_is_finite)),
     "energy_complete": lambda value: isinstance(value, bool),
+    "energy_lost_j": _is_finite,
+    "energy_quality": _or_null(_is_text),
     "energy_missing": _is_table(_is_text),
 }
 
@@ -124,7 +127,10 @@ def wrong_with_event(event: dict[str, Any]) -> str:
     if of_kind is _OF_A_CHANGE and not isinstance(event.get("unit"), str):
         return "its unit is missing or no text"
     for key, value in event.items():
-        is_right, what = of_kind.get(key) or _KINDS.get(key) or (_NUMBER if "/" in key else _ANYTHING)
+        found = of_kind.get(key) or _KINDS.get(key)
+        if found is None and "/" not in key:
+            continue
+        is_right, what = found or _NUMBER
         if not is_right(value) and not (value is None and (key in _MAY_BE_NULL or "/" in key)):
             return f"{key} {_shown(value)} is no {what}"
     summary = event.get("summary", {})

@@ -181,7 +181,7 @@ def _failures_recorded(trainer: Trainer, environment: Mapping[str, str]) -> Iter
     except Exception as error:
         with suppress(OSError):  # on a full disk the error is told all the same, and the log stays as it was
             trainer.recorder.failed(trainer.step, without_secrets(_in_one_line(error), environment))
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) and not isinstance(error, ConfigError):  # that would end it again
             error.ended_run = True
         raise
 

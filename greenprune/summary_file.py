@@ -43,6 +43,7 @@ _NUMBERS = (
     "time_s",
     "world_size",
 )
+_MOST_BITS = 1023  # of a whole number that a float can hold
 _TEXTS = (
     "accuracy_kind",
     "budget_unit",
@@ -124,8 +125,10 @@ def read_whole_summary(path: Path) -> dict[str, Any]:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value read from JSON is a number, which true and false are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value read from JSON is a number, which true and false are not, nor what no float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or value.bit_length() <= _MOST_BITS
 
 
 def _is_number_or_null(value: object) -> bool:

@@ -34,6 +34,7 @@ from greenprune.progress import Display
 from greenprune.recording import Recorder
 from greenprune.run import _new_or_same_folder, train
 from greenprune.tracking import EventLog, RunFolder, course_of
+from greenprune.trainer import Trainer
 from greenprune.verify import verify_run
 
 SMALL = """
@@ -416,6 +417,20 @@ def test_an_image_that_cannot_be_read_ends_a_run_that_was_runnable_as_asked(
     assert last["kind"] == "failure"
     assert "zz.jpg' is truncated, corrupt or missing" in last["error"]
     assert told == f"greenprune: error: {last['error']}"
+
+
+def test_a_setting_that_shows_in_training_to_be_impossible_is_not_runnable_as_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a step that cannot be recorded: the same command would end so again."""
+
+    def refuse(*_: object) -> None:
+        raise ConfigError("model.cuda_graph: True is not valid for this network")
+
+    monkeypatch.setattr(Trainer, "_train_step", refuse)
+    args = [*SHORT, "--output_dir", str(tmp_path), "--run_name", "it"]
+    assert run_command(args, {}, "train.py") == 2
+    assert read_events(tmp_path / "it")[-1]["kind"] == "failure"
 
 
 @pytest.mark.system

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from greenprune.config import UserError
 from greenprune.models.residual import PlainBlock, ResidualBlock, has_hooks
@@ -157,25 +158,33 @@ def check_same(name: str, block: nn.Module, split: nn.Module, x: Tensor) -> None
 
 
 def _changes_its_input(split: nn.Module, x: Tensor) -> bool:
-    """Whether the branch of a block that can be removed changes what the block is given."""
-    before: dict[nn.Module, Tensor] = {}
+    """Whether the branch of a block that can be removed changes, in either mode, what the shortcut passes on."""
     changed: list[nn.Module] = []
-
-    def keep(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        before[block] = inputs[0].clone()
-
-    def compare(block: nn.Module, inputs: tuple[Tensor, ...], _: object) -> None:
-        if not torch.equal(inputs[0], before.pop(block)):
-            changed.append(block)
-
-    removable = [block for block in split.modules() if isinstance(block, ResidualBlock)]
-    handles = [block.register_forward_pre_hook(keep) for block in removable]
-    handles += [block.register_forward_hook(compare) for block in removable]
-    with torch.no_grad():
+    handles = []
+    for block in split.modules():
+        if isinstance(block, ResidualBlock):
+            handles += _watched(block, changed)
+    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         split.eval()(x.clone())
+        with contextlib.suppress(RuntimeError, ValueError):  # as of a norm over one value: no example to train with
+            split.train()(x.clone())
     for handle in handles:
         handle.remove()
     return bool(changed)
+
+
+def _watched(block: ResidualBlock, changed: list[nn.Module]) -> list[RemovableHandle]:
+    """Have a block put itself among those whose shortcut passes on something else once the branch has run."""
+    passed_on: list[Tensor] = []
+
+    def keep(_: nn.Module, __: object, output: Tensor) -> None:
+        passed_on[:] = [output, output.clone()]
+
+    def compare(*_: object) -> None:
+        if not torch.equal(*passed_on):
+            changed.append(block)
+
+    return [block.shortcut.register_forward_hook(keep), block.branch.register_forward_hook(compare)]
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]

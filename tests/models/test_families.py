@@ -498,6 +498,54 @@ def test_a_branch_in_place_on_the_input_is_refused(register: Any, in_place: bool
     torch.testing.assert_close(model(IMAGES), masked)
 
 
+class DroppingInPlace(nn.Module):
+    """A block whose branch drops a part of its input in training, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Dropout(0.5, inplace=True), conv(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+def test_a_branch_that_works_in_place_in_training_alone_is_refused(register: Any) -> None:
+    del register
+    register_block(DroppingInPlace)(
+        lambda block: ResidualBlock(block.branch, nn.Identity(), nn.Identity(), input_activated=True)
+    )
+    with pytest.raises(BlockError, match=r"^1: its branch works in place on the block's input"):
+        convert_blocks(network(DroppingInPlace()), IMAGES)
+
+
+class Projecting(nn.Module):
+    """A block whose shortcut works in place on the input, and stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.branch = conv(8, 8), conv(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu_(x)
+        return self.project(x) + self.branch(x)
+
+
+def test_a_shortcut_in_place_on_the_input_is_no_reason_to_refuse(register: Any) -> None:
+    del register
+    register_block(Projecting)(
+        lambda block: ResidualBlock(
+            nn.Sequential(nn.ReLU(), block.branch),
+            nn.Sequential(nn.ReLU(inplace=True), block.project),
+            nn.Identity(),
+            input_activated=True,
+        )
+    )
+    model = network(Projecting())
+    expected = model.eval()(IMAGES)
+    convert_blocks(model, IMAGES)
+    torch.testing.assert_close(model(IMAGES), expected)
+
+
 class Dropping(nn.Module):
     """A block that drops at two places in training."""
 

@@ -17,7 +17,7 @@ from greenprune.report.contents import build_report
 from greenprune.tracking import Event, EventsCorrupt, parse_event
 from greenprune.watch import watch_run
 
-OTHER_KINDS: list[Any] = ["x", None, -1.5, {}, [["a"]], {"a": None}]
+OTHER_KINDS: list[Any] = ["x", None, -1.5, 10**400, {}, [["a"]], {"a": None}]
 
 
 def edited(events: list[Event], kind: str) -> Iterator[tuple[str, list[Event]]]:
@@ -71,6 +71,9 @@ def test_no_reader_fails_by_a_value_of_another_kind(tmp_path: Path, kind: str) -
         ("epoch", {"eval/accuracy": "99 %"}, "eval/accuracy '99 %' is no number"),
         ("epoch", {"energy/by_phase_j": [1.0]}, "energy/by_phase_j [1.0] is no object of numbers"),
         ("interrupt", {"energy/ledger": {"energy_complete": 1}}, "is no ledger of joules"),
+        ("interrupt", {"energy/ledger": {"energy_lost_j": "x"}}, "is no ledger of joules"),
+        ("interrupt", {"energy/ledger": {"energy_quality": 3}}, "is no ledger of joules"),
+        ("train", {"train/loss": 10**400}, "is no number"),
     ],
 )
 def test_a_value_of_another_kind_is_named(kind: str, changes: dict[str, Any], told: str) -> None:
