@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -223,7 +224,9 @@ def test_the_report_of_a_measured_command_has_no_secret_of_its_command_line(
 ) -> None:
     secrets = ["--api-key=sk-111222333", "--token", "tok444", "-H", "Authorization: Bearer b555", "http://h?token=u666"]
     report = tmp_path / "report.json"
+    held_back = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert main(["measure", "--output", str(report), "--", "true", *secrets]) == 0
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == held_back
     told = report.read_text() + capfd.readouterr().err
     assert told.count("--api-key=***") == 2
     assert not re.search("111222333|tok444|b555|u666", told)

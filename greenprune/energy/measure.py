@@ -17,7 +17,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -40,7 +40,8 @@ _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 _SI_KERNEL = 0x80
 
 # Who signals a process and then its group, as timeout does, sends the second one within milliseconds.
-_ECHO_S = 1.0
+_ECHO_S = 0.3
+_LOOK_S = 0.02
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "greenprune measure") -> int:
-    """Measure the command on a command line, for a process that ends with it: signals stay held back afterwards.
+    """Measure the command on a command line.
 
     Args:
         args: Arguments without the program's name: options, ``--`` and the command.
@@ -94,12 +95,15 @@ def main(args: Sequence[str], environment: Mapping[str, str], prog: str = "green
                 except OSError as error:
                     print_error(f"{command[0]}: {error.strerror}", environment, prog)
                     return 127 if isinstance(error, FileNotFoundError) else 126
-                code = _wait(process)
+                code, was_signalled = _wait(process)
             notes = meter.notes
-        stack.pop_all()  # a signal that comes once more would end this process before or while it tells the report
-    threading.Thread(target=_end_at_signal, daemon=True).start()
-    report = _report(window.measurement, shown, code, carbon, notes)
-    told = _tell(report, options, environment, prog)
+        # A signal that comes once more would end this process before or while it tells the report.
+        echo_until = time.monotonic() + _ECHO_S
+        report = _report(window.measurement, shown, code, carbon, notes)
+        with _ended_by_signals(after=echo_until):
+            told = _tell(report, options, environment, prog)
+        if was_signalled:
+            _drop_signals(echo_until)
     return code if told else code or 1
 
 
@@ -185,19 +189,42 @@ def _is_to_end() -> bool:
     return bool(signal.sigpending() & _ending())
 
 
-def _end_at_signal() -> None:
-    """End this process at a signal that comes while it tells the report, which nobody may be reading.
+@contextlib.contextmanager
+def _ended_by_signals(after: float) -> Iterator[None]:
+    """Within, a signal that is held back ends this process, which tells a report that nobody may be reading.
 
-    One that comes at once after the command has ended is not meant for that: the command had it too.
+    Not one that comes before a moment (of the monotonic clock): the command had it too.
     """
-    time.sleep(_ECHO_S)
-    while signal.sigtimedwait(_ending(), 0) is not None:
-        pass
-    os._exit(128 + signal.sigwait(_ending()))
+    done = threading.Event()
+
+    def look() -> None:
+        _drop_signals(after, done)
+        while not done.wait(_LOOK_S):
+            if (caught := signal.sigtimedwait(_ending(), 0)) is not None:
+                os._exit(128 + caught.si_signo)
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    try:
+        yield
+    finally:
+        done.set()
+        looking.join()
 
 
-def _wait(process: int) -> int:
-    """Wait for a child and hand it the signals that come meanwhile; its exit code, or 128 + n if signal n ended it."""
+def _drop_signals(until: float, done: threading.Event | None = None) -> None:
+    """Take signals that are held back, for nothing, until a moment of the monotonic clock or something is done."""
+    while (left := until - time.monotonic()) > 0 and not (done and done.is_set()):
+        signal.sigtimedwait(_ending(), min(left, _LOOK_S))
+
+
+def _wait(process: int) -> tuple[int, bool]:
+    """Wait for a child and hand it the signals that come meanwhile.
+
+    Returns:
+        Its exit code, or 128 + n if signal n ended it; and whether there were signals.
+    """
+    was_signalled = False
     watcher = threading.Thread(target=_signal_end, args=(process, threading.get_ident()), daemon=True)
     watcher.start()
     while True:
@@ -207,8 +234,10 @@ def _wait(process: int) -> int:
             if ended:
                 watcher.join()
                 code = os.waitstatus_to_exitcode(status)
-                return code if code >= 0 else 128 - code
-        elif caught.si_code != _SI_KERNEL:
+                return (code if code >= 0 else 128 - code), was_signalled
+            continue
+        was_signalled = True
+        if caught.si_code != _SI_KERNEL:
             os.kill(process, caught.si_signo)  # not reaped yet, so the number is still the child's
 
 
