@@ -179,15 +179,9 @@ class Pruner:
             RuntimeError: Nothing has passed through the network in training since the last call, or two passes have of
                 which a loss is made or whose gradients are added up, or :meth:`penalize_output` has taken it.
         """
-        gate = next(iter(find_gates(self.model).values()), None)
-        if gate is not None and gate.decision is None and self._is_beside_output:
-            raise RuntimeError(
-                "the penalty of this pass is in the network's output already (Pruner.penalize_output); expected either "
-                "that or penalty() after each forward pass, not both (its handle's remove() takes it off)"
-            )
         return self._penalty(loss_scale)
 
-    def _penalty(self, loss_scale: Tensor | float | None = None) -> Tensor:
+    def _penalty(self, loss_scale: Tensor | float | None = None, *, beside_output: bool = False) -> Tensor:
         self._follow_device()
         nothing = torch.zeros((), dtype=torch.float32, device=self._device)
         if not self._policy.active:
@@ -196,6 +190,11 @@ class Pruner:
             self._scale_losses_by(torch.as_tensor(loss_scale, dtype=torch.float32, device=self._device))
         gates = find_gates(self.model).values()
         decision = next(iter(gates)).decision
+        if decision is None and not beside_output and self._is_beside_output:
+            raise RuntimeError(
+                "the penalty of this pass is in the network's output already (Pruner.penalize_output); expected either "
+                "that or penalty() after each forward pass, not both (its handle's remove() takes it off)"
+            )
         local = 0 if decision is None else len(decision)
         if decision is not None and not local and _world_size() == 1:  # an empty batch is none
             for gate in gates:
@@ -364,7 +363,7 @@ class Pruner:
                 return output
             if not (self.model.training and torch.is_grad_enabled() and self._policy.active):
                 return output
-            return with_penalty(output, self._penalty() / accumulate)
+            return with_penalty(output, self._penalty(beside_output=True) / accumulate)
 
         if self._beside_output is not None:  # of a training that failed, perhaps: two would ask the gates twice
             self._beside_output.remove()

@@ -325,7 +325,7 @@ def test_the_penalty_counts_once_for_a_forward_pass() -> None:
     model = Parted()
     pruner = Pruner(model, torch.randn(2, 1, 8, 8), total_steps=STEPS)
     weight = nn.Parameter(torch.ones(()))
-    pruner._penalty = lambda: 3 * weight  # type: ignore[method-assign, assignment, misc]
+    pruner._penalty = lambda **_: 3 * weight  # type: ignore[method-assign, assignment, misc]
     pruner.penalize_output()
     images = batch_of(0)[0].requires_grad_()
 
