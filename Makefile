@@ -12,7 +12,7 @@ help:
 	@echo "make test    run the default test suite; make test-system: Slurm, engines, processes killed, stopped, lost (CI runs both)"
 	@echo "make test-lowest  the default suite with the oldest versions that pyproject.toml allows"
 	@echo "make check   format, lint, types, import contracts, tests"
-	@echo "make bench   the CPU benchmarks in one table (15 to 25 minutes); make bench-gpu: those for one GPU"
+	@echo "make bench   the CPU benchmarks in one table (20 minutes at most); make bench-gpu: those for one GPU"
 
 setup: $(STAMP)
 

@@ -3,7 +3,8 @@
     python benchmarks/bench.py
     python benchmarks/bench.py --only dense_loop gates
 
-Each line of :mod:`measurements` is measured, paired in turns, with progress on the terminal. The table is written to
+Each line of :mod:`measurements` is measured, paired in turns, with progress on the terminal; on a slow machine whole
+runs are repeated with fewer seeds, so that all is done in time (``--minutes``). The table is written to
 ``benchmarks/results/bench_cpu.md`` (``bench_gpu.md``), all figures with their provenance to the ``.json`` beside it.
 What cannot be measured here (a data set, a peer that is missing) is a row that says so.
 """
@@ -33,6 +34,7 @@ from greenprune.provenance import collect_provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
+MINUTES = {"cpu": 20.0, "gpu": 8.0}
 TINY: dict[str, Any] = {
     "turns": 2,
     "steps": 1,
@@ -133,6 +135,11 @@ def main(argv: list[str] | None = None) -> int:
         default="own",
         help="peers run in environments of their own, installed from PyPI, or in this one, where there is no network",
     )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="how long all may take (20 on a CPU, 8 on a GPU): whole runs are repeated with other seeds while it lasts",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result files")
     args = parser.parse_args(argv)
     if args.device == "gpu" and not args.tiny and not torch.cuda.is_available():
@@ -143,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(RESULTS.parents[1]), os.environ.get("PYTHONPATH")]))
     sizes = (GPU if args.device == "gpu" else {}) | (TINY if args.tiny else {})
     sizes["peers"] = "here" if args.tiny else args.peers
+    sizes["until_s"] = time.perf_counter() + 60 * (args.minutes or MINUTES[args.device])
     scratch = Path(tempfile.mkdtemp(prefix="bench-"))
     setting = Setting("cuda" if on_gpu else "cpu", scratch, os.environ.get("GREENPRUNE_DATA"), **sizes)
     provenance = collect_provenance(1, torch.device(setting.device))

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +103,7 @@ class Setting:
         steps: Steps of a turn on CIFAR-10; others follow from it.
         batch_size: Images a step on CIFAR-10.
         imagenet_batch: Images a step of 224 x 224 pixels.
-        seeds: Seeds of whole runs.
+        seeds: Seeds of whole runs. All but the first are repeats, for which there may be no time.
         epochs: Epochs of a whole run on digits.
         cifar_epochs: Epochs of a whole run on CIFAR-10; 0: none.
         blocks: Depths to grow over, in blocks, multiples of three.
@@ -111,6 +111,7 @@ class Setting:
         launches: Starts to time.
         network: The network of the small images.
         peers: Whether peers run in environments of their own ("own") or in this one ("here", to try things out).
+        until_s: When all should be done, on the clock of ``time.perf_counter``.
     """
 
     device: str
@@ -122,12 +123,17 @@ class Setting:
     imagenet_batch: int = 8
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 24
-    cifar_epochs: int = 2
+    cifar_epochs: int = 1
     blocks: tuple[int, ...] = (9, 33, 129, 255)
     batches: tuple[int, ...] = (32, 64, 128, 256)
     launches: int = 3
     network: str = "resnet20"
     peers: str = "own"
+    until_s: float = math.inf
+
+    def has_time_for(self, seconds: float) -> bool:
+        """Whether something that takes so long would be done in time."""
+        return time.perf_counter() + seconds <= self.until_s
 
     @property
     def on_gpu(self) -> bool:
@@ -359,71 +365,137 @@ def _run(setting: Setting, config: Path, name: str, *flags: str) -> dict[str, An
     return summary
 
 
+@dataclass
+class _Runs:
+    """Whole runs of each kind, by seed, and the seconds that each took with its start."""
+
+    setting: Setting
+    config: Path
+    epochs: int
+    found: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    took_s: dict[str, float] = field(default_factory=dict)
+
+    def make(self, kind: str, seed: int) -> None:
+        """Make one run; a kind that failed once is not tried again."""
+        if kind in self.failed:
+            return
+        began_s = time.perf_counter()
+        try:
+            run = self._pruned(kind, seed) if kind in PEERS else self._ours(kind, seed)
+        except Unmeasured as error:
+            if kind not in PEERS:
+                raise
+            self.failed[kind] = str(error)
+            return
+        took_s = time.perf_counter() - began_s
+        print(f"  {self.config.stem}, {kind}, seed {seed}: {took_s:.0f} s", flush=True)
+        self.found.setdefault(kind, {})[seed] = run
+        self.took_s.setdefault(kind, took_s)
+
+    def make_in_time(self, kinds: list[str], seed: int) -> bool:
+        """Make runs that repeat what another seed had, all of them if there is time, else none; whether there was."""
+        if not self.setting.has_time_for(sum(self.took_s.get(kind, 0.0) for kind in kinds)):
+            return False
+        for kind in kinds:
+            self.make(kind, seed)
+        return True
+
+    def of(self, kind: str, seeds: Iterable[int] | None = None) -> list[dict[str, Any]]:
+        """The runs of a kind, of all seeds that it has or of these."""
+        runs = self.found.get(kind, {})
+        return [runs[seed] for seed in (sorted(runs) if seeds is None else seeds)]
+
+    def _ours(self, kind: str, seed: int) -> dict[str, Any]:
+        flags = ["--seed", str(seed), "--optim.epochs", str(self.epochs)]
+        flags += ["--budget.target", "0.5"] if kind == "gated" else ["--gate.enabled", "false"]
+        return _run(self.setting, self.config, f"{kind}-{seed}", *flags)
+
+    def _pruned(self, kind: str, seed: int) -> dict[str, Any]:
+        method, factor = PEERS[kind]
+        output = self.setting.scratch / f"{method}-{factor}-{seed}.json"
+        (ours,) = self.of("gated", [seed])
+        target = ours["flops_forward"] / ours["flops_forward_dense"]
+        command = [sys.executable, str(HERE / "peers" / "pruning.py"), "--method", method]
+        command += ["--config", str(self.config), "--target", str(target), "--seed", str(seed)]
+        command += ["--output", str(output), "--", "--optim.epochs", str(factor * self.epochs)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["nothing"]
+            raise Unmeasured(f"it failed: {said[-1]}")
+        pruned: dict[str, Any] = json.loads(output.read_text())
+        return pruned
+
+
+TWINS = ["gated", "dense"]
+# A peer's method, and how many of our epochs its two phases have together.
+PEERS = {
+    "slimming, both phases in our epochs": ("slimming", 1),
+    "slimming, each phase as many epochs as ours": ("slimming", 2),
+    "torch-pruning, both phases in our epochs": ("torch-pruning", 1),
+    "torch-pruning, each phase as many epochs as ours": ("torch-pruning", 2),
+}
+
+
 def whole_runs(setting: Setting) -> list[Row]:
     """Whole runs at target 0.5 beside their dense twins, and the peers that end at the same FLOPs."""
-    rows, ours = _twins(setting, DIGITS, setting.seeds, setting.epochs)
-    rows += _pruned(setting, ours)
+    rows = []
+    first, *others = setting.seeds
+    runs = _Runs(setting, DIGITS, setting.epochs)
+    for kind in [*TWINS, *PEERS]:
+        runs.make(kind, first)
     if setting.cifar_epochs and setting.data == "cifar10":
-        rows += _twins(setting, ROOT / "configs" / "cifar10_resnet20.yaml", (0,), setting.cifar_epochs)[0]
+        photographs = _Runs(setting, ROOT / "configs" / "cifar10_resnet20.yaml", setting.cifar_epochs)
+        for kind in TWINS:
+            photographs.make(kind, first)
+        rows = _twins(photographs)
     elif setting.cifar_epochs:
-        rows.append(Row("whole run at target 0.5", "cifar10", None, note="CIFAR-10 is not in GREENPRUNE_DATA"))
-    return rows
+        rows = [Row("whole run at target 0.5", "cifar10", None, note="CIFAR-10 is not in GREENPRUNE_DATA")]
+    short = [kind for kind, (_, factor) in PEERS.items() if factor == 1]
+    for number, seed in enumerate(others):
+        twins = TWINS if number % 2 else TWINS[::-1]
+        if not runs.make_in_time([*twins, *short] if number == 0 else twins, seed):
+            break
+    return _twins(runs) + _pruned(runs) + rows
 
 
-def _twins(setting: Setting, config: Path, seeds: tuple[int, ...], epochs: int) -> tuple[list[Row], list[dict]]:
-    gated, dense = [], []
-    for number, seed in enumerate(seeds):
-        flags = ["--seed", str(seed), "--optim.epochs", str(epochs)]
-        kinds = [(gated, "gated", ["--budget.target", "0.5"]), (dense, "dense", ["--gate.enabled", "false"])]
-        for found, kind, more in kinds if number % 2 == 0 else reversed(kinds):
-            found.append(_run(setting, config, f"{kind}-{seed}", *flags, *more))
+def _twins(runs: _Runs) -> list[Row]:
+    gated, dense = (runs.of(kind) for kind in TWINS)
     first = gated[0]
-    work = f"{first['data']}, {first['model']}, batch {first['batch_size']}, {epochs} epochs"
+    work = f"{first['data']}, {first['model']}, batch {first['batch_size']}, {runs.epochs} epochs"
     kept = statistics.mean(run["flops_forward"] / run["flops_forward_dense"] for run in gated)
-    accuracy = [statistics.mean(run["accuracy"] for run in runs) for runs in (gated, dense)]
+    accuracy = [statistics.mean(run["accuracy"] for run in found) for found in (gated, dense)]
     note = f"FLOPs kept {kept:.2f}; accuracy {100 * accuracy[0]:.1f} %, twin {100 * accuracy[1]:.1f} %"
     target = Target("<=", 0.75)
     more = {"gated": gated, "dense": dense}
     rows = []
     for what, key in (("time", "time_s"), ("joules", "energy_j")):
         name = f"whole run at target 0.5: {what} over the dense twin's"
-        values = [[run[key] for run in runs] for runs in (gated, dense)]
+        values = [[run[key] for run in found] for found in (gated, dense)]
         if None in values[0] + values[1]:
             rows.append(Row(name, work, None, target=target, note="the joules are unknown on this machine"))
             continue
         said = note if key == "time_s" else f"joules: {first['energy_quality']}"
         rows.append(Row(name, work, ratio_of(*values), target=target, note=said, more=more if key == "time_s" else {}))
-    return rows, gated
+    return rows
 
 
-def _pruned(setting: Setting, ours: list[dict]) -> list[Row]:
+def _pruned(runs: _Runs) -> list[Row]:
     """Two-phase pruning to the same FLOPs: with our epochs for both phases together, and for each of them."""
     rows = []
-    epochs, seeds = setting.epochs, list(range(len(ours)))
-    for method in ("slimming", "torch-pruning"):
-        for factor, phases in ((1, "both phases in our epochs"), (2, "each phase as many epochs as ours")):
-            found = []
-            for seed in seeds[: 3 - factor]:
-                output = setting.scratch / f"{method}-{factor}-{seed}.json"
-                target = ours[seed]["flops_forward"] / ours[seed]["flops_forward_dense"]
-                command = [sys.executable, str(HERE / "peers" / "pruning.py"), "--method", method]
-                command += ["--config", str(DIGITS), "--target", str(target), "--seed", str(seed)]
-                command += ["--output", str(output), "--", "--optim.epochs", str(factor * epochs)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    break
-                found.append(json.loads(output.read_text()))
-            name, work = f"{method} to the same FLOPs, over our whole run", f"digits, resnet38, {phases}"
-            if done.returncode:
-                said = done.stderr.strip().splitlines() or ["nothing"]
-                rows.append(Row(name, work, None, target=Target(">=", 1.5), note=f"it failed: {said[-1]}"))
-                continue
-            times = [[run["time_s"] for run in runs] for runs in (found, ours[: len(found)])]
-            accuracy = [100 * statistics.mean(run["accuracy"] for run in runs) for runs in (found, ours[: len(found)])]
-            note = f"accuracy {accuracy[0]:.1f} %, ours {accuracy[1]:.1f} %"
-            if factor == 2:
-                note += "; as in its paper, where fine-tuning takes as long as training"
-            rows.append(Row(name, work, ratio_of(*times), target=Target(">=", 1.5), note=note, more={"runs": found}))
+    for kind, (method, factor) in PEERS.items():
+        name, work = f"{method} to the same FLOPs, over our whole run", f"digits, resnet38{kind.removeprefix(method)}"
+        if kind in runs.failed:
+            rows.append(Row(name, work, None, target=Target(">=", 1.5), note=runs.failed[kind]))
+            continue
+        found = runs.of(kind)
+        ours = runs.of("gated", sorted(runs.found[kind]))
+        times = [[run["time_s"] for run in side] for side in (found, ours)]
+        accuracy = [100 * statistics.mean(run["accuracy"] for run in side) for side in (found, ours)]
+        note = f"accuracy {accuracy[0]:.1f} %, ours {accuracy[1]:.1f} %"
+        if factor == 2:
+            note += "; as in its paper, where fine-tuning takes as long as training"
+        rows.append(Row(name, work, ratio_of(*times), target=Target(">=", 1.5), note=note, more={"runs": found}))
     return rows
 
 

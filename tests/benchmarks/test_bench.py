@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench
+import measurements
 from environments import PeerUnavailable, peer_python
 from measurements import MEASUREMENTS, Row, Setting, Target, Unmeasured
 from process import Process, ProcessFailed
@@ -127,6 +131,33 @@ def test_lines_in_this_process_give_rows_for_both_devices(tmp_path: Path, monkey
         rows = json.loads((tmp_path / f"bench_{device}.json").read_text())["rows"]
         assert [row["unit"] for row in rows] == ["power", "power", "%"]
         assert all(row["figure"]["value"] == row["figure"]["value"] for row in rows)
+
+
+def test_whole_runs_are_repeated_while_there_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def run(setting: Setting, config: Path, name: str, *flags: str) -> dict[str, Any]:
+        """What a run that took no time would have told."""
+        made.append(name)
+        about = {
+            "data": "digits",
+            "model": "resnet38",
+            "batch_size": 64,
+            "accuracy": 0.99,
+            "energy_quality": "estimate",
+        }
+        return about | {"flops_forward": 1, "flops_forward_dense": 2, "time_s": 3.0 + len(made), "energy_j": None}
+
+    monkeypatch.setattr(measurements, "_run", run)
+    monkeypatch.setattr(measurements, "PEERS", {})
+    setting = Setting("cpu", tmp_path, None, seeds=(4, 5, 6), cifar_epochs=0)
+    in_time, late = (
+        measurements.whole_runs(dataclasses.replace(setting, until_s=until_s))[0].figure for until_s in (math.inf, 0.0)
+    )
+    assert in_time is not None
+    assert late is not None
+    assert (in_time.n, late.n) == (3, 1)
+    assert made == ["gated-4", "dense-4", "dense-5", "gated-5", "gated-6", "dense-6", "gated-4", "dense-4"]
 
 
 def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
