@@ -7,23 +7,24 @@ A network is converted in place: each block of a known class is exchanged for th
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
-from torchvision.models import convnext, efficientnet, mobilenetv2, mobilenetv3, regnet, resnet, vision_transformer
-from torchvision.models import swin_transformer as swin
-from torchvision.ops.misc import Permute
 
-from greenprune.models.attention import SelfAttention, WindowAttention
-from greenprune.models.residual import PlainBlock, ResidualBlock, Scale, follow_mode, with_hooks_of
+from greenprune.models import torchvision_splits
+from greenprune.models.residual import PlainBlock, ResidualBlock, follow_mode, with_hooks_of
 from greenprune.models.sameness import BlockError, check_same, correct_activated, record_inputs, refuse_lost_hooks
+from greenprune.models.splitting import Split
 
 Block = TypeVar("Block", bound=nn.Module)
-Split = Callable[[Any], nn.Module]
+_SPLITS: dict[type[nn.Module], Split] = dict(torchvision_splits.SPLITS)
 
-_SPLITS: dict[type[nn.Module], Split] = {}
+# Libraries that need not be there, by the names of their packages; the module that takes their blocks apart is imported
+# once a network comes from there.
+_OPTIONAL = {"timm": "greenprune.models.timm_splits"}
 
 # What gating changes of a block, besides its modules; a gate that is not there is no module.
 _GATING = ("gate", "every", "slots", "channels_left")
@@ -65,7 +66,7 @@ def convert_blocks(model: nn.Module, example: Tensor | None = None) -> list[str]
     Raises:
         BlockError: There is no block to gate, or one cannot be taken apart, or is used in two places or called twice.
     """
-    _load_timm_splits(model)
+    _load_splits(model)
     if type(model) in _SPLITS or isinstance(model, ResidualBlock | PlainBlock):
         raise BlockError(
             f"the network is itself a block ({type(model).__name__}); put it into a torch.nn.Sequential first"
@@ -172,184 +173,10 @@ def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]
     yield from module.named_buffers(prefix, remove_duplicate=False)
 
 
-# torchvision.
-
-
-def _chain(*modules: nn.Module | None) -> nn.Sequential:
-    """The modules in a row, without those that are not there or do nothing."""
-    there = [module for module in modules if module is not None and type(module) is not nn.Identity]
-    return nn.Sequential(*there)
-
-
-def _activated(branch: nn.Module, shortcut: nn.Module | None, activation: nn.Module) -> ResidualBlock:
-    """A block whose sum is activated, in a network in which every block is, and the first one's input too."""
-    idempotent = isinstance(activation, nn.ReLU | nn.ReLU6 | nn.Identity)
-    return ResidualBlock(branch, shortcut or nn.Identity(), activation, input_activated=idempotent)
-
-
-def _stream(branch: nn.Module, shortcut: nn.Module | None = None) -> ResidualBlock:
-    """A block whose sum is not activated, as in inverted residuals and transformers."""
-    return ResidualBlock(branch, shortcut or nn.Identity(), nn.Identity(), input_activated=True)
-
-
-@register_block(resnet.BasicBlock)
-def _basic_block(block: resnet.BasicBlock) -> nn.Module:
-    branch = _chain(block.conv1, block.bn1, nn.ReLU(inplace=True), block.conv2, block.bn2)
-    return _activated(branch, block.downsample, nn.ReLU(inplace=True))
-
-
-@register_block(resnet.Bottleneck)
-def _bottleneck(block: resnet.Bottleneck) -> nn.Module:
-    first = (block.conv1, block.bn1, nn.ReLU(inplace=True))
-    branch = _chain(*first, block.conv2, block.bn2, nn.ReLU(inplace=True), block.conv3, block.bn3)
-    return _activated(branch, block.downsample, nn.ReLU(inplace=True))
-
-
-@register_block(regnet.ResBottleneckBlock)
-def _regnet_block(block: regnet.ResBottleneckBlock) -> nn.Module:
-    return _activated(block.f, block.proj, block.activation)
-
-
-@register_block(mobilenetv2.InvertedResidual)
-def _mobilenet_v2_block(block: mobilenetv2.InvertedResidual) -> nn.Module:
-    return _stream(block.conv) if block.use_res_connect else PlainBlock(block.conv)
-
-
-@register_block(mobilenetv3.InvertedResidual)
-def _mobilenet_v3_block(block: mobilenetv3.InvertedResidual) -> nn.Module:
-    return _stream(block.block) if block.use_res_connect else PlainBlock(block.block)
-
-
-@register_block(efficientnet.MBConv)
-@register_block(efficientnet.FusedMBConv)
-def _efficientnet_block(block: efficientnet.MBConv | efficientnet.FusedMBConv) -> nn.Module:
-    if not block.use_res_connect:
-        return PlainBlock(block.block)
-    return _stream(nn.Sequential(block.block, block.stochastic_depth))
-
-
-@register_block(convnext.CNBlock)
-def _convnext_block(block: convnext.CNBlock) -> nn.Module:
-    return _stream(nn.Sequential(block.block, Scale(block.layer_scale), block.stochastic_depth))
-
-
-@register_block(vision_transformer.EncoderBlock)
-def _vit_block(block: vision_transformer.EncoderBlock) -> nn.Module:
-    attention = nn.Sequential(block.ln_1, _self_attention(block.self_attention), block.dropout)
-    chain = nn.Sequential()
-    chain.add_module("attention", _stream(attention))
-    chain.add_module("mlp", _stream(nn.Sequential(block.ln_2, block.mlp)))
-    return chain
-
-
-def _self_attention(attention: nn.MultiheadAttention) -> SelfAttention:
-    plain = attention.batch_first and attention.bias_k is None and not attention.add_zero_attn
-    if not plain or not isinstance(attention.in_proj_weight, nn.Parameter):
-        raise AttributeError("its attention is not plain self-attention with the batch first")
-    width = attention.embed_dim
-    qkv = nn.Linear(width, 3 * width, bias=False, device="meta")
-    qkv.weight = attention.in_proj_weight
-    qkv.bias = attention.in_proj_bias
-    return SelfAttention(qkv, attention.out_proj, attention.num_heads, attention.dropout)
-
-
-@register_block(swin.SwinTransformerBlock)
-def _swin_block(block: swin.SwinTransformerBlock) -> nn.Module:
-    chain = nn.Sequential()
-    attention = nn.Sequential(block.norm1, _window_attention(block.attn), block.stochastic_depth)
-    chain.add_module("attention", _stream(attention))
-    chain.add_module("mlp", _stream(nn.Sequential(block.norm2, block.mlp, block.stochastic_depth)))
-    return chain
-
-
-@register_block(swin.SwinTransformerBlockV2)
-def _swin_v2_block(block: swin.SwinTransformerBlockV2) -> nn.Module:
-    chain = nn.Sequential()
-    attention = nn.Sequential(_window_attention(block.attn), block.norm1, block.stochastic_depth)
-    chain.add_module("attention", _stream(attention))
-    chain.add_module("mlp", _stream(nn.Sequential(block.mlp, block.norm2, block.stochastic_depth)))
-    return chain
-
-
-def _window_attention(attention: swin.ShiftedWindowAttention) -> nn.Module:
-    second = isinstance(attention, swin.ShiftedWindowAttentionV2)
-    converted = WindowAttention(
-        attention.qkv,
-        attention.proj,
-        heads=attention.num_heads,
-        window=(attention.window_size[0], attention.window_size[1]),
-        shift=(attention.shift_size[0], attention.shift_size[1]),
-        position_index=attention.relative_position_index,
-        table=None if second else attention.relative_position_bias_table,
-        coordinates=attention.relative_coords_table if second else None,
-        bias_mlp=attention.cpb_mlp if second else None,
-        logit_scale=attention.logit_scale if second else None,
-        dropout=attention.attention_dropout,
-    )
-    return nn.Sequential(converted, nn.Dropout(attention.dropout)) if attention.dropout else converted
-
-
-# timm, an optional dependency: looked at only if the network comes from there.
-
-
-def _load_timm_splits(model: nn.Module) -> None:
-    if not any(type(module).__module__.startswith("timm.") for module in model.modules()):
-        return
-    from timm.models import convnext as timm_convnext
-    from timm.models import resnet as timm_resnet
-    from timm.models import vision_transformer as timm_vit
-
-    _SPLITS.setdefault(timm_resnet.BasicBlock, _timm_basic_block)
-    _SPLITS.setdefault(timm_resnet.Bottleneck, _timm_bottleneck)
-    _SPLITS.setdefault(timm_convnext.ConvNeXtBlock, _timm_convnext_block)
-    _SPLITS.setdefault(timm_vit.Block, _timm_vit_block)
-
-
-def _timm_basic_block(block: Any) -> nn.Module:
-    hidden = (block.conv1, block.bn1, block.drop_block, block.act1, block.aa)
-    branch = _chain(*hidden, block.conv2, block.bn2, block.se, block.drop_path)
-    return _activated(branch, block.downsample, block.act2)
-
-
-def _timm_bottleneck(block: Any) -> nn.Module:
-    hidden = (block.conv1, block.bn1, block.act1, block.conv2, block.bn2, block.drop_block, block.act2, block.aa)
-    branch = _chain(*hidden, block.conv3, block.bn3, block.se, block.drop_path)
-    return _activated(branch, block.downsample, block.act3)
-
-
-def _timm_convnext_block(block: Any) -> nn.Module:
-    scale = None if block.gamma is None else Scale(block.gamma, (-1, 1, 1))
-    if block.use_conv_mlp:
-        branch = _chain(block.conv_dw, block.norm, *_timm_mlp(block.mlp), scale, block.drop_path)
-    else:
-        inner = (Permute([0, 2, 3, 1]), block.norm, *_timm_mlp(block.mlp), Permute([0, 3, 1, 2]))
-        branch = _chain(block.conv_dw, *inner, scale, block.drop_path)
-    return _stream(branch, block.shortcut)
-
-
-def _timm_vit_block(block: Any) -> nn.Module:
-    chain = nn.Sequential()
-    attention = _timm_attention(block.attn)
-    chain.add_module("attention", _stream(_chain(block.norm1, *attention, block.ls1, block.drop_path1)))
-    mlp = _chain(block.norm2, *_timm_mlp(block.mlp), block.ls2, block.drop_path2)
-    chain.add_module("mlp", _stream(mlp))
-    return chain
-
-
-def _timm_mlp(mlp: Any) -> tuple[nn.Module, ...]:
-    """The layers of timm's plain MLP; any other stays whole, and its hidden channels with it."""
-    if type(mlp).__name__ != "Mlp":
-        return (mlp,)
-    return (mlp.fc1, mlp.act, mlp.drop1, mlp.norm, mlp.fc2, mlp.drop2)
-
-
-def _timm_attention(attention: Any) -> tuple[nn.Module, ...]:
-    """Timm's plain attention with removable heads; any other stays whole, and its heads with it."""
-    extras = (getattr(attention, name, None) for name in ("q_norm", "k_norm", "norm", "gate"))
-    plain = type(attention).__name__ == "Attention" and all(
-        extra is None or type(extra) is nn.Identity for extra in extras
-    )
-    if not plain:
-        return (attention,)
-    heads = SelfAttention(attention.qkv, attention.proj, attention.num_heads, attention.attn_drop.p)
-    return heads, attention.proj_drop
+def _load_splits(model: nn.Module) -> None:
+    """Learn the blocks of the optional libraries that a network's modules come from; what is registered stays."""
+    libraries = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    for library, splits in _OPTIONAL.items():
+        if library in libraries:
+            for kind, split in importlib.import_module(splits).SPLITS.items():
+                _SPLITS.setdefault(kind, split)
