@@ -179,10 +179,16 @@ FAMILIES: dict[str, Family] = {
     "timm-convnext-linear": Family(
         lambda: _timm("convnext_tiny", depths=(1, 1, 2, 1), dims=NARROW, drop_path_rate=0.0), 64
     ),
+    "timm-mobilenet-v3": Family(lambda: _timm("mobilenetv3_small_050", drop_rate=0.0), 64),
+    "timm-byobnet": Family(lambda: _timm("test_byobnet"), 64),
     "timm-vit": Family(
         lambda: _timm("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3), 16
     ),
 }
+
+
+FOLLOWED = ("timm-mobilenet-v3", "timm-byobnet")
+"""Those of blocks that nobody registered, in networks that have no plain form."""
 
 
 def sharing(act: nn.Module, order: str) -> nn.Module:

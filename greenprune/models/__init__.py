@@ -51,7 +51,7 @@ SMALL_IMAGE = 64  # pixels; up to this side the "auto" stem of a ResNet keeps th
 
 _CIFAR_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 38, 44, 56, 110)}
 _RESNETS = ("resnet", "resnext", "wide_resnet")  # prefixes of names in torchvision.models
-_OTHERS = ("regnet", "mobilenet", "efficientnet", "convnext", "vit", "swin")
+_OTHERS = ("regnet", "mobilenet", "mnasnet", "efficientnet", "convnext", "vit", "swin")
 _TIMM = "timm/"
 
 

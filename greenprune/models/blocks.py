@@ -6,10 +6,10 @@ A network is converted in place: each block of a known class is exchanged for th
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from greenprune.models import torchvision_splits
 from greenprune.models.residual import PlainBlock, ResidualBlock, follow_mode, with_hooks_of
 from greenprune.models.sameness import BlockError, check_same, correct_activated, record_inputs, refuse_lost_hooks
 from greenprune.models.splitting import Split
+from greenprune.models.tracing import find_residuals
 
 Block = TypeVar("Block", bound=nn.Module)
 _SPLITS: dict[type[nn.Module], Split] = dict(torchvision_splits.SPLITS)
@@ -72,15 +73,23 @@ def convert_blocks(model: nn.Module, example: Tensor | None = None) -> list[str]
             f"the network is itself a block ({type(model).__name__}); put it into a torch.nn.Sequential first"
         )
     found = _outermost({name: module for name, module in model.named_modules() if type(module) in _SPLITS})
-    inputs = {} if example is None else record_inputs(model, found, example)
+    ready = [name for name, module in model.named_modules() if isinstance(module, ResidualBlock | PlainBlock)]
+    traced = find_residuals(model, [*found, *ready])
+    inputs: dict[str, Tensor] = {}
+    odd: dict[str, BlockError] = {}
+    if example is not None:
+        inputs, odd = record_inputs(model, found | {name: model.get_submodule(name) for name in traced}, example)
+    for name, error in odd.items():
+        if name not in traced:
+            raise error
     for name, block in found.items():
-        split = _take_apart(name, block)
-        if name in inputs:
-            check_same(name, block, split, inputs[name])
-            correct_activated(split, inputs[name])
-        refuse_lost_hooks(name, block, split)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, with_hooks_of(split, block))
+        _exchange(model, name, block, _take_apart(name, block), inputs.get(name))
+    for name, split in traced.items():
+        if name in odd or (example is not None and name not in inputs):
+            continue
+        # Nobody has promised that it can be taken apart: what does not stand the check stays as it is.
+        with contextlib.suppress(BlockError):
+            _exchange(model, name, model.get_submodule(name), split, inputs.get(name))
     blocks = [name for name, module in model.named_modules() if isinstance(module, ResidualBlock | PlainBlock)]
     if not any(isinstance(model.get_submodule(name), ResidualBlock) for name in blocks):
         raise BlockError(_nothing_to_gate(model))
@@ -92,7 +101,7 @@ def convert_blocks(model: nn.Module, example: Tensor | None = None) -> list[str]
     return blocks
 
 
-@contextmanager
+@contextlib.contextmanager
 def put_back_on_failure(model: nn.Module) -> Iterator[None]:
     """Within, a network is taken apart and gated; if that fails, however, its modules are again what they were.
 
@@ -114,6 +123,21 @@ def put_back_on_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
+def _exchange(model: nn.Module, name: str, block: nn.Module, split: nn.Module, x: Tensor | None) -> None:
+    """Put a block's taken-apart form in its place, if it is the same on an input of it.
+
+    Raises:
+        BlockError: It is not, or somebody looks at modules that would be gone.
+    """
+    follow_mode(split, block)
+    if x is not None:
+        check_same(name, block, split, x)
+        correct_activated(split, x)
+    refuse_lost_hooks(name, block, split)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, with_hooks_of(split, block))
+
+
 def _outermost(blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """The blocks that do not lie inside another one of them."""
     found: dict[str, nn.Module] = {}
@@ -127,7 +151,7 @@ def _nothing_to_gate(model: nn.Module) -> str:
     own = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.nn.")}
     made_of = ", ".join(sorted(kind.__name__ for kind in own - {type(model)})) or "torch.nn's layers alone"
     return (
-        f"{type(model).__name__} has no residual block that greenprune knows; it is made of {made_of}. "
+        f"{type(model).__name__} has no residual block that greenprune knows or can follow; it is made of {made_of}. "
         "Expected a class registered with greenprune.register_block (docs/networks.md)"
     )
 
@@ -143,7 +167,6 @@ def _take_apart(name: str, block: nn.Module) -> nn.Module:
             f"{name}: the function registered for {type(block).__name__} gave a {type(split).__name__} without a "
             "ResidualBlock; expected a ResidualBlock or a torch.nn.Sequential of them"
         )
-    follow_mode(split, block)
     return split
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules import activation, batchnorm, dropout
 from torch.nn.modules.conv import _ConvNd
 from torchvision.ops import SqueezeExcitation, StochasticDepth
@@ -68,6 +68,8 @@ _NOT_ZERO_AT_ZERO = (
 )
 _NOT_ZERO_AT_ZERO_IN_TIMM = ("Sigmoid", "HardSigmoid")
 
+
+_TIMM_SQUEEZE_EXCITATIONS = {"SEModule": ("fc1", "fc2"), "SqueezeExcite": ("conv_reduce", "conv_expand")}
 
 # Tensors that lose entries when channels go.
 _CUT = ("weight", "bias", "running_mean", "running_var", "table", "logit_scale")
@@ -239,8 +241,8 @@ class _Walk:
             self._attention(path, module)
         elif isinstance(module, batchnorm._BatchNorm) and _hold_their_tensors([module]):
             self._carry(path, module)
-        elif _is_squeeze_excitation(module) and _are_plain(module, "fc1", "fc2"):
-            self._squeeze_excitation(path, module)
+        elif (layers := _layers_of_squeeze_excitation(module)) and _are_plain(module, *layers):
+            self._squeeze_excitation(path, module, *layers)
         elif type(module) not in _CHANNELWISE and not _is_channelwise_by_name(module):
             self._unknown(path, module)
         elif type(module) in _POOLS and _POOLS[type(module)] != self._positions:
@@ -251,9 +253,13 @@ class _Walk:
 
     def _unknown(self, path: str, module: nn.Module) -> None:
         """A module that may mix channels, and may hide some inside."""
-        self._spoil(f"{path} ({type(module).__name__}) is not known to treat each channel by itself")
+        traced = isinstance(module, fx.GraphModule)
+        self._spoil(
+            f"{path} ({'a function' if traced else type(module).__name__}) is not known to treat each channel by itself"
+        )
         if any(isinstance(child, _ConvNd | nn.Linear) for child in module.modules()):
-            self.notes.append(f"{path}: the channels inside a {type(module).__name__} are not gated")
+            what = "what the block's forward does between modules" if traced else f"a {type(module).__name__}"
+            self.notes.append(f"{path}: the channels inside {what} are not gated")
 
     def _dense(self, path: str, module: _Conv | nn.Linear) -> None:
         self._close(path, module)
@@ -338,17 +344,17 @@ class _Walk:
         opened.sizes += [(path, name) for name in ("in_channels", "out_channels", "groups")]
         self._width = module.out_channels
 
-    def _squeeze_excitation(self, path: str, module: nn.Module) -> None:
+    def _squeeze_excitation(self, path: str, module: nn.Module, squeeze: str, excite: str) -> None:
         """Scales each channel by a factor made from all of them: they have to be switched before it."""
         if self._open is None:
             return
         if not self._switched:
             self._open.slot, self._switched = self._previous, True
-        first, second = f"{path}.fc1", f"{path}.fc2"
-        per_unit = int(module.get_submodule("fc1").in_channels) // self._open.units  # type: ignore[arg-type]
+        first, second = f"{path}.{squeeze}", f"{path}.{excite}"
+        per_unit = int(module.get_submodule(squeeze).in_channels) // self._open.units  # type: ignore[arg-type]
         self._open.slices.append(Slice(first, "weight", 1, per_unit))
         self._open.sizes.append((first, "in_channels"))
-        for name, _ in module.get_submodule("fc2").named_parameters(recurse=False):
+        for name, _ in module.get_submodule(excite).named_parameters(recurse=False):
             self._open.slices.append(Slice(second, name, 0, per_unit))
         self._open.sizes.append((second, "out_channels"))
 
@@ -423,11 +429,12 @@ def _makes_constants(module: nn.Module) -> bool:
     return isinstance(module, _NOT_ZERO_AT_ZERO)
 
 
-def _is_squeeze_excitation(module: nn.Module) -> bool:
-    """Torchvision's, or timm's of the same form, which is an optional dependency and known by its name."""
+def _layers_of_squeeze_excitation(module: nn.Module) -> tuple[str, str] | None:
+    """The names of its two layers: of torchvision's, or of timm's, an optional dependency, known by their names."""
     if isinstance(module, SqueezeExcitation):
-        return True
-    return type(module).__module__.startswith("timm.") and type(module).__name__ == "SEModule"
+        return "fc1", "fc2"
+    kind = type(module)
+    return _TIMM_SQUEEZE_EXCITATIONS.get(kind.__name__) if kind.__module__.startswith("timm.") else None
 
 
 def _is_channelwise_by_name(module: nn.Module) -> bool:

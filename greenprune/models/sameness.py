@@ -41,13 +41,17 @@ def refuse_lost_hooks(name: str, block: nn.Module, split: nn.Module) -> None:
             )
 
 
-def record_inputs(model: nn.Module, blocks: dict[str, nn.Module], example: Tensor) -> dict[str, Tensor]:
+def record_inputs(
+    model: nn.Module, blocks: dict[str, nn.Module], example: Tensor
+) -> tuple[dict[str, Tensor], dict[str, BlockError]]:
     """What each block is given when the network runs on the example, in evaluation mode.
 
-    Raises:
-        BlockError: One of them, or one that has been taken apart before, is not called as a block.
+    Returns:
+        By name, the inputs of those that run, and why one of them, or one that has been taken apart before, cannot be a
+        block: what the network calls otherwise.
     """
     inputs: dict[str, Tensor] = {}
+    odd: dict[str, BlockError] = {}
     calls: Counter[str] = Counter()
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -55,12 +59,13 @@ def record_inputs(model: nn.Module, blocks: dict[str, nn.Module], example: Tenso
             calls[name] += 1
             if isinstance(block, ResidualBlock | PlainBlock):
                 return
-            if len(args) != 1 or options:
-                raise BlockError(
-                    f"{name}: a {type(block).__name__} that is called with more than its input cannot be taken apart; "
-                    "expected a block called with one tensor"
-                )
-            inputs[name] = args[0].clone()
+            if len(args) == 1 and not options and isinstance(args[0], Tensor):
+                inputs[name] = args[0].clone()
+                return
+            odd[name] = BlockError(
+                f"{name}: a {type(block).__name__} that is called with more than its input cannot be taken apart; "
+                "expected a block called with one tensor"
+            )
 
         return keep
 
@@ -75,11 +80,11 @@ def record_inputs(model: nn.Module, blocks: dict[str, nn.Module], example: Tenso
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     for name, count in calls.items():
         if count > places[watched[name]]:  # of one that stands in several places, those are named (_refuse_shared)
-            raise BlockError(
+            odd[name] = BlockError(
                 f"{name}: the network calls it {count} times in one pass, and a gate would count what it decides in "
                 "the last call alone; expected a block called once, or one for each call"
             )
-    return inputs
+    return inputs, odd
 
 
 def pass_through(model: nn.Module, example: Tensor) -> None:

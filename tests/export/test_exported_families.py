@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from families import BATCH, EVERY_ORDER, FAMILIES, ONE_ACTIVATION, build, patterns, sharing
+from families import BATCH, EVERY_ORDER, FAMILIES, FOLLOWED, ONE_ACTIVATION, build, patterns, sharing
 
 from greenprune import UserError
 from greenprune.export import export_network
@@ -26,12 +26,15 @@ TRACED = ("torch.export", "onnx")
 QUICK = {  # the other pairs are among the slow tests
     *((name, "safetensors") for name in FAMILIES),
     *((name, kind) for name in ("cifar-b", "vit") for kind in ("torch", "hf", *TRACED)),
-    *((name, "onnx") for name in ("mobilenet-v3-small", "convnext", "swin-v2")),
+    *((name, "onnx") for name in ("mobilenet-v3-small", "convnext", "swin-v2", *FOLLOWED)),
 }
 CASES = [
     pytest.param(name, kind, marks=() if (name, kind) in QUICK else pytest.mark.slow)
     for name in FAMILIES
-    for kind in ("torch", "safetensors", "hf", *TRACED)
+    for kind in (*(() if name in FOLLOWED else ("torch", "safetensors", "hf")), *TRACED)
+]
+CONVOLUTIONAL = [
+    name for name in FAMILIES if not any(kind in name for kind in ("vit", "swin")) and name not in FOLLOWED
 ]
 
 
@@ -102,7 +105,7 @@ def test_an_activation_that_a_branch_uses_twice_is_written_twice(
         assert relative_difference(logits("torch", tmp_path / "out", images), model.eval()(images)) <= 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if not any(kind in name for kind in ("vit", "swin"))])
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_batch_norm_is_folded_on_request(name: str, tmp_path: Path) -> None:
     model = pruned(name)
     exported = export_network(model, FAMILIES[name].images(), "safetensors", tmp_path / "out", fold_batch_norm=True)

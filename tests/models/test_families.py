@@ -96,6 +96,16 @@ FOUND: dict[str, tuple[int, int, list[tuple[str, int, int]]]] = {
     "timm-resnext": (5, 0, [("hidden", 4, width) for width in (4, 4, 8, 12, 16)]),
     "timm-convnext": (5, 0, [("hidden", width, 1) for width in (32, 64, 96, 96, 128)]),
     "timm-convnext-linear": (5, 0, [("hidden", width, 1) for width in (32, 64, 96, 96, 128)]),
+    "timm-mobilenet-v3": (
+        7,
+        3,
+        [("hidden", width, 1) for width in (40, 56, 64, 144, 144, 72, 72, 144, 288, 288)],
+    ),
+    "timm-byobnet": (
+        4,
+        0,
+        [("hidden", width, 1) for width in (16, 32, 32)] + [(label, 64, 1) for label in ("hidden1", "hidden2")],
+    ),
     "timm-vit": (4, 0, [("heads", 3, 8), ("hidden", 96, 1)] * 2),
 }
 
@@ -138,6 +148,9 @@ def test_all_blocks_and_channels_of_a_family_are_found(name: str) -> None:
         ("wide_resnet50_2", 16, 32),
         ("regnet_x_400mf", 22, 22),
         ("regnet_y_400mf", 16, 16),
+        ("mnasnet1_0", 10, 16),
+        ("timm/regnety_002", 13, 13),
+        ("timm/mixer_s32_224", 16, 16),
         ("mobilenet_v2", 10, 16),
         ("mobilenet_v3_small", 6, 10),
         ("mobilenet_v3_large", 10, 14),
@@ -705,8 +718,14 @@ def test_a_network_that_is_itself_a_block_is_refused(register: Any) -> None:
 
 
 def test_a_network_with_nothing_to_gate_says_what_it_is_made_of() -> None:
-    for model, made_of in ((network(Block()), "Block"), (network(), "torch.nn's layers alone")):
-        with pytest.raises(BlockError, match=f"no residual block that greenprune knows; it is made of {made_of}. Exp"):
+    class Row(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    for model, made_of in ((network(Row()), "Row"), (network(), "torch.nn's layers alone")):
+        with pytest.raises(
+            BlockError, match=f"block that greenprune knows or can follow; it is made of {made_of}. Exp"
+        ):
             convert_blocks(model, IMAGES)
 
 

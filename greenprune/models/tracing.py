@@ -1,0 +1,348 @@
+"""Residual blocks that nobody has registered, found in what a module's forward does (torch.fx) and taken apart by it.
+
+Where the forward of a module adds to a value what a branch makes of it, or to what a smaller path makes of it, that is
+a residual block; several such sums in a row are several blocks. Modules inside are not looked into: a branch that is a
+chain of modules stays one, so that channels between its layers can be gated. What stands between them (a function, a
+product with a parameter) becomes a module of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+from torch.nn.modules import activation
+from torch.nn.modules.conv import _ConvNd
+
+from greenprune.models.residual import PlainBlock, ResidualBlock
+
+# In place on what the branch has made it is an addition as well.
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add")
+
+# Functions that are activations, as the modules that do the same.
+_ACTIVATIONS: dict[Any, type[nn.Module]] = {
+    functional.relu: nn.ReLU,
+    torch.relu: nn.ReLU,
+    "relu": nn.ReLU,
+    functional.relu6: nn.ReLU6,
+    functional.gelu: nn.GELU,
+    functional.silu: nn.SiLU,
+    functional.hardswish: nn.Hardswish,
+    functional.mish: nn.Mish,
+}
+
+
+def find_residuals(model: nn.Module, known: Collection[str]) -> dict[str, nn.Module]:
+    """The blocks of a network that can be taken apart by what their forward does, in their taken-apart form.
+
+    Of modules in one another it is the innermost. Of a class of which some are such blocks, those without a sum (where
+    the width changes, say) are blocks without a shortcut. The network itself is none, nor is what is called with more
+    than one value, what stands or has tensors in several places or such that its forward leaves out, and what does
+    otherwise in training than in evaluation but through its modules.
+
+    Args:
+        model: The network.
+        known: Paths of blocks that are known; they, what lies in them and what they lie in are left alone.
+
+    Returns:
+        By path, in the order of the network: a :class:`ResidualBlock`, a chain with some, or a :class:`PlainBlock`,
+        made of the block's own modules and parameters.
+    """
+    shared = _in_several_places(model)
+    alone = {
+        name: module
+        for name, module in model.named_modules()
+        if name
+        and _may_be_block(module)
+        and not shared & _ids(module)
+        and not any(f"{name}.".startswith(f"{other}.") or other.startswith(f"{name}.") for other in known)
+    }
+    parted = {name: part(module) for name, module in alone.items()}
+    found = {name: split for name, split in parted.items() if split is not None and _holds_all(split, alone[name])}
+    found = {name: split for name, split in found.items() if not any(other.startswith(f"{name}.") for other in found)}
+    kinds = {type(alone[name]) for name in found}
+    for name, module in alone.items():
+        if type(module) in kinds and parted[name] is None:
+            plain = _plain(module)
+            if plain is not None and _holds_all(plain, module):
+                found[name] = plain
+    return {name: found[name] for name in alone if name in found}
+
+
+def _may_be_block(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own that takes one value, and layers that could be left out."""
+    kind = type(module)
+    of_others = kind.__module__.startswith(("torch.", "greenprune.")) or isinstance(module, ResidualBlock | PlainBlock)
+    if of_others or kind.forward is nn.Sequential.forward or not _layers([module]):
+        return False
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    return len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL
+
+
+def _layers(modules: Collection[nn.Module]) -> int:
+    """How many layers with products there are in some modules."""
+    return sum(isinstance(inner, _ConvNd | nn.Linear) for module in modules for inner in module.modules())
+
+
+def _ids(module: nn.Module) -> set[int]:
+    return {id(held) for held in (*module.modules(), *module.parameters(), *module.buffers())}
+
+
+def _holds_all(split: nn.Module, block: nn.Module) -> bool:
+    """Whether no tensor of a block is lost, and none has come into several places."""
+    if _in_several_places(split):
+        return False
+    of_block, of_split = ([*module.parameters(), *module.buffers()] for module in (block, split))
+    return {id(tensor) for tensor in of_block} == {id(tensor) for tensor in of_split}
+
+
+def _in_several_places(model: nn.Module) -> set[int]:
+    """Tensors and modules with tensors that have several places; activations may."""
+    places: Counter[int] = Counter()
+    for module in model.modules():
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        places.update(id(tensor) for tensor in tensors if tensor is not None)
+    for _, module in model.named_modules(remove_duplicate=False):
+        if any(True for _ in module.parameters()):
+            places[id(module)] += 1
+    return {held for held, count in places.items() if count > 1}
+
+
+class _Value(fx.Proxy):
+    """A value that knows when it is changed: ``x += y`` is written down as ``x = x + y`` otherwise."""
+
+    def __iadd__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
+
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+
+
+class _Tracer(fx.Tracer):
+    """Follows the forward of one module; the modules in it are its steps."""
+
+    proxy_buffer_attributes = True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """The value of a node."""
+        return _Value(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Every module is one."""
+        return True
+
+
+def _ends(block: nn.Module) -> tuple[fx.Node, fx.Node] | None:
+    """Input and result of what a module's forward does; None where that cannot be told, or depends on the mode."""
+    modes = {module: module.training for module in block.modules()}
+    graphs = []
+    try:
+        for training in (False, True):
+            for module in modes:
+                module.training = training
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                graphs.append(_Tracer().trace(block))
+    except Exception:  # noqa: BLE001 - what a forward makes of a value that is none yet is an error of its own
+        return None
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if str(graphs[0]) != str(graphs[1]):
+        return None
+    (begin,) = (node for node in graphs[0].nodes if node.op == "placeholder")
+    (output,) = (node for node in graphs[0].nodes if node.op == "output")
+    end = output.args[0]
+    return (begin, end) if isinstance(end, fx.Node) else None
+
+
+def part(block: nn.Module) -> nn.Module | None:
+    """A module's taken-apart form by what its forward does; None if it is no residual block or cannot be followed."""
+    ends = _ends(block)
+    if ends is None:
+        return None
+    parts: list[nn.Module] = []
+    for stretch in _stretches(*ends):
+        residual = _sum(block, stretch)
+        if residual is not None:
+            parts.append(residual)
+            continue
+        step = _step(block, stretch)
+        last = parts[-1] if parts else None
+        if isinstance(last, ResidualBlock) and isinstance(last.activation, nn.Identity) and _is_activation(step):
+            # Whether the block's input has passed it too is not known: where the branch goes, it stays.
+            last.activation, last.input_activated = _not_in_place(step), False
+        else:
+            parts.append(step)
+    if not any(isinstance(found, ResidualBlock) for found in parts):
+        return None
+    return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+
+
+def _plain(block: nn.Module) -> PlainBlock | None:
+    """A block without a sum, as a row of modules; None if it cannot be followed."""
+    ends = _ends(block)
+    return None if ends is None else PlainBlock(nn.Sequential(*_steps(block, *ends)))
+
+
+class _Stretch:
+    """The nodes from one value of a graph to a later one, between which no single node is all that there is.
+
+    Attributes:
+        begin: The first value; not among the nodes.
+        nodes: What is made of it, in order; the last one is where it ends.
+    """
+
+    def __init__(self, begin: fx.Node, nodes: list[fx.Node]) -> None:
+        self.begin = begin
+        self.nodes = nodes
+
+    @property
+    def end(self) -> fx.Node:
+        """Its last node."""
+        return self.nodes[-1]
+
+
+def _between(begin: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """The nodes that a value is made of, from another one on, in order; without that one."""
+    order = {node: number for number, node in enumerate(begin.graph.nodes)}
+    depends = {begin}
+    for node in begin.graph.nodes:
+        if depends.intersection(node.all_input_nodes):
+            depends.add(node)
+    found, to_look_at = set(), [end]
+    while to_look_at:
+        node = to_look_at.pop()
+        if node in depends and node is not begin and node not in found:
+            found.add(node)
+            to_look_at += node.all_input_nodes
+    return sorted(found, key=order.__getitem__)
+
+
+def _stretches(begin: fx.Node, end: fx.Node) -> Iterator[_Stretch]:
+    """A way through a graph, cut at every node that all of it passes through."""
+    nodes = _between(begin, end)
+    place = {node: number for number, node in enumerate([begin, *nodes])}
+    last_use = {node: max((place[user] for user in node.users if user in place), default=0) for node in place}
+    first, pending = 0, last_use[begin]
+    for number, node in enumerate(nodes, 1):
+        if pending <= number:
+            yield _Stretch(([begin, *nodes])[first], nodes[first:number])
+            first = number
+        pending = max(pending, last_use[node])
+
+
+def _sum(block: nn.Module, stretch: _Stretch) -> ResidualBlock | None:
+    """The residual block that a stretch is: a sum of a branch and of where it begins, or of what has fewer layers."""
+    node = stretch.end
+    if node.target not in _ADDITIONS or node.kwargs or len(node.args) != 2:
+        return None
+    ends = [operand for operand in node.args if isinstance(operand, fx.Node)]
+    ways = [_between(stretch.begin, operand) for operand in ends]
+    if len(ends) < 2 or not all(way or operand is stretch.begin for way, operand in zip(ways, ends, strict=True)):
+        return None
+    layers = [
+        _layers([block.get_submodule(str(step.target)) for step in way if step.op == "call_module"]) for way in ways
+    ]
+    if (
+        layers[0] == layers[1]
+        or set(ways[0]) & set(ways[1])
+        or _works_in_place_on(stretch.begin, block, {*ways[0], *ways[1], node})
+    ):
+        return None
+    branch, shortcut = ends if layers[0] > layers[1] else reversed(ends)
+    beside = _steps(block, stretch.begin, shortcut)
+    return ResidualBlock(
+        nn.Sequential(*_steps(block, stretch.begin, branch)),
+        nn.Sequential(*beside) if beside else nn.Identity(),
+        nn.Identity(),
+        input_activated=True,
+    )
+
+
+def _works_in_place_on(value: fx.Node, block: nn.Module, users: Collection[fx.Node]) -> bool:
+    """Whether some of its users change a value: the other way from there on would go on with another."""
+    for node in value.users:
+        if node not in users or node.args[:1] != (value,):
+            continue
+        if node.op == "call_module":
+            first = block.get_submodule(str(node.target))
+            while type(first).forward is nn.Sequential.forward and len(first):  # type: ignore[arg-type]
+                first = next(first.children())
+            if getattr(first, "inplace", False):
+                return True
+        elif node.kwargs.get("inplace") or str(node.target).endswith("_") or node.target in _IN_PLACE:
+            return True
+    return False
+
+
+def _steps(block: nn.Module, begin: fx.Node, end: fx.Node) -> list[nn.Module]:
+    """What makes a value of another one, in a row; a module that is no more than a row of others as these."""
+    steps = [_step(block, stretch) for stretch in _stretches(begin, end)]
+    return [inner for step in steps for inner in _opened(step)]
+
+
+def _opened(step: nn.Module) -> list[nn.Module]:
+    """The modules that a module is a row of (a convolution with its norm, a perceptron), else itself."""
+    if not _may_be_block(step) or isinstance(step, fx.GraphModule | _ConvNd | nn.Linear):
+        return [step]
+    ends = _ends(step)
+    inner = [step] if ends is None else _steps(step, *ends)
+    return [step] if any(isinstance(found, fx.GraphModule) for found in inner) else inner
+
+
+def _step(block: nn.Module, stretch: _Stretch) -> nn.Module:
+    """What a stretch does, as a module: the block's own where it is one."""
+    node = stretch.end
+    if len(stretch.nodes) == 1 and node.args == (stretch.begin,):
+        if node.op == "call_module" and not node.kwargs:
+            return block.get_submodule(str(node.target))
+        if node.target in _ACTIVATIONS and not node.kwargs.keys() - {"inplace"}:
+            return _ACTIVATIONS[node.target]()
+    graph = fx.Graph()
+    copies = {stretch.begin: graph.placeholder("x")}
+
+    def copy_of(original: fx.Node) -> fx.Node:
+        if original not in copies:
+            for value in original.all_input_nodes:
+                copy_of(value)
+            copies[original] = graph.node_copy(original, copies.__getitem__)
+        return copies[original]
+
+    for original in stretch.nodes:  # in the order of the forward, which matters to what works in place
+        copy_of(original)
+    graph.output(copies[stretch.end])
+    return fx.GraphModule(block, graph, class_name="Traced")
+
+
+def _is_activation(step: nn.Module) -> bool:
+    kind = type(step)
+    if kind.__module__ == activation.__name__:
+        return not isinstance(step, nn.MultiheadAttention)
+    return kind.__module__.startswith("timm.layers.activations")
+
+
+def _not_in_place(step: nn.Module) -> nn.Module:
+    """An activation that leaves what it is given: where the branch has gone, that may be somebody else's too."""
+    if not getattr(step, "inplace", False):
+        return step
+    step = copy.copy(step)
+    step.inplace = False  # type: ignore[assignment]
+    return step
