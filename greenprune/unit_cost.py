@@ -23,7 +23,7 @@ from greenprune.config import ConfigError
 from greenprune.energy import POWERCAP, MeterUnavailable, Source, open_counters
 from greenprune.flops import go_back_from
 from greenprune.models import ResidualBlock, residual_blocks
-from greenprune.models.attention import SelfAttention, WindowAttention
+from greenprune.models.attention import SelfAttention, SeparateSelfAttention, WindowAttention
 from greenprune.provenance import gpu_uuid
 
 MeasuredUnit = Literal["time", "energy"]
@@ -36,7 +36,7 @@ _WARM_UP, _TURNS = 2, 15
 _TURN_S = 0.003
 _WHOLE, _REST = "whole", "rest of "
 
-# torchvision's and timm's stochastic depth as they print themselves, with the rate, which differs from block to block.
+# The libraries' stochastic depth as they print themselves, with the rate, which differs from block to block.
 _SKIPPED = re.compile(r"(StochasticDepth|DropPath)\([^()]*\)")
 
 # Energy (our choices): turns of each part; its least span, in periods of the counter, and in what is not known of its
@@ -166,7 +166,7 @@ def _kind(block: ResidualBlock, x: Tensor) -> str:
     attention = [
         (module.heads, module.dropout, *((module.window, module.shift) if isinstance(module, WindowAttention) else ()))
         for module in block.modules()
-        if isinstance(module, SelfAttention | WindowAttention)
+        if isinstance(module, SelfAttention | SeparateSelfAttention | WindowAttention)
     ]
     shown = _SKIPPED.sub(r"\1", str(block))
     return f"{shown} with {attention} of {tuple(x.shape)}"

@@ -22,6 +22,8 @@ from greenprune.surgery import Operation, Surgeon
 BATCH = 6
 CLASSES = 5
 
+TRANSFORMERS = "5.24"  # layers of older releases may be made otherwise
+
 Setting = mobilenetv3.InvertedResidualConfig
 
 
@@ -122,6 +124,34 @@ def _timm(name: str, **options: Any) -> nn.Module:
     return timm.create_model(name, pretrained=False, num_classes=CLASSES, **options)
 
 
+class Logits(nn.Module):
+    """A network of transformers that gives its logits alone."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images).logits
+        return logits
+
+
+def transformers_network(name: str, **options: Any) -> Any:
+    """An image classifier of transformers by the beginning of its class's name, with these settings."""
+    transformers = pytest.importorskip("transformers", minversion=TRANSFORMERS)
+    config = getattr(transformers, f"{name}Config")(num_labels=CLASSES, **options)
+    return getattr(transformers, f"{name}ForImageClassification")(config)
+
+
+TRANSFORMERS_VIT = {
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+}
+
+
 class _Narrow(resnet.ResNet):
     """Torchvision's ResNet with a quarter of its width."""
 
@@ -183,6 +213,24 @@ FAMILIES: dict[str, Family] = {
     "timm-byobnet": Family(lambda: _timm("test_byobnet"), 64),
     "timm-vit": Family(
         lambda: _timm("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3), 16
+    ),
+    "transformers-resnet": Family(
+        lambda: Logits(transformers_network("ResNet", embedding_size=8, hidden_sizes=[16, 32], depths=[2, 1])), 64
+    ),
+    "transformers-resnet-basic": Family(
+        lambda: Logits(
+            transformers_network("ResNet", embedding_size=8, hidden_sizes=[8, 16], depths=[2, 1], layer_type="basic")
+        ),
+        64,
+    ),
+    "transformers-convnext": Family(
+        lambda: Logits(transformers_network("ConvNext", hidden_sizes=NARROW[:2], depths=[1, 2], num_stages=2)), 32
+    ),
+    "transformers-vit": Family(
+        lambda: Logits(transformers_network("ViT", intermediate_size=48, **TRANSFORMERS_VIT)), 16
+    ),
+    "transformers-dinov2": Family(
+        lambda: Logits(transformers_network("Dinov2", mlp_ratio=2, use_mask_token=False, **TRANSFORMERS_VIT)), 16
     ),
 }
 

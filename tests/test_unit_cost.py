@@ -31,7 +31,7 @@ import greenprune.run
 from greenprune import BudgetConfig, GateConfig, Pruner
 from greenprune.config import Config, ConfigError, ModelConfig, OptimConfig, RemovalConfig
 from greenprune.models import CifarResNet, ResidualBlock, residual_blocks
-from greenprune.models.attention import SelfAttention
+from greenprune.models.attention import SelfAttention, SeparateSelfAttention
 from greenprune.models.cifar_resnet import SubsamplePad
 from greenprune.progress import Display
 from greenprune.run import train
@@ -103,6 +103,11 @@ def attending(heads: int = 4, dropout: float = 0.0) -> nn.Module:
     return ResidualBlock(branch, nn.Identity(), nn.Identity(), input_activated=True)
 
 
+def attending_apart(heads: int = 4) -> nn.Module:
+    branch = SeparateSelfAttention(*(nn.Linear(8, 8) for _ in range(4)), heads=heads)
+    return ResidualBlock(branch, nn.Identity(), nn.Identity(), input_activated=True)
+
+
 def activated(input_activated: bool) -> nn.Module:
     return ResidualBlock(nn.Linear(8, 8), nn.Identity(), nn.ReLU(), input_activated=input_activated)
 
@@ -112,9 +117,10 @@ def activated(input_activated: bool) -> nn.Module:
     [
         (attending(), attending(), attending(heads=2)),
         (attending(), attending(), attending(dropout=0.1)),
+        (attending_apart(), attending_apart(), attending_apart(heads=2)),
         (activated(True), activated(True), activated(False)),
     ],
-    ids=["heads", "dropout", "what stays"],
+    ids=["heads", "dropout", "heads with projections of their own", "what stays"],
 )
 def test_blocks_that_compute_otherwise_are_measured_by_themselves(
     one: nn.Module, alike: nn.Module, other: nn.Module

@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +267,7 @@ def _export(  # noqa: PLR0913 -- what both ways in differ in
 ) -> Exported:
     network, folded = form_to_write(model, kind, fold)
     with torch.no_grad():
-        expected = [_logits(model(images)), _logits(model(images[:1]))]
+        expected = [_logits(model(some), named=network is not model) for some in (images, images[:1])]
     versions = {"greenprune": importlib.metadata.version("greenprune"), "torch": torch.__version__}
     with new_folder(target) as folder:
         with naming_the_target(folder, target):
@@ -330,12 +330,18 @@ def weights_bytes(network: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
 
 
-def _logits(output: object) -> Tensor:
+def _logits(output: object, *, named: bool) -> Tensor:
     """What a network gives, if it is what can be exported.
+
+    Args:
+        output: What it gives.
+        named: Whether they may be in a mapping, as transformers has it: the plain form gives the logits alone.
 
     Raises:
         ExportError: It is not one tensor with a dimension of classes.
     """
+    if named and isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
     if not isinstance(output, Tensor):
         raise ExportError(f"the network gives a {type(output).__name__}; expected one tensor of logits [B, classes]")
     if output.dim() < 2:

@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from greenprune.config import UserError
 from greenprune.export import layers
-from greenprune.models.attention import SelfAttention, WindowAttention
+from greenprune.models.attention import SelfAttention, SeparateSelfAttention, WindowAttention
 from greenprune.models.channels import named_steps
 
 
@@ -169,6 +169,11 @@ def _self_attention(attention: Any, path: str) -> nn.Module:
     return SelfAttention(_layer(attention.qkv, path), _layer(attention.proj, path), attention.heads)
 
 
+def _separate_self_attention(attention: Any, path: str) -> nn.Module:
+    query, key, value = (_layer(layer, path) for layer in (attention.query, attention.key, attention.value))
+    return SeparateSelfAttention(query, key, value, _layer(attention.proj, path), attention.heads)
+
+
 def _window_attention(attention: Any, path: str) -> nn.Module:
     mlp = attention.bias_mlp
     if mlp is not None:
@@ -261,12 +266,17 @@ def _timm_classifier(module: Any, path: str) -> nn.Module | None:
     return _chain([module.global_pool, module.fc, module.flatten], path)
 
 
+def _transformers_layer_norm(norm: Any, _: str) -> nn.Module:
+    return _made_anew(layers.LayerNorm2d if norm.data_format == "channels_first" else nn.LayerNorm, norm)
+
+
 # How modules are exchanged, by the package and the name of their class.
 _MODULES: dict[str, Callable[[Any, str], nn.Module | None]] = {
     "greenprune.ResidualBlock": _residual_block,
     "greenprune.PlainBlock": lambda block, path: _plain(block.branch, path),
     "greenprune.Scale": lambda scale, _: _scale(scale.weight.view(scale.shape)),
     "greenprune.SelfAttention": _self_attention,
+    "greenprune.SeparateSelfAttention": _separate_self_attention,
     "greenprune.WindowAttention": _window_attention,
     "greenprune.SubsamplePad": lambda module, _: layers.SubsamplePad(module.stride, module.before, module.after),
     "torchvision.SqueezeExcitation": _squeeze_excitation,
@@ -290,10 +300,24 @@ _MODULES: dict[str, Callable[[Any, str], nn.Module | None]] = {
     "timm.Tanh": lambda *_: nn.Tanh(),
     "timm.HardSwish": lambda *_: nn.Hardswish(),
     "timm.HardSigmoid": lambda *_: nn.Hardsigmoid(),
+    "transformers.ResNetConvLayer": lambda m, path: _chain([m.convolution, m.normalization, m.activation], path),
+    "transformers.ResNetShortCut": lambda m, path: _chain([m.convolution, m.normalization], path),
+    "transformers.ResNetStage": lambda stage, path: _chain([*stage.layers], path),
+    "transformers.ConvNextStage": lambda stage, path: _chain([*stage.downsampling_layer, *stage.layers], path),
+    "transformers.ConvNextLayerNorm": _transformers_layer_norm,
+    "transformers.GELUActivation": lambda *_: nn.GELU(),
+    "transformers.GELUTanh": lambda *_: nn.GELU("tanh"),
+    "transformers.SiLUActivation": lambda *_: nn.SiLU(),
 }
 
 # What does nothing at inference, beside torch.nn's Identity and dropouts.
-_NOTHING = ("torchvision.StochasticDepth", "timm.DropPath", "timm.DropBlock2d", "timm.PatchDropout")
+_NOTHING = (
+    "torchvision.StochasticDepth",
+    "timm.DropPath",
+    "timm.DropBlock2d",
+    "timm.PatchDropout",
+    "transformers.ConvNextDropPath",
+)
 
 
 def _pool() -> nn.Module:
@@ -351,6 +375,40 @@ def _timm_vit(model: Any) -> dict[str, nn.Module]:
     }
 
 
+def _transformers_resnet(model: Any) -> dict[str, nn.Module]:
+    body = model.resnet
+    return {
+        "stem": nn.Sequential(body.embedder.embedder, body.embedder.pooler),
+        "stages": nn.Sequential(*body.encoder.stages),
+        "pool": body.pooler,
+        "head": model.classifier,
+    }
+
+
+def _transformers_convnext(model: Any) -> dict[str, nn.Module]:
+    body = model.convnext
+    return {
+        "stem": nn.Sequential(body.embeddings.patch_embeddings, body.embeddings.layernorm),
+        "stages": nn.Sequential(*body.encoder.stages),
+        "pool": _pool(),
+        "norm": body.layernorm,
+        "head": model.classifier,
+    }
+
+
+def _transformers_vit(model: Any) -> dict[str, nn.Module]:
+    body, embeddings = model.vit, model.vit.embeddings
+    return {
+        "patches": nn.Sequential(embeddings.patch_embeddings.projection, layers.Tokens()),
+        "class_token": _class_tokens(embeddings.cls_token),
+        "positions": _position_embedding(embeddings.position_embeddings),
+        "blocks": nn.Sequential(*(nn.Sequential(layer.attention, layer.mlp) for layer in body.layers)),
+        "norm": body.layernorm,
+        "pool": layers.FirstToken(),
+        "head": model.classifier,
+    }
+
+
 # The parts of whole networks in the order of their forward, by the package and the name of their class.
 _NETWORKS: dict[str, Callable[[Any], dict[str, nn.Module]]] = {
     "greenprune.CifarResNet": lambda m: {"stem": m.stem, "stages": m.stages, "pool": _pool(), "head": m.head},
@@ -375,4 +433,7 @@ _NETWORKS: dict[str, Callable[[Any], dict[str, nn.Module]]] = {
     "timm.ResNet": _timm_resnet,
     "timm.ConvNeXt": lambda m: {"stem": m.stem, "stages": m.stages, "norm": m.norm_pre, "head": m.head},
     "timm.VisionTransformer": _timm_vit,
+    "transformers.ResNetForImageClassification": _transformers_resnet,
+    "transformers.ConvNextForImageClassification": _transformers_convnext,
+    "transformers.ViTForImageClassification": _transformers_vit,
 }

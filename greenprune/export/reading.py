@@ -16,11 +16,11 @@ from torch import nn
 
 from greenprune.export import layers
 from greenprune.export.source import definitions
-from greenprune.models.attention import SelfAttention, WindowAttention
+from greenprune.models.attention import SelfAttention, SeparateSelfAttention, WindowAttention
 
 _OWN: dict[str, type[nn.Module]] = {
     name: kind for name, kind in vars(layers).items() if isinstance(kind, type) and kind.__module__ == layers.__name__
-} | {kind.__name__: kind for kind in (SelfAttention, WindowAttention)}
+} | {kind.__name__: kind for kind in (SelfAttention, SeparateSelfAttention, WindowAttention)}
 
 _IMPORTS = {"__future__", "math", "torch", "torch.nn", "safetensors.torch"}
 

@@ -1,7 +1,7 @@
 """Self-attention whose heads can be gated and removed one by one: of plain and of shifted-window transformers.
 
-The attention modules of PyTorch, torchvision and timm take the width of a head from the width of their input, so none
-of them can lose a head. These hold the same parameters and compute the same.
+The attention modules of PyTorch, torchvision, timm and transformers take the width or the number of heads from how they
+were made, so none of them can lose a head. These hold the same parameters and compute the same.
 """
 
 from __future__ import annotations
@@ -40,6 +40,46 @@ class SelfAttention(nn.Module):
         qkv = torch.unflatten(self.qkv(x), 2, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         out = functional.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], dropout_p=dropout)
+        projected: Tensor = self.proj(self.merged(out.transpose(1, 2).flatten(2)))
+        return projected
+
+
+class SeparateSelfAttention(nn.Module):
+    """Multi-head self-attention over tokens [B, N, E] whose queries, keys and values have a projection each.
+
+    Args:
+        query: Projection from E to heads x head_dim: the queries, head by head.
+        key: The same of the keys.
+        value: The same of the values.
+        proj: Projection of the heads' outputs, from heads x head_dim to E.
+        heads: Number of heads.
+        dropout: Probability with which an attention weight is dropped in training.
+
+    Attributes:
+        merged: The heads' outputs side by side, [B, N, heads x head_dim], pass through it: the place for a gate.
+    """
+
+    def __init__(
+        self, query: nn.Linear, key: nn.Linear, value: nn.Linear, proj: nn.Linear, heads: int, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.query = query
+        self.key = key
+        self.value = value
+        self.merged: nn.Module = nn.Identity()
+        self.proj = proj
+        self.heads = heads
+        self.head_dim = query.out_features // heads
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, E] that have attended to each other."""
+        query, key, value = (
+            torch.unflatten(each(x), 2, (self.heads, self.head_dim)).transpose(1, 2)
+            for each in (self.query, self.key, self.value)
+        )
+        dropout = self.dropout if self.training else 0.0
+        out = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         projected: Tensor = self.proj(self.merged(out.transpose(1, 2).flatten(2)))
         return projected
 

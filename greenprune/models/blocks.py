@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from greenprune.models import torchvision_splits
 from greenprune.models.residual import PlainBlock, ResidualBlock, follow_mode, with_hooks_of
-from greenprune.models.sameness import BlockError, check_same, correct_activated, record_inputs, refuse_lost_hooks
+from greenprune.models.sameness import BlockError, Call, check_same, correct_activated, record_inputs, refuse_lost_hooks
 from greenprune.models.splitting import Split
 from greenprune.models.tracing import find_residuals
 
@@ -25,7 +25,7 @@ _SPLITS: dict[type[nn.Module], Split] = dict(torchvision_splits.SPLITS)
 
 # Libraries that need not be there, by the names of their packages; the module that takes their blocks apart is imported
 # once a network comes from there.
-_OPTIONAL = {"timm": "greenprune.models.timm_splits"}
+_OPTIONAL = {"timm": "greenprune.models.timm_splits", "transformers": "greenprune.models.transformers_splits"}
 
 # What gating changes of a block, besides its modules; a gate that is not there is no module.
 _GATING = ("gate", "every", "slots", "channels_left")
@@ -75,21 +75,21 @@ def convert_blocks(model: nn.Module, example: Tensor | None = None) -> list[str]
     found = _outermost({name: module for name, module in model.named_modules() if type(module) in _SPLITS})
     ready = [name for name, module in model.named_modules() if isinstance(module, ResidualBlock | PlainBlock)]
     traced = find_residuals(model, [*found, *ready])
-    inputs: dict[str, Tensor] = {}
+    calls: dict[str, Call] = {}
     odd: dict[str, BlockError] = {}
     if example is not None:
-        inputs, odd = record_inputs(model, found | {name: model.get_submodule(name) for name in traced}, example)
+        calls, odd = record_inputs(model, found | {name: model.get_submodule(name) for name in traced}, example)
     for name, error in odd.items():
         if name not in traced:
             raise error
     for name, block in found.items():
-        _exchange(model, name, block, _take_apart(name, block), inputs.get(name))
+        _exchange(model, name, block, _take_apart(name, block), calls.get(name))
     for name, split in traced.items():
-        if name in odd or (example is not None and name not in inputs):
+        if name in odd or (example is not None and name not in calls):
             continue
         # Nobody has promised that it can be taken apart: what does not stand the check stays as it is.
         with contextlib.suppress(BlockError):
-            _exchange(model, name, model.get_submodule(name), split, inputs.get(name))
+            _exchange(model, name, model.get_submodule(name), split, calls.get(name))
     blocks = [name for name, module in model.named_modules() if isinstance(module, ResidualBlock | PlainBlock)]
     if not any(isinstance(model.get_submodule(name), ResidualBlock) for name in blocks):
         raise BlockError(_nothing_to_gate(model))
@@ -123,16 +123,16 @@ def put_back_on_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _exchange(model: nn.Module, name: str, block: nn.Module, split: nn.Module, x: Tensor | None) -> None:
-    """Put a block's taken-apart form in its place, if it is the same on an input of it.
+def _exchange(model: nn.Module, name: str, block: nn.Module, split: nn.Module, call: Call | None) -> None:
+    """Put a block's taken-apart form in its place, if it is the same where it is called.
 
     Raises:
         BlockError: It is not, or somebody looks at modules that would be gone.
     """
     follow_mode(split, block)
-    if x is not None:
-        check_same(name, block, split, x)
-        correct_activated(split, x)
+    if call is not None:
+        check_same(name, block, split, call)
+        correct_activated(split, call.x)
     refuse_lost_hooks(name, block, split)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, with_hooks_of(split, block))

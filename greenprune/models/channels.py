@@ -19,7 +19,7 @@ from torch.nn.modules import activation, batchnorm, dropout
 from torch.nn.modules.conv import _ConvNd
 from torchvision.ops import SqueezeExcitation, StochasticDepth
 
-from greenprune.models.attention import SelfAttention, WindowAttention
+from greenprune.models.attention import SelfAttention, SeparateSelfAttention, WindowAttention
 from greenprune.models.residual import ChannelSlot, PlainBlock, ResidualBlock
 
 _MIXING_ACTIVATIONS = (
@@ -66,8 +66,12 @@ _NOT_ZERO_AT_ZERO = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
-_NOT_ZERO_AT_ZERO_IN_TIMM = ("Sigmoid", "HardSigmoid")
+_NOT_ZERO_AT_ZERO_BY_NAME = {
+    "timm": ("Sigmoid", "HardSigmoid"),
+    "transformers": ("LaplaceActivation", "SqrtSoftplusActivation"),
+}
 
+_Attention = SelfAttention | SeparateSelfAttention | WindowAttention
 
 _TIMM_SQUEEZE_EXCITATIONS = {"SEModule": ("fc1", "fc2"), "SqueezeExcite": ("conv_reduce", "conv_expand")}
 
@@ -237,7 +241,7 @@ class _Walk:
                 self._grouped(path, module)
             else:
                 self._dense(path, module)
-        elif isinstance(module, SelfAttention | WindowAttention) and _are_plain(module, "qkv", "proj"):
+        elif isinstance(module, _Attention) and _are_plain(module, *_projections(module), "proj"):
             self._attention(path, module)
         elif isinstance(module, batchnorm._BatchNorm) and _hold_their_tensors([module]):
             self._carry(path, module)
@@ -358,18 +362,19 @@ class _Walk:
             self._open.slices.append(Slice(second, name, 0, per_unit))
         self._open.sizes.append((second, "out_channels"))
 
-    def _attention(self, path: str, module: SelfAttention | WindowAttention) -> None:
+    def _attention(self, path: str, module: _Attention) -> None:
         if self._open is not None:
             self._close_before_attention(path)
         heads = ChannelSet("", self.block, module.heads, f"{path}.merged", -1, self.removable)
         if isinstance(module.merged, ChannelSlot):
             heads.slot += ".inner"
         width = module.head_dim
-        heads.slices += [
-            Slice(f"{path}.qkv", name, 0, width, 3) for name, _ in module.qkv.named_parameters(recurse=False)
-        ]
+        for projection, stretches in _projections(module).items():
+            held = module.get_submodule(projection).named_parameters(recurse=False)
+            heads.slices += [Slice(f"{path}.{projection}", name, 0, width, stretches) for name, _ in held]
+            heads.sizes.append((f"{path}.{projection}", "out_features"))
         heads.slices.append(Slice(f"{path}.proj", "weight", 1, width))
-        heads.sizes += [(f"{path}.qkv", "out_features"), (f"{path}.proj", "in_features"), (path, "heads")]
+        heads.sizes += [(f"{path}.proj", "in_features"), (path, "heads")]
         if isinstance(module, WindowAttention):
             if module.table is not None:
                 heads.slices.append(Slice(path, "table", 1))
@@ -384,6 +389,11 @@ class _Walk:
 
     def _close_before_attention(self, path: str) -> None:
         self.notes.append(f"{self.block}: channels from {self._from} to {path} are not gated: they feed an attention")
+
+
+def _projections(attention: _Attention) -> dict[str, int]:
+    """An attention's projections of its input, with the number of stretches that the output of each is made of."""
+    return {"query": 1, "key": 1, "value": 1} if isinstance(attention, SeparateSelfAttention) else {"qkv": 3}
 
 
 def _is_plain_layer(module: _Conv | nn.Linear) -> bool:
@@ -424,9 +434,8 @@ def was_grouped(module: nn.Module) -> bool:
 
 def _makes_constants(module: nn.Module) -> bool:
     """Whether a module that treats each channel by itself maps 0 to something else."""
-    if type(module).__module__.startswith("timm."):
-        return type(module).__name__ in _NOT_ZERO_AT_ZERO_IN_TIMM
-    return isinstance(module, _NOT_ZERO_AT_ZERO)
+    library = type(module).__module__.partition(".")[0]
+    return isinstance(module, _NOT_ZERO_AT_ZERO) or type(module).__name__ in _NOT_ZERO_AT_ZERO_BY_NAME.get(library, ())
 
 
 def _layers_of_squeeze_excitation(module: nn.Module) -> tuple[str, str] | None:
@@ -438,9 +447,10 @@ def _layers_of_squeeze_excitation(module: nn.Module) -> tuple[str, str] | None:
 
 
 def _is_channelwise_by_name(module: nn.Module) -> bool:
-    """Timm's own activations and its stochastic depth."""
-    kind = type(module)
-    if not kind.__module__.startswith("timm.layers"):
-        return False
-    in_activations = kind.__module__.startswith("timm.layers.activations") and kind.__name__ != "PReLU"
-    return in_activations or kind.__name__ == "DropPath"
+    """Timm's and transformers' own activations and stochastic depth."""
+    home, name = type(module).__module__, type(module).__name__
+    if home.startswith("timm.layers"):
+        return (home.startswith("timm.layers.activations") and name != "PReLU") or name == "DropPath"
+    if home.startswith("transformers.models."):
+        return name.endswith("DropPath")
+    return home == "transformers.activations" and not any(True for _ in module.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -327,15 +328,15 @@ _HOOKS = (
 )
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anyone looks at what goes through a module, forward or backward."""
-    hooks = (getattr(module, name, None) for name in _HOOKS)
-    return any(isinstance(found, dict) and found for found in hooks)
+def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """Those that look at what goes through a module, forward or backward."""
+    kept = (vars(module).get(name) for name in _HOOKS)
+    return [hook for found in kept if isinstance(found, dict) for hook in found.values() if callable(hook)]
 
 
 def with_hooks_of(made: nn.Module, block: nn.Module) -> nn.Module:
     """What stands in a block's place, seen by the block's hooks; their handles take them off as before."""
-    if not has_hooks(block):
+    if not hooks_of(block):
         return made
     if made in set(block.modules()):  # an activation, perhaps, that has other places too
         made = nn.Sequential(made)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from greenprune.config import UserError
-from greenprune.models.residual import PlainBlock, ResidualBlock, has_hooks
+from greenprune.models.residual import PlainBlock, ResidualBlock, hooks_of
 
 # Largest relative difference between a block and its taken-apart form, both run on the same input in fp32.
 _TOLERANCE = 1e-4
+
+# Where hooks are from that nobody misses: transformers puts them on each attention once hidden states are asked for,
+# and layers that are taken apart refuse to be asked for what they would keep, the weights of the attention.
+_LOST_KNOWINGLY = ("transformers.utils.output_capturing",)
 
 
 class BlockError(UserError):
@@ -33,7 +38,8 @@ def refuse_lost_hooks(name: str, block: nn.Module, split: nn.Module) -> None:
     """
     left = set(split.modules())
     for path, module in block.named_modules(prefix=name):
-        if module is not block and module not in left and has_hooks(module):
+        watched = any(getattr(hook, "__module__", None) not in _LOST_KNOWINGLY for hook in hooks_of(module))
+        if module is not block and module not in left and watched:
             raise BlockError(
                 f"{path}: a {type(module).__name__} with hooks is taken apart with its block, and they would see "
                 f"nothing any more; expected hooks of {name}, or such as are registered afterwards, on what stands "
@@ -41,16 +47,31 @@ def refuse_lost_hooks(name: str, block: nn.Module, split: nn.Module) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Call:
+    """How a network calls a block.
+
+    Attributes:
+        x: The block's input.
+        args: What comes behind it, such as a mask that is not there.
+        options: The same by keyword.
+    """
+
+    x: Tensor
+    args: tuple[bool | None, ...]
+    options: Mapping[str, bool | None]
+
+
 def record_inputs(
     model: nn.Module, blocks: dict[str, nn.Module], example: Tensor
-) -> tuple[dict[str, Tensor], dict[str, BlockError]]:
-    """What each block is given when the network runs on the example, in evaluation mode.
+) -> tuple[dict[str, Call], dict[str, BlockError]]:
+    """How each block is called when the network runs on the example, in evaluation mode.
 
     Returns:
-        By name, the inputs of those that run, and why one of them, or one that has been taken apart before, cannot be a
+        By name, the calls of those that run, and why one of them, or one that has been taken apart before, cannot be a
         block: what the network calls otherwise.
     """
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, Call] = {}
     odd: dict[str, BlockError] = {}
     calls: Counter[str] = Counter()
 
@@ -59,13 +80,11 @@ def record_inputs(
             calls[name] += 1
             if isinstance(block, ResidualBlock | PlainBlock):
                 return
-            if len(args) == 1 and not options and isinstance(args[0], Tensor):
-                inputs[name] = args[0].clone()
-                return
-            odd[name] = BlockError(
-                f"{name}: a {type(block).__name__} that is called with more than its input cannot be taken apart; "
-                "expected a block called with one tensor"
-            )
+            alone = all(isinstance(more, bool | None) for more in (*args[1:], *options.values()))
+            if args and isinstance(args[0], Tensor) and alone:
+                inputs[name] = Call(args[0].clone(), args[1:], options)
+            else:
+                odd[name] = _called_with_more(name, block)
 
         return keep
 
@@ -85,6 +104,13 @@ def record_inputs(
                 "the last call alone; expected a block called once, or one for each call"
             )
     return inputs, odd
+
+
+def _called_with_more(name: str, block: nn.Module) -> BlockError:
+    return BlockError(
+        f"{name}: a {type(block).__name__} that is called with more than its input cannot be taken apart; expected a "
+        "block called with one tensor"
+    )
 
 
 def pass_through(model: nn.Module, example: Tensor) -> None:
@@ -118,25 +144,27 @@ def _whole_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def check_same(name: str, block: nn.Module, split: nn.Module, x: Tensor) -> None:
+def check_same(name: str, block: nn.Module, split: nn.Module, call: Call) -> None:
     """Check that a taken-apart block computes what the block computes, and drops as much in training.
 
     Raises:
-        BlockError: It does not.
+        BlockError: It does not, or cannot be called in the same way.
     """
     # One copy of both, in fp32: they go on sharing their tensors.
     block, split = copy.deepcopy((block, split))
     block.float()
     split.float()  # has an activation of its own, perhaps
-    x = x.float() if x.is_floating_point() else x
+    x = call.x.float() if call.x.is_floating_point() else call.x
     _move_constants(block)
     failure = ""
     with torch.no_grad(), _whole_products():
         # Copies of the input: a module of one may work in place on what the other still needs.
-        expected = block.eval()(x.clone())
+        expected = block.eval()(x.clone(), *call.args, **call.options)
         try:
-            got = split.eval()(x.clone())
+            got = split.eval()(x.clone(), *call.args, **call.options)
         except (RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, TypeError) and (call.args or call.options):
+                raise _called_with_more(name, block) from None
             failure = f" ({' '.join(str(error).split())})"
     same = not failure and got.shape == expected.shape
     if same:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from families import BATCH, EVERY_ORDER, FAMILIES, FOLLOWED, ONE_ACTIVATION, build, patterns, sharing
+from families import BATCH, EVERY_ORDER, FAMILIES, FOLLOWED, ONE_ACTIVATION, Logits, build, patterns, sharing
 
 from greenprune import UserError
 from greenprune.export import export_network
@@ -23,25 +23,31 @@ from greenprune.export.inference import _move
 from greenprune.surgery import carry_out
 
 TRACED = ("torch.export", "onnx")
+NO_PLAIN_FORM = "transformers-dinov2"
+OF_TRANSFORMERS = [name for name in FAMILIES if name.startswith("transformers-") and name != NO_PLAIN_FORM]
+OTHERS = [name for name in FAMILIES if not name.startswith("transformers-")]
 QUICK = {  # the other pairs are among the slow tests
-    *((name, "safetensors") for name in FAMILIES),
+    *((name, "safetensors") for name in OTHERS),
     *((name, kind) for name in ("cifar-b", "vit") for kind in ("torch", "hf", *TRACED)),
     *((name, "onnx") for name in ("mobilenet-v3-small", "convnext", "swin-v2", *FOLLOWED)),
 }
 CASES = [
     pytest.param(name, kind, marks=() if (name, kind) in QUICK else pytest.mark.slow)
-    for name in FAMILIES
+    for name in OTHERS
     for kind in (*(() if name in FOLLOWED else ("torch", "safetensors", "hf")), *TRACED)
 ]
-CONVOLUTIONAL = [
-    name for name in FAMILIES if not any(kind in name for kind in ("vit", "swin")) and name not in FOLLOWED
-]
+CONVOLUTIONAL = [name for name in OTHERS if not any(kind in name for kind in ("vit", "swin")) and name not in FOLLOWED]
 
 
 def pruned(name: str, pattern: str = "mixed-1") -> nn.Module:
     model = build(name)
     carry_out(patterns(model)[pattern].operations(model), model)
     return model.eval()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A network of transformers as its library gives it, any other as it is."""
+    return model.get_submodule("network") if isinstance(model, Logits) else model
 
 
 def logits(kind: str, folder: Path, images: Tensor) -> Tensor:
@@ -103,6 +109,39 @@ def test_an_activation_that_a_branch_uses_twice_is_written_twice(
     export_network(model, images, "torch", tmp_path / "out", fold_batch_norm=fold)
     with torch.no_grad():
         assert relative_difference(logits("torch", tmp_path / "out", images), model.eval()(images)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "safetensors") for name in OF_TRANSFORMERS),
+        ("transformers-vit", "torch.export"),
+    ],
+)
+def test_a_network_of_transformers_is_exported_with_its_logits_alone(name: str, kind: str, tmp_path: Path) -> None:
+    model = unwrapped(pruned(name))
+    exported = export_network(model, FAMILIES[name].images(), kind, tmp_path / "out")
+    assert exported.max_relative_logit_difference <= 1e-5
+    others = FAMILIES[name].images(7)
+    with torch.no_grad():
+        expected = model(others).logits
+        assert relative_difference(logits(kind, tmp_path / "out", others), expected) <= 1e-5
+        again = read_network(kind, tmp_path / "out", trust=kind == "torch.export")
+        assert relative_difference(again.run(others), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        ("safetensors", r"the network \(Dinov2ForImageClassification\) has a forward of its own"),
+        ("torch.export", r"the network gives a ImageClassifierOutput; expected one tensor of logits"),
+    ],
+)
+def test_a_network_of_transformers_without_a_plain_form_is_refused(kind: str, complaint: str, tmp_path: Path) -> None:
+    model = unwrapped(pruned(NO_PLAIN_FORM))
+    with pytest.raises(UserError, match=complaint):
+        export_network(model, FAMILIES[NO_PLAIN_FORM].images(), kind, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
@@ -180,8 +219,9 @@ def test_a_program_goes_to_another_device_with_the_tensors_that_it_makes(tmp_pat
 
 
 def test_the_module_files_are_tidy(tmp_path: Path) -> None:
-    for name in FAMILIES:
-        export_network(pruned(name), FAMILIES[name].images(), "safetensors", tmp_path / name.replace("-", "_"))
+    for name in sorted({*OTHERS, *OF_TRANSFORMERS} - {*FOLLOWED}):
+        model, folder = unwrapped(pruned(name)), tmp_path / name.replace("-", "_")
+        export_network(model, FAMILIES[name].images(), "safetensors", folder)
         text = (tmp_path / name.replace("-", "_") / "network.py").read_text()
         imports = {line for line in text.splitlines() if line.startswith(("import ", "from "))}
         assert imports <= {

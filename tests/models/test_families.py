@@ -29,7 +29,7 @@ from greenprune.models import (
     register_channelwise,
     residual_blocks,
 )
-from greenprune.models.attention import SelfAttention
+from greenprune.models.attention import SelfAttention, SeparateSelfAttention
 from greenprune.models.blocks import _SPLITS
 from greenprune.surgery import Surgeon
 
@@ -107,6 +107,11 @@ FOUND: dict[str, tuple[int, int, list[tuple[str, int, int]]]] = {
         [("hidden", width, 1) for width in (16, 32, 32)] + [(label, 64, 1) for label in ("hidden1", "hidden2")],
     ),
     "timm-vit": (4, 0, [("heads", 3, 8), ("hidden", 96, 1)] * 2),
+    "transformers-resnet": (3, 0, [(label, width, 1) for width in (4, 4, 8) for label in ("hidden1", "hidden2")]),
+    "transformers-resnet-basic": (3, 0, [("hidden", width, 1) for width in (8, 8, 16)]),
+    "transformers-convnext": (3, 0, [("hidden", width, 1) for width in (32, 64, 64)]),
+    "transformers-vit": (4, 0, [("heads", 3, 8), ("hidden", 48, 1)] * 2),
+    "transformers-dinov2": (4, 0, [("heads", 3, 8), ("hidden", 48, 1)] * 2),
 }
 
 TIMM_CONVNEXT = [f"stages.{at}" for at in ("0.blocks.0", "1.blocks.0", "2.blocks.0", "2.blocks.1", "3.blocks.0")]
@@ -120,6 +125,9 @@ NOTES = {
     "convnext": ["features.1.0", "features.1.1", "features.3.0", "features.3.1"],
     "timm-convnext": TIMM_CONVNEXT,
     "timm-convnext-linear": TIMM_CONVNEXT,
+    "transformers-convnext": [
+        f"network.convnext.encoder.stages.{at}" for at in ("0.layers.0", "1.layers.0", "1.layers.1")
+    ],
 }
 
 
@@ -264,6 +272,10 @@ def plain_attention() -> SelfAttention:
     return SelfAttention(nn.Linear(8, 24), nn.Linear(8, 8), 2)
 
 
+def separate_attention() -> SeparateSelfAttention:
+    return SeparateSelfAttention(*(nn.Linear(8, 8) for _ in range(4)), heads=2)
+
+
 @pytest.mark.parametrize(
     "branch",
     [
@@ -273,8 +285,21 @@ def plain_attention() -> SelfAttention:
         [conv(4, 8), nn.ReLU(), derived_inside(SqueezeExcitation(8, 2), "fc2"), conv(8, 4)],
         [derived_inside(plain_attention(), "qkv")],
         [derived_inside(plain_attention(), "proj")],
+        [derived_inside(separate_attention(), "query")],
+        [derived_inside(separate_attention(), "key")],
+        [derived_inside(separate_attention(), "value")],
     ],
-    ids=["bias", "norm", "statistics", "squeeze and excitation", "queries, keys and values", "projection of heads"],
+    ids=[
+        "bias",
+        "norm",
+        "statistics",
+        "squeeze and excitation",
+        "queries, keys and values",
+        "projection of heads",
+        "queries",
+        "keys",
+        "values",
+    ],
 )
 def test_what_derives_a_tensor_that_would_be_cut_is_left_alone(branch: list[nn.Module]) -> None:
     found = find_channels(block_of(*branch))
@@ -324,6 +349,18 @@ def test_timms_own_activations_are_switched_where_they_map_zero_to_zero() -> Non
         found = find_channels(block_of(*squeeze, kind(), conv(8, 4)))
         assert found.sets == {}
         assert f"0.branch.2 ({kind.__name__}) makes a constant of a channel that is off" in found.notes[0]
+
+
+def test_activations_of_transformers_are_switched_where_they_map_zero_to_zero() -> None:
+    activations = pytest.importorskip("transformers.activations")
+    squeeze = (conv(4, 8), SqueezeExcitation(8, 2))
+    for name in ("gelu", "gelu_new", "quick_gelu", "gelu_pytorch_tanh", "silu", "mish", "relu2"):
+        assert len(find_channels(block_of(*squeeze, activations.ACT2FN[name], conv(8, 4))).sets) == 1
+    laplace = activations.ACT2FN["laplace"]
+    assert len(find_channels(block_of(conv(4, 8), laplace, conv(8, 4))).sets) == 1  # switched behind it
+    found = find_channels(block_of(*squeeze, laplace, conv(8, 4)))
+    assert found.sets == {}
+    assert "0.branch.2 (LaplaceActivation) makes a constant of a channel that is off" in found.notes[0]
 
 
 def test_a_module_that_changes_the_number_of_channels_is_seen_even_if_declared_channelwise() -> None:
@@ -770,6 +807,25 @@ def test_a_block_that_is_called_with_more_than_its_input_is_refused() -> None:
 
     with pytest.raises(BlockError, match=r"^block: a Block that is called with more than its input cannot be taken"):
         convert_blocks(Masked(), torch.randn(2, 5, 24))
+
+
+def test_a_block_that_is_called_with_a_mask_that_is_none_needs_a_form_that_takes_it(register: Any) -> None:
+    class Masked(Block):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return super().forward(x)
+
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Masked()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.block(x, None)
+            return out
+
+    register_block(Masked)(split_of)
+    with pytest.raises(BlockError, match=r"^block: a Masked that is called with more than its input cannot be"):
+        convert_blocks(Caller(), torch.randn(2, 8, 4, 4))
 
 
 @pytest.mark.parametrize("activated", [True, False])
