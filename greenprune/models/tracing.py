@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.nn import functional
 from torch.nn.modules import activation
 from torch.nn.modules.conv import _ConvNd
+from torch.utils import checkpoint
 
 from greenprune.models.residual import PlainBlock, ResidualBlock
 
@@ -144,6 +145,16 @@ class _Tracer(fx.Tracer):
         """The value of a node."""
         return _Value(node, self)
 
+    def create_node(self, kind: str, target: Any, *args: Any, **options: Any) -> fx.Node:
+        """Write a step down.
+
+        Raises:
+            NotImplementedError: It is a checkpoint of activations, which would be gone through and lost.
+        """
+        if getattr(target, "__module__", None) == checkpoint.__name__:
+            raise NotImplementedError
+        return super().create_node(kind, target, *args, **options)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Every module is one."""
         return True
@@ -159,7 +170,7 @@ def _ends(block: nn.Module) -> tuple[fx.Node, fx.Node] | None:
                 module.training = training
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                graphs.append(_Tracer().trace(block))
+                graphs.append(_Tracer((checkpoint,), (checkpoint.checkpoint,)).trace(block))
     except Exception:  # noqa: BLE001 - what a forward makes of a value that is none yet is an error of its own
         return None
     finally:

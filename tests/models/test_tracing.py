@@ -11,6 +11,7 @@ import torch
 from families import Pattern
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from greenprune import BudgetConfig, GateConfig, Pruner
 from greenprune.config import UserError
@@ -233,10 +234,27 @@ class LeavesOut(Parts):
         return x + self.second(self.first(x))
 
 
+class ChecksPointsOfItsOwn(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = checkpoint(self.first, x, use_reentrant=False)
+        return x + self.second(hidden)
+
+
+class ChecksPointsByModule(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        def branch(x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+        out: Tensor = x + torch.utils.checkpoint.checkpoint(branch, x, use_reentrant=False)
+        return out
+
+
 @pytest.mark.parametrize("with_example", [True, False])
 @pytest.mark.parametrize(
     "block",
     [
+        ChecksPointsOfItsOwn,
+        ChecksPointsByModule,
         Concatenates,
         AddsAConstant,
         WaysOfOneSize,
