@@ -63,7 +63,8 @@ class Pruner:
     objects), and at the end it is a smaller network without gates. A pruner that cannot be made leaves it as it was.
 
     Args:
-        model: The unwrapped network, built of blocks that greenprune knows (:func:`greenprune.register_block`).
+        model: The unwrapped network, with residual blocks that greenprune knows, finds by what their forward does, or
+            is told of (:func:`greenprune.register_block`).
         example: A small batch of its input, on its device: blocks are checked and costs are counted with it. For
             budget.unit time and energy one of the training's size: blocks are measured with it (in fp32).
         total_steps: Training batches of the whole run; where several passes of one have a penalty each, these passes.
