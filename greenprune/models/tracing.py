@@ -8,6 +8,7 @@ product with a parameter) becomes a module of its own.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import operator
@@ -41,6 +42,13 @@ _ACTIVATIONS: dict[Any, type[nn.Module]] = {
 }
 
 
+# What a class may do besides its forward, which its modules alone would not.
+_LOST = ("__call__", "train", "_apply", "state_dict", "_save_to_state_dict", "_load_from_state_dict", "get_extra_state")
+
+# What may be asked of a value to no end; anything else that leads nowhere is there for what it does.
+_HARMLESS = (getattr, operator.getitem, "size", "dim", "numel")
+
+
 def find_residuals(model: nn.Module, known: Collection[str]) -> dict[str, nn.Module]:
     """The blocks of a network that can be taken apart by what their forward does, in their taken-apart form.
 
@@ -70,8 +78,9 @@ def find_residuals(model: nn.Module, known: Collection[str]) -> dict[str, nn.Mod
     found = {name: split for name, split in parted.items() if split is not None and _holds_all(split, alone[name])}
     found = {name: split for name, split in found.items() if not any(other.startswith(f"{name}.") for other in found)}
     kinds = {type(alone[name]) for name in found}
-    for name, module in alone.items():
-        if type(module) in kinds and parted[name] is None:
+    without_sum = {name: module for name, module in alone.items() if type(module) in kinds and parted[name] is None}
+    for name, module in without_sum.items():
+        if not any(f"{name}.".startswith(f"{other}.") or other.startswith(f"{name}.") for other in found):
             plain = _plain(module)
             if plain is not None and _holds_all(plain, module):
                 found[name] = plain
@@ -84,13 +93,16 @@ def _may_be_block(module: nn.Module) -> bool:
     of_others = kind.__module__.startswith(("torch.", "greenprune.")) or isinstance(module, ResidualBlock | PlainBlock)
     if of_others or kind.forward is nn.Sequential.forward or not _layers([module]):
         return False
+    if "forward" in vars(module) or any(getattr(kind, name) is not getattr(nn.Module, name) for name in _LOST):
+        return False
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     return len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL
 
 
 def _layers(modules: Collection[nn.Module]) -> int:
     """How many layers with products there are in some modules."""
-    return sum(isinstance(inner, _ConvNd | nn.Linear) for module in modules for inner in module.modules())
+    kinds = _ConvNd | nn.Linear | nn.RNNBase
+    return sum(isinstance(inner, kinds) for module in modules for inner in module.modules())
 
 
 def _ids(module: nn.Module) -> set[int]:
@@ -136,10 +148,42 @@ class _Value(fx.Proxy):
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
+def _contexts() -> tuple[object, ...]:
+    """What a context that a forward enters may change; fx writes nothing of it down."""
+    autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICES]
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
+_DEVICES = ("cpu", "cuda")
+
+
+@contextlib.contextmanager
+def _everything_on() -> Iterator[None]:
+    """Gradients and autocast on, so that a forward which switches them off is seen to."""
+    before = [torch.is_autocast_enabled(device) for device in _DEVICES]
+    try:
+        for device in _DEVICES:
+            torch.set_autocast_enabled(device, True)
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for device, enabled in zip(_DEVICES, before, strict=True):
+            torch.set_autocast_enabled(device, enabled)
+
+
+class _CannotTell(Exception):
+    """A forward does what its steps alone would not."""
+
+
 class _Tracer(fx.Tracer):
     """Follows the forward of one module; the modules in it are its steps."""
 
     proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__((checkpoint,), (checkpoint.checkpoint,))
+        self._around = _contexts()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The value of a node."""
@@ -149,11 +193,23 @@ class _Tracer(fx.Tracer):
         """Write a step down.
 
         Raises:
-            NotImplementedError: It is a checkpoint of activations, which would be gone through and lost.
+            _CannotTell: It is a checkpoint of activations, or lies in a context, which would be gone through and lost.
         """
-        if getattr(target, "__module__", None) == checkpoint.__name__:
-            raise NotImplementedError
+        if getattr(target, "__module__", None) == checkpoint.__name__ or _contexts() != self._around:
+            raise _CannotTell
         return super().create_node(kind, target, *args, **options)
+
+    def create_arg(self, a: Any) -> Any:
+        """Write an argument down.
+
+        Raises:
+            _CannotTell: It is a tensor that the forward has made of nothing: at random, perhaps, or on one device.
+        """
+        if isinstance(a, torch.Tensor) and not any(
+            a is held for held in (*self.root.parameters(), *self.root.buffers())
+        ):
+            raise _CannotTell
+        return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Every module is one."""
@@ -168,9 +224,8 @@ def _ends(block: nn.Module) -> tuple[fx.Node, fx.Node] | None:
         for training in (False, True):
             for module in modes:
                 module.training = training
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                graphs.append(_Tracer((checkpoint,), (checkpoint.checkpoint,)).trace(block))
+            with _everything_on():
+                graphs.append(_Tracer().trace(block))
     except Exception:  # noqa: BLE001 - what a forward makes of a value that is none yet is an error of its own
         return None
     finally:
@@ -181,7 +236,19 @@ def _ends(block: nn.Module) -> tuple[fx.Node, fx.Node] | None:
     (begin,) = (node for node in graphs[0].nodes if node.op == "placeholder")
     (output,) = (node for node in graphs[0].nodes if node.op == "output")
     end = output.args[0]
-    return (begin, end) if isinstance(end, fx.Node) else None
+    return (begin, end) if isinstance(end, fx.Node) and not _does_more(graphs[0], end) else None
+
+
+def _does_more(graph: fx.Graph, end: fx.Node) -> bool:
+    """Whether a forward does something that its result is not made of: keeps an average, say."""
+    leads_there, to_look_at = {end}, [end]
+    while to_look_at:
+        for node in to_look_at.pop().all_input_nodes:
+            if node not in leads_there:
+                leads_there.add(node)
+                to_look_at.append(node)
+    others = (node for node in graph.nodes if node not in leads_there)
+    return any(node.op.startswith("call_") and node.target not in _HARMLESS for node in others)
 
 
 def part(block: nn.Module) -> nn.Module | None:
@@ -208,9 +275,11 @@ def part(block: nn.Module) -> nn.Module | None:
 
 
 def _plain(block: nn.Module) -> PlainBlock | None:
-    """A block without a sum, as a row of modules; None if it cannot be followed."""
+    """A block without a sum, if it is a row of modules."""
     ends = _ends(block)
-    return None if ends is None else PlainBlock(nn.Sequential(*_steps(block, *ends)))
+    steps = [] if ends is None else _steps(block, *ends)
+    row = steps and not any(isinstance(step, fx.GraphModule) for step in steps)
+    return PlainBlock(nn.Sequential(*steps)) if row else None
 
 
 class _Stretch:
@@ -340,7 +409,12 @@ def _step(block: nn.Module, stretch: _Stretch) -> nn.Module:
     for original in stretch.nodes:  # in the order of the forward, which matters to what works in place
         copy_of(original)
     graph.output(copies[stretch.end])
-    return fx.GraphModule(block, graph, class_name="Traced")
+    made = fx.GraphModule(block, graph, class_name="Traced")
+    for path, _ in made.named_buffers():  # what is not to be saved is registered as if it were
+        owner, _, name = path.rpartition(".")
+        if name in block.get_submodule(owner)._non_persistent_buffers_set:
+            made.get_submodule(owner)._non_persistent_buffers_set.add(name)
+    return made
 
 
 def _is_activation(step: nn.Module) -> bool:

@@ -234,6 +234,42 @@ class LeavesOut(Parts):
         return x + self.second(self.first(x))
 
 
+class SwitchesAutocastOff(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return x + self.second(self.first(x.float()))
+
+
+class LearnsNothing(Parts):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first(x))
+
+
+class DrawsNumbers(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first(x)) * torch.rand(8, 1, 1)
+
+
+class KeepsAnAverage(Parts):
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(before, after)
+        self.register_buffer("average", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.second(self.first(x)) - self.average
+        self.average.lerp_(out.detach().mean(), 0.1)
+        return x + out
+
+
+class StaysInEvaluation(Parts):
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first(x))
+
+
 class ChecksPointsOfItsOwn(Parts):
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = checkpoint(self.first, x, use_reentrant=False)
@@ -253,6 +289,11 @@ class ChecksPointsByModule(Parts):
 @pytest.mark.parametrize(
     "block",
     [
+        SwitchesAutocastOff,
+        LearnsNothing,
+        DrawsNumbers,
+        KeepsAnAverage,
+        StaysInEvaluation,
         ChecksPointsOfItsOwn,
         ChecksPointsByModule,
         Concatenates,
@@ -308,6 +349,56 @@ def test_what_shares_something_is_left_as_it_is(what: str) -> None:
     else:
         model[3].first.conv.weight = model[7].conv.weight
     assert convert_blocks(model) == ["2"]
+
+
+def test_a_forward_of_an_instance_is_left_as_it_is() -> None:
+    model = network(WithFunctions, WithFunctions)
+    model[3].forward = lambda x: 2 * x
+    assert convert_blocks(model) == ["2"]
+
+
+def test_a_block_without_a_sum_around_others_is_left_as_it_is() -> None:
+    class Nested(nn.Module):
+        def __init__(self, inner: nn.Module | None = None) -> None:
+            super().__init__()
+            self.inner, self.last = inner or Unit(8, 8), conv(8, 8)
+            self.skips = inner is None
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.last(self.inner(x))
+            return x + out if self.skips else out
+
+    assert convert_blocks(nn.Sequential(conv(3, 8), Nested(Nested())), images()) == ["1.inner"]
+
+
+def test_tensors_that_are_not_saved_are_not_saved_afterwards() -> None:
+    class Masked(Parts):
+        def __init__(self, before: int, after: int) -> None:
+            super().__init__(before, after)
+            self.register_buffer("mask", torch.ones(after, 1, 1), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.second(self.first(x)) * self.mask
+
+    model = network(Masked)
+    convert_blocks(model, images())
+    assert len(residual_blocks(model)) == 2
+    assert sum("mask" in name for name, _ in model.named_buffers()) == 2
+    assert not any("mask" in name for name in model.state_dict())
+
+
+def test_a_recurrent_layer_is_a_layer() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.lstm = nn.LayerNorm(8), nn.LSTM(8, 8, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out, _ = self.lstm(self.norm(x))
+            return x + out
+
+    model = nn.Sequential(nn.Linear(4, 8), Recurrent(), nn.Linear(8, 2))
+    assert convert_blocks(model, torch.randn(2, 5, 4)) == ["1"]
 
 
 def test_hooks_inside_leave_a_block_as_it_is() -> None:
