@@ -130,10 +130,7 @@ def zoo() -> list[Entry]:
     ]
     for kind, module in modules:
         for name in models.list_models(module=module):
-            windows = name.startswith(("vit", "swin", "maxvit", "mvit", "inception"))
-            side = 518 if name == "vit_h_14" else 299 if name == "inception_v3" else 224 if windows else 128
-            side = 64 if kind == "video" and not windows else side
-            entries.append(Entry(name, kind, side))
+            entries.append(Entry(name, kind, _side_in_torchvision(name, kind)))
     for module in timm.list_modules():
         names = timm.list_models(module=module)
         if names:
@@ -142,10 +139,22 @@ def zoo() -> list[Entry]:
     return entries
 
 
+def _side_in_torchvision(name: str, kind: Kind) -> int:
+    """Pixels that it takes: few where any will do."""
+    of_its_own = {"vit_h_14": 518, "inception_v3": 299, "ssd300_vgg16": 300, "s3d": 224}
+    if name in of_its_own:
+        return of_its_own[name]
+    if name.startswith(("vit", "swin", "maxvit", "mvit")):
+        return 224
+    return 64 if kind == "video" else 128
+
+
 def _side_of(name: str) -> int:
+    """Pixels that one of timm's takes; networks with local attention want them to be divisible into its windows."""
     config = timm.get_pretrained_cfg(name)
     side = 224 if config is None else int(config.input_size[-1])
-    return side if config is None or config.fixed_input_size else min(side, 128)
+    fixed = config is None or config.fixed_input_size or any(kind in name for kind in ("halo", "bat_"))
+    return side if fixed else min(side, 128)
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:

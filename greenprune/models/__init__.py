@@ -7,11 +7,12 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 
+import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from greenprune.config import ConfigError, ModelConfig
-from greenprune.models.blocks import convert_blocks, put_back_on_failure, register_block
+from greenprune.models.blocks import convert_blocks, knows_blocks, put_back_on_failure, register_block
 from greenprune.models.channels import ChannelMap, ChannelSet, Slice, find_channels, register_channelwise
 from greenprune.models.cifar_resnet import CifarResNet
 from greenprune.models.residual import (
@@ -90,10 +91,23 @@ def build_model(config: ModelConfig, *, classes: int, channels: int, image_size:
         small = config.stem == "small" or (config.stem == "auto" and image_size <= SMALL_IMAGE)
         model = _from_torchvision(name, config, classes, channels, image_size, small=small)
     try:
-        convert_blocks(model)
+        convert_blocks(model, None if knows_blocks(model) else _some_images(model, channels, image_size))
     except BlockError as error:
         raise ConfigError(f"model.name: {name!r} cannot be gated: {error}") from None
     return model
+
+
+def _some_images(model: nn.Module, channels: int, image_size: int) -> Tensor | None:
+    """Images to check blocks with that are found in a network; none if it cannot take them, which is told elsewhere."""
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        return None
+    images = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    try:
+        pass_through(model, images.to(device))
+    except Exception:  # noqa: BLE001 - libraries say in many ways that images are too small for a network
+        return None
+    return images.to(device)
 
 
 def check_model_name(name: str) -> None:

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from greenprune.models import torchvision_splits
 from greenprune.models.residual import PlainBlock, ResidualBlock, follow_mode, with_hooks_of
-from greenprune.models.sameness import BlockError, Call, check_same, correct_activated, record_inputs, refuse_lost_hooks
+from greenprune.models.sameness import (
+    BlockError,
+    Call,
+    check_alike,
+    check_same,
+    correct_activated,
+    record_inputs,
+    refuse_lost_hooks,
+)
 from greenprune.models.splitting import Split
 from greenprune.models.tracing import find_residuals
 
@@ -73,23 +81,14 @@ def convert_blocks(model: nn.Module, example: Tensor | None = None) -> list[str]
             f"the network is itself a block ({type(model).__name__}); put it into a torch.nn.Sequential first"
         )
     found = _outermost({name: module for name, module in model.named_modules() if type(module) in _SPLITS})
-    ready = [name for name, module in model.named_modules() if isinstance(module, ResidualBlock | PlainBlock)]
-    traced = find_residuals(model, [*found, *ready])
-    calls: dict[str, Call] = {}
-    odd: dict[str, BlockError] = {}
-    if example is not None:
-        calls, odd = record_inputs(model, found | {name: model.get_submodule(name) for name in traced}, example)
-    for name, error in odd.items():
-        if name not in traced:
+    if knows_blocks(model):
+        calls, odd = ({}, {}) if example is None else record_inputs(model, found, example)
+        for error in odd.values():
             raise error
-    for name, block in found.items():
-        _exchange(model, name, block, _take_apart(name, block), calls.get(name))
-    for name, split in traced.items():
-        if name in odd or (example is not None and name not in calls):
-            continue
-        # Nobody has promised that it can be taken apart: what does not stand the check stays as it is.
-        with contextlib.suppress(BlockError):
-            _exchange(model, name, model.get_submodule(name), split, calls.get(name))
+        for name, block in found.items():
+            _exchange(model, name, block, _take_apart(name, block), calls.get(name))
+    else:
+        _exchange_what_is_found(model, example)
     blocks = [name for name, module in model.named_modules() if isinstance(module, ResidualBlock | PlainBlock)]
     if not any(isinstance(model.get_submodule(name), ResidualBlock) for name in blocks):
         raise BlockError(_nothing_to_gate(model))
@@ -121,6 +120,31 @@ def put_back_on_failure(model: nn.Module) -> Iterator[None]:
         for block, kept in zip(blocks, gating, strict=True):
             vars(block).update(kept)
         raise
+
+
+def knows_blocks(model: nn.Module) -> bool:
+    """Whether a network has blocks of a known class, or such as are taken apart; then no others are looked for."""
+    _load_splits(model)
+    return any(type(module) in _SPLITS or isinstance(module, ResidualBlock | PlainBlock) for module in model.modules())
+
+
+def _exchange_what_is_found(model: nn.Module, example: Tensor | None) -> None:
+    """Take blocks apart that are found by what their forward does.
+
+    Nobody has promised that they can be: what does not stand a check stays as it is.
+    """
+    found = find_residuals(model)
+    calls: dict[str, Call] = {}
+    odd: dict[str, BlockError] = {}
+    if found and example is not None:
+        calls, odd = record_inputs(model, {name: model.get_submodule(name) for name in found}, example)
+        found = {name: split for name, split in found.items() if name in calls and name not in odd}
+    for name, split in found.items():
+        block = model.get_submodule(name)
+        with contextlib.suppress(Exception):  # a check runs the block's own code, and copies of it
+            if name in calls:
+                check_alike(name, block, split, calls[name])
+            _exchange(model, name, block, split, calls.get(name))
 
 
 def _exchange(model: nn.Module, name: str, block: nn.Module, split: nn.Module, call: Call | None) -> None:

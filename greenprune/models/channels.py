@@ -243,7 +243,7 @@ class _Walk:
                 self._dense(path, module)
         elif isinstance(module, _Attention) and _are_plain(module, *_projections(module), "proj"):
             self._attention(path, module)
-        elif isinstance(module, batchnorm._BatchNorm) and _hold_their_tensors([module]):
+        elif isinstance(module, batchnorm._BatchNorm) and _is_plain_norm(module):
             self._carry(path, module)
         elif (layers := _layers_of_squeeze_excitation(module)) and _are_plain(module, *layers):
             self._squeeze_excitation(path, module, *layers)
@@ -402,6 +402,13 @@ def _is_plain_layer(module: _Conv | nn.Linear) -> bool:
     methods = ("forward",) if kind is nn.Linear else ("forward", "_conv_forward")
     as_it_is = all(getattr(type(module), method) is getattr(kind, method) for method in methods)
     return as_it_is and _hold_their_tensors([module])
+
+
+def _is_plain_norm(module: nn.Module) -> bool:
+    """Whether a batch norm normalises as torch does, perhaps with timm's activation behind, by the tensors it holds."""
+    forward = type(module).forward
+    of_library = forward.__module__.startswith(("torch.nn.", "timm.layers."))
+    return of_library and _hold_their_tensors([module])
 
 
 def _are_plain(module: nn.Module, *layers: str) -> bool:

@@ -190,6 +190,39 @@ def check_same(name: str, block: nn.Module, split: nn.Module, call: Call) -> Non
         )
 
 
+def check_alike(name: str, block: nn.Module, split: nn.Module, call: Call) -> None:
+    """Check what else of a block that nobody has registered has to be the same, beside what it computes.
+
+    Raises:
+        BlockError: It changes its input; its sum is of another shape or precision than its shortcut, or lies otherwise
+            in memory than the taken-apart form's.
+    """
+    block, split = copy.deepcopy((block, split))
+    odd: list[nn.Module] = []
+    for inner in split.modules():
+        if isinstance(inner, ResidualBlock):
+            _compare_ways(inner, odd)
+    given = [call.x.clone(), call.x.clone()]
+    with torch.no_grad():
+        expected = block.eval()(given[0], *call.args, **call.options)
+        got = split.eval()(given[1], *call.args, **call.options)
+    unchanged = all(torch.equal(x, call.x) for x in given)
+    if odd or not unchanged or got.stride() != expected.stride() or got.dtype != expected.dtype:
+        raise BlockError(f"{name}: a {type(block).__name__} does more than a residual block")
+
+
+def _compare_ways(block: ResidualBlock, odd: list[nn.Module]) -> None:
+    """Have a block put itself among those whose shortcut is of another shape or precision than the branch."""
+    ends: list[Tensor] = []
+
+    def compare(_: nn.Module, __: object, output: Tensor) -> None:
+        if (output.shape, output.dtype) != (ends[0].shape, ends[0].dtype):
+            odd.append(block)
+
+    block.shortcut.register_forward_hook(lambda _, __, output: ends.__setitem__(slice(None), [output]))
+    block.branch.register_forward_hook(compare)
+
+
 def _changes_its_input(split: nn.Module, x: Tensor) -> bool:
     """Whether the branch of a block that can be removed changes, in either mode, what the shortcut passes on."""
     changed: list[nn.Module] = []
@@ -251,7 +284,7 @@ def _forgets_to_drop(block: nn.Module, split: nn.Module, x: Tensor) -> bool:
 def _move_constants(block: nn.Module) -> None:
     """Move parameters that are constant, in place: a branch that starts at zero would hide what it computes."""
     for number, parameter in enumerate(block.parameters()):
-        if parameter.numel() and parameter.min() == parameter.max():
+        if parameter.is_floating_point() and parameter.numel() and parameter.min() == parameter.max():
             generator = torch.Generator(parameter.device).manual_seed(number)
             inputs = parameter.numel() // parameter.shape[0] if parameter.dim() else 1
             parameter.detach().normal_(0.0, inputs**-0.5, generator=generator)

@@ -12,9 +12,10 @@ import contextlib
 import copy
 import inspect
 import operator
+import random
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -26,30 +27,41 @@ from torch.utils import checkpoint
 
 from greenprune.models.residual import PlainBlock, ResidualBlock
 
-# In place on what the branch has made it is an addition as well.
-_ADDITIONS = (operator.add, operator.iadd, torch.add, "add")
+# By the kind of node and what it calls. In place on what the branch has made it is an addition as well.
+_ADDITIONS = (
+    ("call_function", operator.add),
+    ("call_function", operator.iadd),
+    ("call_function", torch.add),
+    ("call_method", "add"),
+)
 
 # Functions that are activations, as the modules that do the same.
-_ACTIVATIONS: dict[Any, type[nn.Module]] = {
-    functional.relu: nn.ReLU,
-    torch.relu: nn.ReLU,
-    "relu": nn.ReLU,
-    functional.relu6: nn.ReLU6,
-    functional.gelu: nn.GELU,
-    functional.silu: nn.SiLU,
-    functional.hardswish: nn.Hardswish,
-    functional.mish: nn.Mish,
+_ACTIVATIONS: dict[tuple[str, Any], type[nn.Module]] = {
+    ("call_function", functional.relu): nn.ReLU,
+    ("call_function", torch.relu): nn.ReLU,
+    ("call_method", "relu"): nn.ReLU,
+    ("call_function", functional.relu6): nn.ReLU6,
+    ("call_function", functional.gelu): nn.GELU,
+    ("call_function", functional.silu): nn.SiLU,
+    ("call_function", functional.hardswish): nn.Hardswish,
+    ("call_function", functional.mish): nn.Mish,
 }
 
 
 # What a class may do besides its forward, which its modules alone would not.
 _LOST = ("__call__", "train", "_apply", "state_dict", "_save_to_state_dict", "_load_from_state_dict", "get_extra_state")
+_LOST_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 # What may be asked of a value to no end; anything else that leads nowhere is there for what it does.
 _HARMLESS = (getattr, operator.getitem, "size", "dim", "numel")
 
 
-def find_residuals(model: nn.Module, known: Collection[str]) -> dict[str, nn.Module]:
+def find_residuals(model: nn.Module) -> dict[str, nn.Module]:
     """The blocks of a network that can be taken apart by what their forward does, in their taken-apart form.
 
     Of modules in one another it is the innermost. Of a class of which some are such blocks, those without a sum (where
@@ -59,7 +71,6 @@ def find_residuals(model: nn.Module, known: Collection[str]) -> dict[str, nn.Mod
 
     Args:
         model: The network.
-        known: Paths of blocks that are known; they, what lies in them and what they lie in are left alone.
 
     Returns:
         By path, in the order of the network: a :class:`ResidualBlock`, a chain with some, or a :class:`PlainBlock`,
@@ -69,10 +80,7 @@ def find_residuals(model: nn.Module, known: Collection[str]) -> dict[str, nn.Mod
     alone = {
         name: module
         for name, module in model.named_modules()
-        if name
-        and _may_be_block(module)
-        and not shared & _ids(module)
-        and not any(f"{name}.".startswith(f"{other}.") or other.startswith(f"{name}.") for other in known)
+        if name and "_orig_mod" not in name and _may_be_block(module) and not shared & _ids(module)
     }
     parted = {name: part(module) for name, module in alone.items()}
     found = {name: split for name, split in parted.items() if split is not None and _holds_all(split, alone[name])}
@@ -93,16 +101,22 @@ def _may_be_block(module: nn.Module) -> bool:
     of_others = kind.__module__.startswith(("torch.", "greenprune.")) or isinstance(module, ResidualBlock | PlainBlock)
     if of_others or kind.forward is nn.Sequential.forward or not _layers([module]):
         return False
-    if "forward" in vars(module) or any(getattr(kind, name) is not getattr(nn.Module, name) for name in _LOST):
+    if _does_more_than_its_forward(module):
         return False
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     return len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL
 
 
+def _does_more_than_its_forward(module: nn.Module) -> bool:
+    """Whether something else than the forward of its class would be lost with a module."""
+    kind = type(module)
+    own = any(getattr(kind, name) is not getattr(nn.Module, name) for name in _LOST)
+    return own or "forward" in vars(module) or any(getattr(module, name, None) for name in _LOST_HOOKS)
+
+
 def _layers(modules: Collection[nn.Module]) -> int:
     """How many layers with products there are in some modules."""
-    kinds = _ConvNd | nn.Linear | nn.RNNBase
-    return sum(isinstance(inner, kinds) for module in modules for inner in module.modules())
+    return sum(isinstance(inner, _ConvNd | nn.Linear) for module in modules for inner in module.modules())
 
 
 def _ids(module: nn.Module) -> set[int]:
@@ -110,8 +124,10 @@ def _ids(module: nn.Module) -> set[int]:
 
 
 def _holds_all(split: nn.Module, block: nn.Module) -> bool:
-    """Whether no tensor of a block is lost, and none has come into several places."""
-    if _in_several_places(split):
+    """Whether nothing of a block is lost, and no tensor has come into several places."""
+    left = set(split.modules())
+    gone = [module for module in block.modules() if module not in left]
+    if _in_several_places(split) or any(_does_more_than_its_forward(module) for module in gone):
         return False
     of_block, of_split = ([*module.parameters(), *module.buffers()] for module in (block, split))
     return {id(tensor) for tensor in of_block} == {id(tensor) for tensor in of_split}
@@ -120,11 +136,10 @@ def _holds_all(split: nn.Module, block: nn.Module) -> bool:
 def _in_several_places(model: nn.Module) -> set[int]:
     """Tensors and modules with tensors that have several places; activations may."""
     places: Counter[int] = Counter()
-    for module in model.modules():
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        places.update(id(tensor) for tensor in tensors if tensor is not None)
     for _, module in model.named_modules(remove_duplicate=False):
-        if any(True for _ in module.parameters()):
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        places.update(id(tensor) for tensor in tensors)
+        if any(True for _ in (*module.parameters(), *module.buffers())):
             places[id(module)] += 1
     return {held for held, count in places.items() if count > 1}
 
@@ -144,8 +159,26 @@ class _Value(fx.Proxy):
     def __itruediv__(self, other: object) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
+    def __ipow__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.ipow, (self, other), {})
 
-_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow)
+
+
+class _Traced(fx.GraphModule):
+    """What a block's forward does between its modules."""
+
+    def __reduce__(self) -> Any:
+        """Not pickled: what is read back is traced again by fx, to something else perhaps.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "a network with blocks that were found by what their forward does cannot be pickled as a whole; expected "
+            "its state_dict() to be saved (docs/library.md, Resuming)"
+        )
 
 
 def _contexts() -> tuple[object, ...]:
@@ -216,23 +249,65 @@ class _Tracer(fx.Tracer):
         return True
 
 
+@contextlib.contextmanager
+def _as_before(block: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Within, a forward may do what it likes to its modules and to random numbers; it is undone.
+
+    Yields:
+        Whether it has changed something that one of its modules holds.
+    """
+    modules = list(block.modules())
+    held = [dict(vars(module)) for module in modules]
+    inside = [
+        (value, copy.copy(value)) for own in held for value in own.values() if isinstance(value, dict | list | set)
+    ]
+    generators = torch.get_rng_state(), random.getstate()
+
+    def changed() -> bool:
+        same = all(
+            vars(module).keys() == own.keys()
+            and all(vars(module)[name] is own[name] for name in own.keys() - {"training"})
+            for module, own in zip(modules, held, strict=True)
+        )
+        return not same or any(not _same_content(value, before) for value, before in inside)
+
+    try:
+        yield changed
+    finally:
+        for module, own in zip(modules, held, strict=True):
+            vars(module).clear()
+            vars(module).update(own)
+        for value, before in inside:
+            if not _same_content(value, before):
+                value.clear()
+                value.extend(before) if isinstance(value, list) else value.update(before)
+        torch.set_rng_state(generators[0])
+        random.setstate(generators[1])
+
+
+def _same_content(value: Any, before: Any) -> bool:
+    """Whether a container holds the very same things as a copy of it made before."""
+    if isinstance(value, dict):
+        return value.keys() == before.keys() and all(value[key] is before[key] for key in before)
+    if isinstance(value, list):
+        return len(value) == len(before) and all(now is then for now, then in zip(value, before, strict=True))
+    return bool(value == before)
+
+
 def _ends(block: nn.Module) -> tuple[fx.Node, fx.Node] | None:
     """Input and result of what a module's forward does; None where that cannot be told, or depends on the mode."""
-    modes = {module: module.training for module in block.modules()}
     graphs = []
-    try:
-        for training in (False, True):
-            for module in modes:
-                module.training = training
-            with _everything_on():
-                graphs.append(_Tracer().trace(block))
-    except Exception:  # noqa: BLE001 - what a forward makes of a value that is none yet is an error of its own
-        return None
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    if str(graphs[0]) != str(graphs[1]):
-        return None
+    with _as_before(block) as changed:
+        try:
+            for training in (False, True):
+                for module in block.modules():
+                    module.training = training
+                with _everything_on():
+                    graphs.append(_Tracer().trace(block))
+        except Exception:  # noqa: BLE001 - what a forward makes of a value that is none yet is an error of its own
+            return None
+        if changed() or str(graphs[0]) != str(graphs[1]):
+            return None
     (begin,) = (node for node in graphs[0].nodes if node.op == "placeholder")
     (output,) = (node for node in graphs[0].nodes if node.op == "output")
     end = output.args[0]
@@ -267,6 +342,8 @@ def part(block: nn.Module) -> nn.Module | None:
         if isinstance(last, ResidualBlock) and isinstance(last.activation, nn.Identity) and _is_activation(step):
             # Whether the block's input has passed it too is not known: where the branch goes, it stays.
             last.activation, last.input_activated = _not_in_place(step), False
+        elif isinstance(last, ResidualBlock) and _works_in_place_on(stretch.begin, block, stretch.nodes):
+            return None  # without the branch it would work on what the block is given
         else:
             parts.append(step)
     if not any(isinstance(found, ResidualBlock) for found in parts):
@@ -332,7 +409,7 @@ def _stretches(begin: fx.Node, end: fx.Node) -> Iterator[_Stretch]:
 def _sum(block: nn.Module, stretch: _Stretch) -> ResidualBlock | None:
     """The residual block that a stretch is: a sum of a branch and of where it begins, or of what has fewer layers."""
     node = stretch.end
-    if node.target not in _ADDITIONS or node.kwargs or len(node.args) != 2:
+    if (node.op, node.target) not in _ADDITIONS or node.kwargs or len(node.args) != 2:
         return None
     ends = [operand for operand in node.args if isinstance(operand, fx.Node)]
     ways = [_between(stretch.begin, operand) for operand in ends]
@@ -394,8 +471,9 @@ def _step(block: nn.Module, stretch: _Stretch) -> nn.Module:
     if len(stretch.nodes) == 1 and node.args == (stretch.begin,):
         if node.op == "call_module" and not node.kwargs:
             return block.get_submodule(str(node.target))
-        if node.target in _ACTIVATIONS and not node.kwargs.keys() - {"inplace"}:
-            return _ACTIVATIONS[node.target]()
+        activation_of = _ACTIVATIONS.get((node.op, node.target))
+        if activation_of is not None and not node.kwargs.keys() - {"inplace"}:
+            return activation_of()
     graph = fx.Graph()
     copies = {stretch.begin: graph.placeholder("x")}
 
@@ -409,7 +487,7 @@ def _step(block: nn.Module, stretch: _Stretch) -> nn.Module:
     for original in stretch.nodes:  # in the order of the forward, which matters to what works in place
         copy_of(original)
     graph.output(copies[stretch.end])
-    made = fx.GraphModule(block, graph, class_name="Traced")
+    made = _Traced(block, graph, class_name="Traced")
     for path, _ in made.named_buffers():  # what is not to be saved is registered as if it were
         owner, _, name = path.rpartition(".")
         if name in block.get_submodule(owner)._non_persistent_buffers_set:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 from typing import Any
 
@@ -12,6 +13,7 @@ from families import Pattern
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from torchvision.models import resnet
 
 from greenprune import BudgetConfig, GateConfig, Pruner
 from greenprune.config import UserError
@@ -234,6 +236,75 @@ class LeavesOut(Parts):
         return x + self.second(self.first(x))
 
 
+class BroadcastsItsShortcut(Parts):
+    uses = ("mix",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)) + self.mix(x.mean((2, 3), keepdim=True))
+
+
+class AddsInTraining(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + (y * 0.5 if self.training else y)
+
+
+class AddsByAModule(Parts):
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(before, after)
+        self.add = AddsInTraining()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.add(x, self.second(self.first(x)))
+        return out
+
+
+class Frozen(Unit):
+    def train(self, mode: bool = True) -> Unit:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class CallsAMethod(Parts):
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(before, after)
+        self.first = Frozen(before, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first.features(x))
+
+
+class HasAStateHook(Parts):
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(before, after)
+        self.register_state_dict_post_hook(lambda *_: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first(x))
+
+
+class ChangesWhatItAdded(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.second(self.first(x))).mul_(0.5)
+
+
+class Remembers(Parts):
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(before, after)
+        self.losses: list[Tensor] = []
+        self.grid: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grid is None:
+            self.grid = torch.arange(x.shape[-1], device=x.device) / 8
+        out = x + self.second(self.first(x + self.grid))
+        self.losses.append(out.square().mean())
+        return out
+
+
 class SwitchesAutocastOff(Parts):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
@@ -289,6 +360,11 @@ class ChecksPointsByModule(Parts):
 @pytest.mark.parametrize(
     "block",
     [
+        AddsByAModule,
+        CallsAMethod,
+        HasAStateHook,
+        ChangesWhatItAdded,
+        Remembers,
         SwitchesAutocastOff,
         LearnsNothing,
         DrawsNumbers,
@@ -351,6 +427,102 @@ def test_what_shares_something_is_left_as_it_is(what: str) -> None:
     assert convert_blocks(model) == ["2"]
 
 
+class ChangesItsInputByAView(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.view(x.shape)
+        out += self.second(self.first(x))
+        return out
+
+
+class Turned(Parts):
+    """The sum lies in memory as its first operand does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x.transpose(2, 3))).transpose(2, 3) + x
+
+
+class CountsInNumbers(Parts):
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(before, after)
+        self.number = nn.Parameter(torch.zeros(1, dtype=torch.long), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first(x)) * (1 + self.number)
+
+
+@pytest.mark.parametrize("block", [BroadcastsItsShortcut, ChangesItsInputByAView, Turned])
+def test_what_an_example_shows_to_be_more_is_left_as_it_is(block: type[nn.Module]) -> None:
+    model = network(WithFunctions, block)
+    assert convert_blocks(model, images()) == ["2"]
+
+
+def test_numbers_that_are_no_weights_are_left_alone() -> None:
+    model = network(CountsInNumbers)
+    assert convert_blocks(model, images()) == ["2", "3"]
+    assert int(sum(p.sum() for p in model.parameters() if not p.is_floating_point())) == 0
+
+
+def test_following_a_forward_leaves_no_trace() -> None:
+    model = network(WithFunctions, Remembers)
+    block = model[3]
+    block.losses.clear()
+    block.grid = None
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    convert_blocks(model)
+    assert (block.losses, block.grid) == ([], None)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_where_blocks_are_known_no_others_are_looked_for() -> None:
+    model = network(WithFunctions)
+    model.insert(2, resnet.BasicBlock(8, 8))
+    assert convert_blocks(model, images()) == ["2"]
+
+
+def test_buffers_that_blocks_share_leave_them_as_they_are() -> None:
+    class Rotation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("angles", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.angles
+
+    class Rotated(Parts):
+        rotation: nn.Module
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.second(self.rotation(self.first(x)))
+
+    model = network(WithFunctions, WithFunctions)
+    one = Rotation()
+    for block in (Rotated(8, 8), Rotated(8, 8)):
+        block.rotation = one
+        model.insert(4, block)
+    assert convert_blocks(model, images()) == ["2", "3"]
+
+
+def test_a_norm_of_ones_own_ends_the_row_of_channels() -> None:
+    class Centred(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(1, keepdim=True))
+
+    model = network(WithFunctions)
+    model[2].first.norm = Centred(6)
+    convert_blocks(model, images())
+    assert list(find_channels(model).sets) == ["3:hidden"]
+
+
+def test_a_part_of_a_forward_is_not_pickled_but_copied() -> None:
+    model = network(Scaled)
+    convert_blocks(model, images())
+    with pytest.raises(TypeError, match="cannot be pickled as a whole; expected its state_dict"):
+        torch.save(model, io.BytesIO())
+    assert torch.equal(copy.deepcopy(model)(images()), model(images()))
+
+
 def test_a_forward_of_an_instance_is_left_as_it_is() -> None:
     model = network(WithFunctions, WithFunctions)
     model[3].forward = lambda x: 2 * x
@@ -385,20 +557,6 @@ def test_tensors_that_are_not_saved_are_not_saved_afterwards() -> None:
     assert len(residual_blocks(model)) == 2
     assert sum("mask" in name for name, _ in model.named_buffers()) == 2
     assert not any("mask" in name for name in model.state_dict())
-
-
-def test_a_recurrent_layer_is_a_layer() -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.lstm = nn.LayerNorm(8), nn.LSTM(8, 8, batch_first=True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            out, _ = self.lstm(self.norm(x))
-            return x + out
-
-    model = nn.Sequential(nn.Linear(4, 8), Recurrent(), nn.Linear(8, 2))
-    assert convert_blocks(model, torch.randn(2, 5, 4)) == ["1"]
 
 
 def test_hooks_inside_leave_a_block_as_it_is() -> None:
