@@ -311,6 +311,12 @@ class SwitchesAutocastOff(Parts):
             return x + self.second(self.first(x.float()))
 
 
+class SwitchesAutocastOn(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu"):
+            return x + self.second(self.first(x)).float()
+
+
 class LearnsNothing(Parts):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -366,6 +372,7 @@ class ChecksPointsByModule(Parts):
         ChangesWhatItAdded,
         Remembers,
         SwitchesAutocastOff,
+        SwitchesAutocastOn,
         LearnsNothing,
         DrawsNumbers,
         KeepsAnAverage,
