@@ -300,6 +300,14 @@ def table(rows: list[Found], left_out: list[str], provenance: dict[str, Any], un
     return "\n".join(lines) + "\n"
 
 
+def write(folder: Path, rows: list[Found], left_out: list[str], provenance: dict[str, Any], units: list[str]) -> None:
+    """Write the table, and all figures beside it."""
+    (folder / "zoo.md").write_text(table(rows, left_out, provenance, units))
+    content = {"provenance": provenance, "arguments": sys.argv[1:], "units": units, "left_out": left_out}
+    content["rows"] = [{**dataclasses.asdict(row), "outcome": row.outcome} for row in rows]
+    (folder / "zoo.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="only these networks")
@@ -318,6 +326,8 @@ def main(argv: list[str] | None = None) -> int:
         entries = [known[name] for name in args.only]
     rows: list[Found] = []
     left_out: list[str] = []
+    provenance = collect_provenance(1, torch.device("cpu"))
+    args.output.mkdir(parents=True, exist_ok=True)
     for number, entry in enumerate(entries, start=1):
         began_s = time.perf_counter()
         try:
@@ -333,12 +343,8 @@ def main(argv: list[str] | None = None) -> int:
         said = found.refused or f"{found.blocks} blocks, {found.channels} channels, {found.deviation:.0e}"
         took_s = time.perf_counter() - began_s
         print(f"[{number}/{len(entries)}] {entry.name}: {found.outcome}, {said} ({took_s:.0f} s)", flush=True)
-    provenance = collect_provenance(1, torch.device("cpu"))
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "zoo.md").write_text(table(rows, left_out, provenance, args.units))
-    content = {"provenance": provenance, "units": args.units, "left_out": left_out}
-    content["rows"] = [{**dataclasses.asdict(row), "outcome": row.outcome} for row in rows]
-    (args.output / "zoo.json").write_text(json.dumps(content, indent=1) + "\n")
+        # Network by network: what is known stays when a later one ends the process.
+        write(args.output, rows, left_out, provenance, args.units)
     return int(any(row.outcome in ("inexact", "failed") for row in rows))
 
 
