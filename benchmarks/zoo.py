@@ -305,7 +305,8 @@ def write(folder: Path, rows: list[Found], left_out: list[str], provenance: dict
     (folder / "zoo.md").write_text(table(rows, left_out, provenance, units))
     content = {"provenance": provenance, "arguments": sys.argv[1:], "units": units, "left_out": left_out}
     content["rows"] = [{**dataclasses.asdict(row), "outcome": row.outcome} for row in rows]
-    (folder / "zoo.json").write_text(json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1).replace(str(folder), folder.name)  # where it lies is nobody's business
+    (folder / "zoo.json").write_text(text + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
