@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(RESULTS.parents[1]), os.environ.get("PYTHONPATH")]))
     sizes = (GPU if args.device == "gpu" else {}) | (TINY if args.tiny else {})
     sizes["peers"] = "here" if args.tiny else args.peers
-    sizes["until_s"] = time.perf_counter() + 60 * (args.minutes or MINUTES[args.device])
+    sizes["until_s"] = time.perf_counter() + 60 * (MINUTES[args.device] if args.minutes is None else args.minutes)
     scratch = Path(tempfile.mkdtemp(prefix="bench-"))
     setting = Setting("cuda" if on_gpu else "cpu", scratch, os.environ.get("GREENPRUNE_DATA"), **sizes)
     provenance = collect_provenance(1, torch.device(setting.device))

@@ -289,7 +289,7 @@ def table(rows: list[Found], left_out: list[str], provenance: dict[str, Any], un
     lines += ["", "| refused | reason |", "|---|---|"]
     lines += [f"| {row.name} | {row.refused.replace('|', '/')} |" for row in rows if row.refused is not None]
     if left_out:
-        lines += ["", f"Left out, as too large for the machine: {', '.join(left_out)}."]
+        lines += ["", f"Left out, of more parameters than asked for: {', '.join(left_out)}."]
     git = provenance["git"] or {"revision": "unknown", "changed": False}
     versions = {**provenance["versions"], "timm": timm.__version__}
     said = ", ".join(f"{name} {versions[name]}" for name in ("greenprune", "torch", "torchvision", "timm"))

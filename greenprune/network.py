@@ -26,7 +26,15 @@ from greenprune.gating import (
     list_places,
     split_unit,
 )
-from greenprune.models import BlockError, ChannelSet, PlainBlock, build_model, find_channels, residual_blocks
+from greenprune.models import (
+    BlockError,
+    ChannelSet,
+    PlainBlock,
+    build_model,
+    find_channels,
+    residual_blocks,
+    why_left_alone,
+)
 from greenprune.surgery import Structure, StructureMismatch, given_structure, replay
 from greenprune.unit_cost import MEASURED, UnitCost
 
@@ -395,6 +403,10 @@ def gating_notes(model: nn.Module, config: GateConfig) -> list[str]:
     notes = find_channels(model).notes if "channel" in config.units else []
     plain = [name for name, module in model.named_modules() if isinstance(module, PlainBlock)]
     places: dict[str, list[str]] = {"a block without a shortcut stays": plain} if "block" in config.units else {}
+    for name, module in model.named_modules():
+        reason = why_left_alone(module)
+        if reason is not None:
+            places.setdefault(f"left as it is: {reason}", []).append(name)
     for note in notes:
         place, _, reason = note.partition(": ")
         places.setdefault(reason.replace(f"{place}.", ""), []).append(place)

@@ -22,6 +22,7 @@ from greenprune.models.residual import (
     kernels_for,
     residual_blocks,
     sum_over,
+    why_left_alone,
 )
 from greenprune.models.sameness import BlockError, pass_through
 
@@ -46,6 +47,7 @@ __all__ = [
     "register_channelwise",
     "residual_blocks",
     "sum_over",
+    "why_left_alone",
 ]
 
 SMALL_IMAGE = 64  # pixels; up to this side the "auto" stem of a ResNet keeps the resolution

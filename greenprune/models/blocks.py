@@ -15,7 +15,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from greenprune.models import torchvision_splits
-from greenprune.models.residual import PlainBlock, ResidualBlock, follow_mode, with_hooks_of
+from greenprune.models.residual import PlainBlock, ResidualBlock, follow_mode, mark_left_alone, with_hooks_of
 from greenprune.models.sameness import (
     BlockError,
     Call,
@@ -75,18 +75,19 @@ def convert_blocks(model: nn.Module, example: Tensor | None = None) -> list[str]
     Raises:
         BlockError: There is no block to gate, or one cannot be taken apart, or is used in two places or called twice.
     """
-    _load_splits(model)
+    known = knows_blocks(model)
     if type(model) in _SPLITS or isinstance(model, ResidualBlock | PlainBlock):
         raise BlockError(
             f"the network is itself a block ({type(model).__name__}); put it into a torch.nn.Sequential first"
         )
-    found = _outermost({name: module for name, module in model.named_modules() if type(module) in _SPLITS})
-    if knows_blocks(model):
+    if known:
+        found = _outermost({name: module for name, module in model.named_modules() if type(module) in _SPLITS})
         calls, odd = ({}, {}) if example is None else record_inputs(model, found, example)
         for error in odd.values():
             raise error
         for name, block in found.items():
-            _exchange(model, name, block, _take_apart(name, block), calls.get(name))
+            by = f"the function registered for {type(block).__name__}"
+            _exchange(model, name, block, _take_apart(name, block), calls.get(name), by)
     else:
         _exchange_what_is_found(model, example)
     blocks = [name for name, module in model.named_modules() if isinstance(module, ResidualBlock | PlainBlock)]
@@ -131,23 +132,27 @@ def knows_blocks(model: nn.Module) -> bool:
 def _exchange_what_is_found(model: nn.Module, example: Tensor | None) -> None:
     """Take blocks apart that are found by what their forward does.
 
-    Nobody has promised that they can be: what does not stand a check stays as it is.
+    Nobody has promised that they can be: what does not stand a check stays as it is, and is told of among the notes.
     """
-    found = find_residuals(model)
+    found = {name: (model.get_submodule(name), split) for name, split in find_residuals(model).items()}
     calls: dict[str, Call] = {}
     odd: dict[str, BlockError] = {}
     if found and example is not None:
-        calls, odd = record_inputs(model, {name: model.get_submodule(name) for name in found}, example)
-        found = {name: split for name, split in found.items() if name in calls and name not in odd}
-    for name, split in found.items():
-        block = model.get_submodule(name)
-        with contextlib.suppress(Exception):  # a check runs the block's own code, and copies of it
+        calls, odd = record_inputs(model, {name: block for name, (block, _) in found.items()}, example)
+    for name, (block, split) in found.items():
+        try:
+            if name in odd:
+                raise odd[name]
+            if example is not None and name not in calls:
+                raise BlockError(f"{name}: the network does not call it on the example")
             if name in calls:
                 check_alike(name, block, split, calls[name])
-            _exchange(model, name, block, split, calls.get(name))
+            _exchange(model, name, block, split, calls.get(name), "what its forward does")
+        except Exception as error:  # noqa: BLE001 - a check runs the block's own code, and copies of it
+            mark_left_alone(block, " ".join(str(error).split()).removeprefix(f"{name}: ") or type(error).__name__)
 
 
-def _exchange(model: nn.Module, name: str, block: nn.Module, split: nn.Module, call: Call | None) -> None:
+def _exchange(model: nn.Module, name: str, block: nn.Module, split: nn.Module, call: Call | None, by: str) -> None:
     """Put a block's taken-apart form in its place, if it is the same where it is called.
 
     Raises:
@@ -155,7 +160,7 @@ def _exchange(model: nn.Module, name: str, block: nn.Module, split: nn.Module, c
     """
     follow_mode(split, block)
     if call is not None:
-        check_same(name, block, split, call)
+        check_same(name, block, split, call, by)
         correct_activated(split, call.x)
     refuse_lost_hooks(name, block, split)
     parent, _, child = name.rpartition(".")

@@ -308,6 +308,17 @@ class ResidualBlock(nn.Module):
         return nn.Sequential(self.shortcut, self.activation)
 
 
+def mark_left_alone(block: nn.Module, reason: str) -> None:
+    """Remember at a block that could have been taken apart why it was not."""
+    block._greenprune_left_alone = reason  # type: ignore[assignment]
+
+
+def why_left_alone(module: nn.Module) -> str | None:
+    """Why a module that is much like a residual block is not gated; None of any other."""
+    reason = vars(module).get("_greenprune_left_alone")
+    return reason if isinstance(reason, str) else None
+
+
 def follow_mode(made: nn.Module, block: nn.Module) -> None:
     """Put what is made around a block's modules into its mode; they themselves, a frozen norm perhaps, keep theirs."""
     own = set(block.modules())

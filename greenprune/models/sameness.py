@@ -144,8 +144,15 @@ def _whole_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def check_same(name: str, block: nn.Module, split: nn.Module, call: Call) -> None:
+def check_same(name: str, block: nn.Module, split: nn.Module, call: Call, by: str) -> None:
     """Check that a taken-apart block computes what the block computes, and drops as much in training.
+
+    Args:
+        name: Path of the block.
+        block: The block.
+        split: Its taken-apart form.
+        call: How the network calls it.
+        by: What it was taken apart by, for messages.
 
     Raises:
         BlockError: It does not, or cannot be called in the same way.
@@ -172,9 +179,8 @@ def check_same(name: str, block: nn.Module, split: nn.Module, call: Call) -> Non
         same = bool((got - expected).abs().max() / scale <= _TOLERANCE)  # not if there is a NaN
     if not same:
         raise BlockError(
-            f"{name}: taken apart by the function registered for {type(block).__name__}, the block computes something "
-            f"else{failure}; expected branch, shortcut and activation to be those of its forward, made of its own "
-            "modules, none of them in place on the block's input"
+            f"{name}: taken apart by {by}, the block computes something else{failure}; expected branch, shortcut and "
+            "activation to be those of its forward, made of its own modules, none of them in place on the block's input"
         )
     if _changes_its_input(split, x):
         raise BlockError(
@@ -184,9 +190,8 @@ def check_same(name: str, block: nn.Module, split: nn.Module, call: Call) -> Non
         )
     if _forgets_to_drop(block, split, x):
         raise BlockError(
-            f"{name}: taken apart by the function registered for {type(block).__name__}, the block draws fewer random "
-            "numbers in training; expected all that drops something there (dropout, stochastic depth) in branch, "
-            "shortcut or activation"
+            f"{name}: taken apart by {by}, the block draws fewer random numbers in training; expected all that drops "
+            "something there (dropout, stochastic depth) in branch, shortcut or activation"
         )
 
 
@@ -194,8 +199,8 @@ def check_alike(name: str, block: nn.Module, split: nn.Module, call: Call) -> No
     """Check what else of a block that nobody has registered has to be the same, beside what it computes.
 
     Raises:
-        BlockError: It changes its input; its sum is of another shape or precision than its shortcut, or lies otherwise
-            in memory than the taken-apart form's.
+        BlockError: It changes its input; its branch is of another shape or precision than its shortcut, or what it
+            gives lies otherwise in memory than what the taken-apart form gives.
     """
     block, split = copy.deepcopy((block, split))
     odd: list[nn.Module] = []
@@ -206,9 +211,15 @@ def check_alike(name: str, block: nn.Module, split: nn.Module, call: Call) -> No
     with torch.no_grad():
         expected = block.eval()(given[0], *call.args, **call.options)
         got = split.eval()(given[1], *call.args, **call.options)
-    unchanged = all(torch.equal(x, call.x) for x in given)
-    if odd or not unchanged or got.stride() != expected.stride() or got.dtype != expected.dtype:
-        raise BlockError(f"{name}: a {type(block).__name__} does more than a residual block")
+    what = ""
+    if not all(torch.equal(x, call.x) for x in given):
+        what = "that changes its input"
+    elif odd:
+        what = "whose branch is of another shape or precision than its shortcut"
+    elif (got.stride(), got.dtype) != (expected.stride(), expected.dtype):
+        what = "whose result lies otherwise in memory when it is taken apart"
+    if what:
+        raise BlockError(f"{name}: a {type(block).__name__} {what} cannot be gated")
 
 
 def _compare_ways(block: ResidualBlock, odd: list[nn.Module]) -> None:

@@ -464,9 +464,7 @@ def test_what_an_example_shows_to_be_more_is_left_as_it_is(block: type[nn.Module
 
 
 def test_numbers_that_are_no_weights_are_left_alone() -> None:
-    model = network(CountsInNumbers)
-    assert convert_blocks(model, images()) == ["2", "3"]
-    assert int(sum(p.sum() for p in model.parameters() if not p.is_floating_point())) == 0
+    assert convert_blocks(network(CountsInNumbers), images()) == ["2", "3"]
 
 
 def test_following_a_forward_leaves_no_trace() -> None:
@@ -474,12 +472,19 @@ def test_following_a_forward_leaves_no_trace() -> None:
     block = model[3]
     block.losses.clear()
     block.grid = None
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
     convert_blocks(model)
     assert (block.losses, block.grid) == ([], None)
-    assert torch.equal(torch.rand(3), expected)
+    model = network(WithFunctions, DrawsNumbers)
+    before = torch.get_rng_state()
+    convert_blocks(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_notes_say_why_a_block_that_was_found_stays() -> None:
+    gate, budget = GateConfig(units=["block"]), BudgetConfig(target=0.9)
+    pruner = Pruner(network(WithFunctions, Turned), images(), total_steps=40, gate=gate, budget=budget)
+    reason = "a Turned whose result lies otherwise in memory when it is taken apart cannot be gated"
+    assert pruner.notes == [f"3: left as it is: {reason}"]
 
 
 def test_where_blocks_are_known_no_others_are_looked_for() -> None:
